@@ -1,0 +1,219 @@
+//! The autodiff operation.
+
+use burn::backend::{
+    Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
+    ops::ModuleOps, tensor::FloatTensor,
+};
+use burn::tensor::{Shape, Tensor};
+use burn_autodiff::{
+    NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, NodeGuard, Ops, OpsKind},
+};
+
+use crate::{
+    config::Memory,
+    memory::RowTensors,
+    ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory},
+};
+
+impl<B, C> MemAopOps for Autodiff<B, C>
+where
+    B: MemAopOps,
+    C: CheckpointStrategy,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    fn memaop_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Bias<Self>,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        let rows = rows(&input.shape());
+        let exact = layer.config.outer_products.k(rows) >= rows;
+        if exact || !weight.is_tracked() {
+            return Self::linear(input, weight, bias.into_option());
+        }
+
+        match bias {
+            Bias::Some(bias) => {
+                let nodes = [input.node(), weight.node(), bias.node()];
+                tracked::<B, C, 3>(nodes, input, weight, Some(bias), layer)
+            }
+            Bias::None => {
+                let nodes = [input.node(), weight.node()];
+                tracked::<B, C, 2>(nodes, input, weight, None, layer)
+            }
+        }
+    }
+}
+
+/// The forward pass, registered with the backward pass of this module.
+fn tracked<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
+    nodes: [NodeGuard; N],
+    input: FloatTensor<Autodiff<B, C>>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<Autodiff<B, C>>>,
+    layer: AopLayer,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    MemAopLinearBackward: Backward<B, N, State = State>,
+{
+    let prep = MemAopLinearBackward.prepare::<C>(nodes).compute_bound();
+    let OpsKind::Tracked(mut prep) = prep.stateful() else {
+        unreachable!("the weight is tracked");
+    };
+    let state = State {
+        input: prep.checkpoint(&input),
+        // Only the gradient of the input needs the weight.
+        weight: input.is_tracked().then(|| prep.checkpoint(&weight)),
+        layer,
+    };
+    let output = B::linear(
+        input.into_primitive(),
+        weight.into_primitive(),
+        bias.map(|bias| bias.into_primitive()),
+    );
+    prep.finish(state, output)
+}
+
+/// The backward pass of a linear layer whose weight is tracked and whose K is below M.
+#[derive(Debug)]
+struct MemAopLinearBackward;
+
+#[derive(Debug, Clone)]
+struct State {
+    input: NodeId,
+    /// Only when the input is tracked.
+    weight: Option<NodeId>,
+    layer: AopLayer,
+}
+
+impl<B> Backward<B, 3> for MemAopLinearBackward
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let [input, weight, bias] = ops.parents.map(|parent| parent.map(|node| node.id));
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(bias) = bias {
+            grads.register::<B>(bias, B::linear_bias_backward(grad.clone()));
+        }
+        propagate::<B>(ops.state, [input, weight], grad, grads, checkpointer);
+    }
+}
+
+impl<B> Backward<B, 2> for MemAopLinearBackward
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let parents = ops.parents.map(|parent| parent.map(|node| node.id));
+        let grad = grads.consume::<B>(&ops.node);
+        propagate::<B>(ops.state, parents, grad, grads, checkpointer);
+    }
+}
+
+/// The exact gradient of the input, and the approximate one of the weight.
+fn propagate<B>(
+    state: State,
+    [input_node, weight_node]: [Option<NodeId>; 2],
+    grad: FloatTensor<B>,
+    grads: &mut Gradients,
+    checkpointer: &mut Checkpointer,
+) where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(state.input);
+    let weight = state
+        .weight
+        .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+
+    if let (Some(node), Some(weight)) = (input_node, weight) {
+        grads.register::<B>(node, B::linear_x_backward(weight, grad.clone()));
+    }
+    if let Some(node) = weight_node {
+        let gradient = weight_gradient::<B>(input, grad, &state.layer);
+        grads.register::<B>(node, gradient);
+    }
+}
+
+/// Takes the layer's memory out, computes the gradient with it, and puts the new memory back.
+fn weight_gradient<B>(
+    input: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    layer: &AopLayer,
+) -> FloatTensor<B>
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let input = flatten::<B>(input);
+    let grad = flatten::<B>(grad);
+
+    let mut state = layer.memory.lock();
+    let memory = match (layer.config.memory, state.rows.take()) {
+        (Memory::None, _) | (_, None) => RowMemory::Empty,
+        (Memory::Published { .. }, Some(rows)) => {
+            let rows = rows.to_device(&from_primitive::<B>(grad.clone()).device());
+            RowMemory::Rows {
+                input: into_primitive::<B>(rows.input),
+                grad: into_primitive::<B>(rows.grad),
+            }
+        }
+    };
+    let step = AopStep {
+        k: layer.config.outer_products.k(input.shape()[0]),
+        policy: layer.config.policy,
+        memory: layer.config.memory,
+        seed: layer.config.seed,
+        step: state.step,
+    };
+    let gradient = B::memaop_weight_gradient(input, grad, memory, step);
+
+    state.step += 1;
+    state.rows = match gradient.memory {
+        RowMemory::Empty => None,
+        RowMemory::Rows { input, grad } => Some(RowTensors {
+            input: from_primitive::<B>(input),
+            grad: from_primitive::<B>(grad),
+        }),
+    };
+    gradient.weight
+}
+
+/// The number of outer products in the weight gradient for an input of this shape.
+fn rows(input: &Shape) -> usize {
+    let leading = input.num_dims() - 1;
+    input[..leading].iter().product()
+}
+
+fn flatten<B: MemAopOps>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = tensor.shape();
+    let width = shape[shape.num_dims() - 1];
+    B::float_reshape(tensor, Shape::new([rows(&shape), width]))
+}
+
+fn from_primitive<B: MemAopOps>(tensor: FloatTensor<B>) -> Tensor<2>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Float(tensor)))
+}
+
+fn into_primitive<B: MemAopOps>(tensor: Tensor<2>) -> FloatTensor<B>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    DispatchTensor::try_into_backend(tensor.into_dispatch())
+        .expect("the memory was moved to the device of the gradient")
+        .float()
+}

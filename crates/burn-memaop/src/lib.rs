@@ -1,0 +1,75 @@
+#![warn(missing_docs)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+// NdArray and LibTorch are deprecated in Burn, and supported here as long as Burn has them.
+#![cfg_attr(any(feature = "ndarray", feature = "tch"), allow(deprecated))]
+
+//! Training in [Burn](https://burn.dev) with cheaper back-propagation.
+//!
+//! The weight gradient of a dense layer, `dW = X^T G`, is a sum of M outer products, one for each
+//! row of the batch. Mem-AOP-GD evaluates only K of them and keeps the rows left out in memory for
+//! later steps (Hernandez, Rini, Duman, "Speeding-Up Back-Propagation in DNN: Approximate Outer
+//! Product with Memory", 2021, [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)).
+//!
+//! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: the same parameters, the same
+//! forward pass, the same exact gradients of input and bias, and an approximate gradient of the
+//! weight, as [`AopConfig`] says.
+//!
+//! ```
+//! use burn::nn::Relu;
+//! use burn::prelude::*;
+//! use burn_memaop::{MemAopLinear, MemAopLinearConfig};
+//!
+//! #[derive(Module, Debug)]
+//! struct Mlp {
+//!     hidden: MemAopLinear,
+//!     activation: Relu,
+//!     output: MemAopLinear,
+//! }
+//!
+//! impl Mlp {
+//!     fn new(device: &Device) -> Self {
+//!         Self {
+//!             hidden: MemAopLinearConfig::new(784, 128).init(device),
+//!             activation: Relu::new(),
+//!             output: MemAopLinearConfig::new(128, 10).init(device),
+//!         }
+//!     }
+//!
+//!     fn forward(&self, input: Tensor<2>) -> Tensor<2> {
+//!         let hidden = self.activation.forward(self.hidden.forward(input));
+//!         self.output.forward(hidden)
+//!     }
+//! }
+//!
+//! let device = Device::flex().autodiff();
+//! let model = Mlp::new(&device);
+//! let loss = model.forward(Tensor::ones([32, 784], &device)).mean();
+//! let gradients = loss.backward();
+//! assert!(model.hidden.weight.grad(&gradients).is_some());
+//! ```
+//!
+//! # Features
+//!
+//! - Backends: `flex` (default), `ndarray`, `wgpu`, `vulkan`, `webgpu`, `metal`, `cuda`, `rocm`,
+//!   `cpu`, `tch`. Each turns on the Burn feature of the same name.
+//! - `autodiff` (default): the approximate backward pass. Without it the layer only infers.
+//! - `fusion`: Burn's operation fusion on CubeCL backends.
+//! - `autotune`: kernel autotuning on CubeCL backends.
+//! - `train`: what needs burn-train.
+
+mod backends;
+#[cfg(feature = "autodiff")]
+mod backward;
+mod config;
+mod gradient;
+mod linear;
+mod memory;
+mod noise;
+mod ops;
+mod record;
+mod selection;
+
+pub use config::{AopConfig, AopConfigError, Memory, OuterProducts, Policy};
+pub use linear::{MemAopLinear, MemAopLinearConfig};
+pub use memory::MemoryStats;
+pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, WeightGradient};

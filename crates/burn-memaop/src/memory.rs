@@ -1,0 +1,267 @@
+//! The memory of a layer: what it holds, who shares it, how it is saved.
+//!
+//! A module owns one [`MemoryHandle`]; the autodiff operations of its forward passes share it.
+//! Cloning a module copies the state (two references to the same tensors) into a handle of its
+//! own. Only [`Module::fork`] shares: burn-train forks a model for every step of every worker, and
+//! each fork has to find what the worker's last fork left.
+
+use std::{
+    cell::RefCell,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use burn::{
+    module::{
+        Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+    },
+    tensor::{Device, Tensor},
+};
+
+use crate::record::MemoryRecord;
+
+/// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
+/// `[rows, d_output]`, both without autodiff.
+#[derive(Debug, Clone)]
+pub(crate) struct RowTensors {
+    pub(crate) input: Tensor<2>,
+    pub(crate) grad: Tensor<2>,
+}
+
+impl RowTensors {
+    pub(crate) fn to_device(&self, device: &Device) -> Self {
+        Self {
+            input: self.input.clone().to_device(device),
+            grad: self.grad.clone().to_device(device),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MemoryState {
+    /// The number of approximate gradients computed so far.
+    pub(crate) step: u64,
+    /// Allocated by the first of them, where the configuration asks for a memory.
+    pub(crate) rows: Option<RowTensors>,
+}
+
+impl MemoryState {
+    fn to_device(&self, device: &Device) -> Self {
+        Self {
+            step: self.step,
+            rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
+        }
+    }
+}
+
+/// Shared access to a memory.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MemoryHandle(Arc<Mutex<MemoryState>>);
+
+impl MemoryHandle {
+    fn new(state: MemoryState) -> Self {
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MemoryState> {
+        // A panic in a backward pass leaves a valid state behind, without the rows at worst.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
+/// A summary of a layer's memory, from
+/// [`MemAopLinear::memory_stats`](crate::MemAopLinear::memory_stats).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryStats {
+    /// The number of approximate weight gradients computed so far.
+    pub step: u64,
+    /// The batch positions the memory has room for, 0 before the first step.
+    pub rows: usize,
+    /// The positions where something is pending.
+    pub pending: usize,
+    /// The Frobenius norm of `m^X`.
+    pub input_norm: f64,
+    /// The Frobenius norm of `m^G`.
+    pub grad_norm: f64,
+}
+
+/// The memory of one layer, as a part of its module.
+#[derive(Debug)]
+pub(crate) struct RowMemoryModule {
+    handle: MemoryHandle,
+    workers: Arc<Mutex<Vec<Worker>>>,
+    record: MemoryRecord,
+}
+
+/// The memory of the forks that one thread makes for one device.
+#[derive(Debug)]
+struct Worker {
+    device: Device,
+    /// Alive as long as the thread is.
+    thread: Weak<()>,
+    handle: MemoryHandle,
+}
+
+thread_local! {
+    static THREAD: RefCell<Arc<()>> = RefCell::new(Arc::new(()));
+}
+
+impl RowMemoryModule {
+    pub(crate) fn new(d_input: usize, d_output: usize, device: &Device) -> Self {
+        Self {
+            handle: MemoryHandle::default(),
+            workers: Arc::default(),
+            record: MemoryRecord::new(d_input, d_output, device),
+        }
+    }
+
+    pub(crate) fn handle(&self) -> MemoryHandle {
+        self.handle.clone()
+    }
+
+    /// Forgets all rows and starts counting steps from 0, in forks to come as well.
+    pub(crate) fn reset(&self) {
+        *self.handle.lock() = MemoryState::default();
+        lock(&self.workers).clear();
+    }
+
+    pub(crate) fn stats(&self) -> MemoryStats {
+        let MemoryState { step, rows } = self.handle.lock().clone();
+        let Some(rows) = rows else {
+            return MemoryStats {
+                step,
+                rows: 0,
+                pending: 0,
+                input_norm: 0.0,
+                grad_norm: 0.0,
+            };
+        };
+        let squares = |tensor: &Tensor<2>| -> Vec<f64> {
+            let sums = tensor.clone().square().sum_dim(1).into_data();
+            sums.iter::<f64>().collect()
+        };
+        let (input, grad) = (squares(&rows.input), squares(&rows.grad));
+        let pending = input.iter().zip(&grad).filter(|&(x, g)| x + g > 0.0);
+        MemoryStats {
+            step,
+            rows: input.len(),
+            pending: pending.count(),
+            input_norm: input.iter().sum::<f64>().sqrt(),
+            grad_norm: grad.iter().sum::<f64>().sqrt(),
+        }
+    }
+
+    fn with_handle(&self, handle: MemoryHandle, device: Option<&Device>) -> Self {
+        Self {
+            handle,
+            workers: self.workers.clone(),
+            record: match device {
+                Some(device) => self.record.on_device(device),
+                None => self.record.clone(),
+            },
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Clone for RowMemoryModule {
+    fn clone(&self) -> Self {
+        let state = self.handle.lock().clone();
+        self.with_handle(MemoryHandle::new(state), None)
+    }
+}
+
+impl Module for RowMemoryModule {
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        self.record.visit(&self.handle.lock().clone(), visitor);
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        match self.record.map(mapper) {
+            None => self,
+            // A loaded memory starts a life of its own.
+            Some(state) => Self {
+                handle: MemoryHandle::new(state),
+                workers: Arc::default(),
+                record: self.record,
+            },
+        }
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        let state = self.handle.lock().to_device(&device.clone().inner());
+        self.with_handle(MemoryHandle::new(state), Some(device))
+    }
+
+    /// The memory that this thread's last fork to `device` left, unless that fork is still in use
+    /// or this memory has taken more steps; a copy of this memory otherwise. A new thread takes
+    /// over from one that has ended.
+    fn fork(self, device: &Device) -> Self {
+        let device = device.clone().inner();
+        let thread = THREAD.with_borrow(Arc::downgrade);
+        let state = self.handle.lock().clone();
+        let mut workers = lock(&self.workers);
+
+        let own = |worker: &Worker| worker.thread.ptr_eq(&thread);
+        let orphan = |worker: &Worker| worker.thread.strong_count() == 0;
+        let free = |worker: &Worker| worker.device == device && !worker.handle.is_shared();
+        let found = workers
+            .iter()
+            .position(|worker| free(worker) && own(worker))
+            .or_else(|| workers.iter().position(|worker| free(worker) && orphan(worker)));
+
+        let handle = match found {
+            Some(index) => {
+                let worker = &mut workers[index];
+                worker.thread = thread;
+                let mut kept = worker.handle.lock();
+                if kept.step < state.step {
+                    *kept = state.to_device(&device);
+                }
+                drop(kept);
+                worker.handle.clone()
+            }
+            None => {
+                let handle = MemoryHandle::new(state.to_device(&device));
+                workers.push(Worker {
+                    device: device.clone(),
+                    thread,
+                    handle: handle.clone(),
+                });
+                handle
+            }
+        };
+        drop(workers);
+        self.with_handle(handle, Some(&device))
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        self.clone()
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+}
+
+impl ModuleDisplayDefault for RowMemoryModule {
+    fn content(&self, _content: Content) -> Option<Content> {
+        None
+    }
+}
+
+impl ModuleDisplay for RowMemoryModule {}

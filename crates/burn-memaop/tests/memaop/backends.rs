@@ -1,0 +1,100 @@
+//! The same checks on every backend that is compiled in, with and without gradient checkpointing.
+
+use burn::tensor::Device;
+
+use crate::gradients;
+
+macro_rules! checks {
+    ($device:expr; $($(#[$attribute:meta])* $check:ident),* $(,)?) => {
+        $(
+            $(#[$attribute])*
+            #[test]
+            fn $check() {
+                if let Some(device) = $device {
+                    gradients::$check(&device);
+                }
+            }
+        )*
+    };
+}
+
+macro_rules! suite {
+    ($backend:ident, $device:expr) => {
+        mod $backend {
+            use super::*;
+
+            checks!($device;
+                operation_equals_the_oracle,
+                half_and_double_precision_equal_the_oracle,
+                rows_that_are_not_finite_are_left_out,
+                equal_seeds_draw_the_rows_of_the_oracle,
+            );
+
+            mod autodiff {
+                use super::*;
+
+                checks!($device.map(Device::autodiff);
+                    layer_equals_the_oracle,
+                    k_equal_to_m_is_the_exact_gradient,
+                    non_contiguous_input_is_handled,
+                    frozen_weight_takes_no_step,
+                );
+            }
+
+            mod checkpointed {
+                use super::*;
+
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing());
+                    layer_equals_the_oracle,
+                    k_equal_to_m_is_the_exact_gradient,
+                    recomputation_takes_no_step_of_its_own,
+                );
+            }
+        }
+    };
+}
+
+suite!(flex, Some(Device::flex()));
+
+#[cfg(feature = "ndarray")]
+suite!(ndarray, Some(ndarray()));
+
+#[cfg(feature = "wgpu")]
+suite!(wgpu, wgpu());
+
+#[cfg(feature = "tch")]
+suite!(tch, Some(tch()));
+
+#[cfg(feature = "ndarray")]
+#[allow(deprecated)]
+fn ndarray() -> Device {
+    Device::ndarray()
+}
+
+#[cfg(feature = "tch")]
+#[allow(deprecated)]
+fn tch() -> Device {
+    Device::libtorch()
+}
+
+/// The default adapter. A machine without one skips the tests, except in CI.
+#[cfg(feature = "wgpu")]
+fn wgpu() -> Option<Device> {
+    use burn::tensor::Tensor;
+    use std::sync::OnceLock;
+
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let found = *FOUND.get_or_init(|| {
+        std::panic::catch_unwind(|| {
+            let device = Device::wgpu(Default::default());
+            Tensor::<1>::ones([1], &device).into_data();
+        })
+        .is_ok()
+    });
+    if !found {
+        let message = "no wgpu adapter: install a driver (on Debian, mesa-vulkan-drivers)";
+        assert!(std::env::var_os("CI").is_none(), "{message}");
+        eprintln!("skipped: {message}");
+    }
+    found.then(|| Device::wgpu(Default::default()))
+}

@@ -1,0 +1,109 @@
+//! Bad input, each with its exact message.
+
+use burn::{
+    config::Config,
+    tensor::{Device, Tensor},
+};
+use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts};
+
+fn init(aop: AopConfig) -> MemAopLinear {
+    MemAopLinearConfig::new(4, 2)
+        .with_aop(aop)
+        .init(&Device::flex())
+}
+
+fn ratio(ratio: f64) -> AopConfig {
+    AopConfig::new().with_outer_products(OuterProducts::Ratio { ratio, minimum: 1 })
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the count must be at least 1, but got 0")]
+fn count_of_zero() {
+    init(AopConfig::new().with_outer_products(OuterProducts::Count(0)));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the ratio must be in (0, 1], but got 0")]
+fn ratio_of_zero() {
+    init(ratio(0.0));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the ratio must be in (0, 1], but got 1.5")]
+fn ratio_above_one() {
+    init(ratio(1.5));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the ratio must be in (0, 1], but got NaN")]
+fn ratio_not_a_number() {
+    init(ratio(f64::NAN));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the minimum must be at least 1, but got 0")]
+fn minimum_of_zero() {
+    init(AopConfig::new().with_outer_products(OuterProducts::Ratio {
+        ratio: 0.5,
+        minimum: 0,
+    }));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got -0.1")]
+fn negative_decay() {
+    init(AopConfig::new().with_memory(Memory::Published { decay: -0.1 }));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got 1.1")]
+fn decay_above_one() {
+    init(AopConfig::new().with_memory(Memory::Published { decay: 1.1 }));
+}
+
+#[test]
+#[should_panic(expected = "assert_shape!(input, [.., d_input]): axis 1 expected 4, got 3")]
+fn wrong_input_width() {
+    init(AopConfig::new()).forward(Tensor::<2>::zeros([1, 3], &Device::flex()));
+}
+
+#[test]
+#[should_panic(
+    expected = "MemAopLinear: the input must have at least 1 row, but its shape is [0, 4]"
+)]
+fn empty_batch() {
+    init(AopConfig::new()).forward(Tensor::<2>::zeros([0, 4], &Device::flex()));
+}
+
+#[test]
+fn bad_input_loses_no_memory() {
+    let device = Device::flex().autodiff();
+    let layer = MemAopLinearConfig::new(4, 2).init(&device);
+    layer
+        .forward(Tensor::<2>::ones([8, 4], &device))
+        .sum()
+        .backward();
+    let before = layer.memory_stats();
+    assert_eq!(before.rows, 8);
+    for shape in [[0, 4], [8, 3]] {
+        let forward = std::panic::AssertUnwindSafe(|| {
+            layer.forward(Tensor::<2>::zeros(shape, &device));
+        });
+        assert!(std::panic::catch_unwind(forward).is_err());
+    }
+    assert_eq!(layer.memory_stats(), before);
+}
+
+#[test]
+fn the_configuration_survives_serialization() {
+    let config = MemAopLinearConfig::new(4, 2).with_aop(
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Count(3))
+            .with_memory(Memory::None)
+            .with_seed(u64::MAX),
+    );
+    let json = config.to_string();
+    let loaded = MemAopLinearConfig::load_binary(json.as_bytes()).unwrap();
+    assert_eq!(loaded.aop, config.aop);
+    assert_eq!((loaded.d_input, loaded.d_output), (4, 2));
+}

@@ -1,0 +1,12 @@
+//! One binary for all integration tests of the crate.
+
+#![allow(clippy::needless_range_loop)] // The oracle is written index by index, as the formulas are.
+
+mod backends;
+mod errors;
+mod gradients;
+mod memory;
+mod oracle;
+mod record;
+mod selection;
+mod support;
