@@ -30,9 +30,7 @@ where
         bias: Bias<Self>,
         layer: AopLayer,
     ) -> FloatTensor<Self> {
-        let rows = rows(&input.shape());
-        let exact = layer.config.outer_products.k(rows) >= rows;
-        if exact || !weight.is_tracked() {
+        if !weight.is_tracked() {
             return Self::linear(input, weight, bias.into_option());
         }
 
@@ -137,11 +135,15 @@ fn propagate<B>(
         .weight
         .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
 
+    let shape = input.shape();
+    let grad = flatten::<B>(grad);
+
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        grads.register::<B>(node, B::linear_x_backward(weight, grad.clone()));
+        let gradient = B::float_matmul(grad.clone(), B::float_transpose(weight));
+        grads.register::<B>(node, B::float_reshape(gradient, shape));
     }
     if let Some(node) = weight_node {
-        let gradient = weight_gradient::<B>(input, grad, &state.layer);
+        let gradient = weight_gradient::<B>(flatten::<B>(input), grad, &state.layer);
         grads.register::<B>(node, gradient);
     }
 }
@@ -156,9 +158,6 @@ where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    let input = flatten::<B>(input);
-    let grad = flatten::<B>(grad);
-
     let mut state = layer.memory.lock();
     let memory = match (layer.config.memory, state.rows.take()) {
         (Memory::None, _) | (_, None) => RowMemory::Empty,
@@ -190,16 +189,13 @@ where
     gradient.weight
 }
 
-/// The number of outer products in the weight gradient for an input of this shape.
-fn rows(input: &Shape) -> usize {
-    let leading = input.num_dims() - 1;
-    input[..leading].iter().product()
-}
-
+/// `[..., width]` as a matrix.
 fn flatten<B: MemAopOps>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     let shape = tensor.shape();
-    let width = shape[shape.num_dims() - 1];
-    B::float_reshape(tensor, Shape::new([rows(&shape), width]))
+    let (width, leading) = shape.split_last().expect("at least one dimension");
+    let rows = leading.iter().product();
+    let matrix = Shape::new([rows, *width]);
+    B::float_reshape(tensor, matrix)
 }
 
 fn from_primitive<B: MemAopOps>(tensor: FloatTensor<B>) -> Tensor<2>

@@ -138,8 +138,8 @@ impl MemAopLinear {
     /// - input: `[..., d_input]`, of any rank
     /// - output: `[..., d_output]`
     ///
-    /// The rows of the weight gradient are the elements of all leading dimensions; a tensor of
-    /// rank 1 is one row.
+    /// The rows of the weight gradient are the elements of all leading dimensions. A tensor of
+    /// rank 1 is one row, for which the gradient is always exact.
     ///
     /// # Panics
     ///
@@ -157,24 +157,14 @@ impl MemAopLinear {
         );
         let bias = self.bias.as_ref().map(Param::val);
 
+        assert_supported(input.device().as_dispatch());
+
+        let rows = shape.num_elements() / d_input;
+        let exact = self.aop.outer_products.k(rows) >= rows;
         // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
-        if let DType::QFloat(_) = weight.dtype() {
+        if exact || matches!(weight.dtype(), DType::QFloat(_)) {
             return linear(input, weight, bias);
         }
-        if D == 1 {
-            let output = self.apply(input.unsqueeze::<2>(), weight, bias);
-            return output.squeeze_dim(0);
-        }
-        self.apply(input, weight, bias)
-    }
-
-    fn apply<const D: usize>(
-        &self,
-        input: Tensor<D>,
-        weight: Tensor<2>,
-        bias: Option<Tensor<1>>,
-    ) -> Tensor<D> {
-        assert_supported(input.device().as_dispatch());
         let layer = AopLayer {
             config: self.aop,
             memory: self.memory.handle(),

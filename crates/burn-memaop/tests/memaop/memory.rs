@@ -138,7 +138,7 @@ fn a_layer_used_twice_folds_in_twice() {
         let tensor = |matrix: &Matrix| matrix.tensor(&device(), DType::F32);
         // The second use depends on the first, so the backward pass takes it first.
         let first = layer.forward(tensor(&x1));
-        let second = layer.forward(tensor(&x2) + first.clone().sum() * 0.0);
+        let second = layer.forward(tensor(&x2) + first.clone().sum().unsqueeze() * 0.0);
         let loss = (first * tensor(&g1)).sum() + (second * tensor(&g2)).sum();
         let grads = loss.backward();
         let gradient = Matrix::from_tensor(layer.weight.grad(&grads).unwrap());
