@@ -52,9 +52,7 @@ fn unsupported(device: &str) -> String {
         ("Cube(Cpu", "cpu"),
         ("Cube", "wgpu"),
     ];
-    let device = device
-        .strip_prefix("Autodiff { device: ")
-        .unwrap_or(device);
+    let device = device.strip_prefix("Autodiff { device: ").unwrap_or(device);
     match features.iter().find(|(name, _)| device.starts_with(name)) {
         Some((_, feature)) => format!(
             "MemAopLinear does not support the device {device} in this build: enable the feature \

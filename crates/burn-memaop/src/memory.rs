@@ -214,7 +214,11 @@ impl Module for RowMemoryModule {
         let found = workers
             .iter()
             .position(|worker| free(worker) && own(worker))
-            .or_else(|| workers.iter().position(|worker| free(worker) && orphan(worker)));
+            .or_else(|| {
+                workers
+                    .iter()
+                    .position(|worker| free(worker) && orphan(worker))
+            });
 
         let handle = match found {
             Some(index) => {

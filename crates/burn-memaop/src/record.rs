@@ -125,7 +125,9 @@ impl MemoryRecord {
             _ => {
                 let input = load("input", self.ids[1], self.d_input);
                 let grad = load("grad", self.ids[2], self.d_output);
-                input.zip(grad).map(|(input, grad)| RowTensors { input, grad })
+                input
+                    .zip(grad)
+                    .map(|(input, grad)| RowTensors { input, grad })
             }
         };
         Some(MemoryState {

@@ -4,7 +4,7 @@ use burn::backend::{
     Backend, Scalar, TensorMetadata, get_or_init_device_settings,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, Slice, TensorData};
+use burn::tensor::{DType, FloatDType, Slice, TensorData};
 
 use crate::{config::Policy, gradient::finite, noise::StepNoise, ops::AopStep};
 
@@ -12,6 +12,7 @@ use crate::{config::Policy, gradient::finite, noise::StepNoise, ops::AopStep};
 const LAST: f32 = f32::MIN;
 /// The least score that has a logarithm of its own; rows below it come after all others.
 const LEAST: f32 = f32::MIN_POSITIVE;
+const MOST: f32 = f32::MAX;
 
 /// The indices of the K chosen rows, shape `[k]`, in no particular order.
 ///
@@ -37,9 +38,11 @@ pub(crate) fn select<B: Backend>(
             let gumbel = (0..rows).map(|row| noise.gumbel(row) as f32);
             let gumbel = TensorData::new(gumbel.collect::<Vec<_>>(), [rows]);
             let gumbel = B::float_from_data(gumbel, &scores.device());
-            let gumbel = B::float_cast(gumbel, scores.dtype().into());
 
-            let logs = B::float_log(B::float_clamp_min(scores.clone(), Scalar::from(LEAST)));
+            // In single precision for double-precision layers too: it is enough for keys, and
+            // some devices have no other logarithm.
+            let clamped = B::float_clamp(scores.clone(), Scalar::from(LEAST), Scalar::from(MOST));
+            let logs = B::float_log(B::float_cast(clamped, FloatDType::F32));
             let keys = B::float_add(B::float_mul_scalar(logs, Scalar::from(2.0)), gumbel);
             top_k::<B>(last_unless_finite::<B>(keys, scores), step.k)
         }

@@ -130,7 +130,15 @@ pub fn operation_equals_the_oracle(device: &Device) {
     for memory in MEMORIES {
         for policy in POLICIES {
             for largest in [2, 3, 65, 257] {
-                compare(device, DType::F32, 1e-5, policy, memory, &mut random, largest);
+                compare(
+                    device,
+                    DType::F32,
+                    1e-5,
+                    policy,
+                    memory,
+                    &mut random,
+                    largest,
+                );
             }
         }
     }
@@ -200,7 +208,14 @@ pub fn rows_that_are_not_finite_are_left_out(device: &Device) {
             .collect();
         let broken = [2, 5, 7];
         assert!(kept.iter().all(|row| !broken.contains(row)), "{policy:?}");
-        assert!(input.0.iter().chain(&grad.0).flatten().all(|v| v.is_finite()));
+        assert!(
+            input
+                .0
+                .iter()
+                .chain(&grad.0)
+                .flatten()
+                .all(|v| v.is_finite())
+        );
 
         // What the gradient lacks of the exact one over the sound rows is what was kept.
         let mut sound = Matrix::zeros(n, p);
@@ -323,7 +338,10 @@ pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
             minimum: 1,
         },
     ] {
-        let layer = layer(&linear, AopConfig::new().with_outer_products(outer_products));
+        let layer = layer(
+            &linear,
+            AopConfig::new().with_outer_products(outer_products),
+        );
         let (x, g) = (random.matrix(m, n), random.matrix(m, p));
         let (weight, bias) = (&layer.weight, layer.bias.as_ref().unwrap());
         let ours = backward(|x| layer.forward(x), weight, bias, [m, n], &x, &g);
@@ -334,9 +352,16 @@ pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
         assert_eq!(bits(ours.input), bits(exact.input));
         assert_eq!(bits(ours.bias), bits(exact.bias));
         let input = x.tensor(device, DType::F32);
-        assert_eq!(bits(layer.forward(input.clone())), bits(linear.forward(input)));
+        assert_eq!(
+            bits(layer.forward(input.clone())),
+            bits(linear.forward(input))
+        );
         let stats = layer.memory_stats();
-        assert_eq!((stats.step, stats.rows), (0, 0), "the memory is not touched");
+        assert_eq!(
+            (stats.step, stats.rows),
+            (0, 0),
+            "the memory is not touched"
+        );
     }
 }
 
@@ -358,7 +383,9 @@ pub fn non_contiguous_input_is_handled(device: &Device) {
             }
             other.tensor(device, DType::F32).transpose()
         };
-        let grads = (layer.forward(transpose(&x)) * transpose(&g)).sum().backward();
+        let grads = (layer.forward(transpose(&x)) * transpose(&g))
+            .sum()
+            .backward();
         let gradient = Matrix::from_tensor(layer.weight.grad(&grads).unwrap());
         let error = gradient.relative_error(&oracle.step(&x, &g, k));
         assert!(error < 1e-5, "{error:e}");

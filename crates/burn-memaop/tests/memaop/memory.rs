@@ -26,7 +26,9 @@ fn aop() -> AopConfig {
 }
 
 fn layer() -> MemAopLinear {
-    MemAopLinearConfig::new(N, P).with_aop(aop()).init(&device())
+    MemAopLinearConfig::new(N, P)
+        .with_aop(aop())
+        .init(&device())
 }
 
 fn oracle() -> Oracle {
@@ -208,7 +210,11 @@ fn forks_of_a_worker_find_the_memory_of_the_step_before() {
         let (x, g) = batch(&mut random, 10);
         assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
     }
-    assert_eq!(model.memory_stats().step, 0, "the model itself has not trained");
+    assert_eq!(
+        model.memory_stats().step,
+        0,
+        "the model itself has not trained"
+    );
 }
 
 #[test]
@@ -323,7 +329,11 @@ fn the_parameters_are_those_of_linear() {
     let trained = layer();
     let (x, g) = batch(&mut random, 10);
     step(&trained, &x, &g);
-    assert_eq!(trained.num_params(), N * P + P, "the memory is no parameter");
+    assert_eq!(
+        trained.num_params(),
+        N * P + P,
+        "the memory is no parameter"
+    );
 }
 
 #[test]

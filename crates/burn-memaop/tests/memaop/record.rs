@@ -104,7 +104,9 @@ fn a_memory_in_double_precision_keeps_its_bits() {
         linear,
         AopConfig::new().with_outer_products(OuterProducts::Count(2)),
     );
-    layer.weight = layer.weight.map(|weight| weight.cast(DType::F64).detach().require_grad());
+    layer.weight = layer
+        .weight
+        .map(|weight| weight.cast(DType::F64).detach().require_grad());
     let input = random.matrix(7, 5).tensor(&device, DType::F64);
     layer.forward(input).square().sum().backward();
     let before = layer.memory_stats();
@@ -125,7 +127,10 @@ fn an_empty_memory_is_saved_and_loaded() {
     target.forward(input).square().sum().backward();
     assert_eq!(target.memory_stats().step, 1);
     let target = target.load_record(record);
-    assert_eq!((target.memory_stats().step, target.memory_stats().rows), (0, 0));
+    assert_eq!(
+        (target.memory_stats().step, target.memory_stats().rows),
+        (0, 0)
+    );
 }
 
 #[test]

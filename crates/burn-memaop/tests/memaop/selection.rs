@@ -31,7 +31,9 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
         panic!("the memory has rows");
     };
     let kept = Matrix::from_tensor(Tensor::from_dispatch(grad));
-    (0..sizes.len()).filter(|&row| kept.0[row][0] == 0.0).collect()
+    (0..sizes.len())
+        .filter(|&row| kept.0[row][0] == 0.0)
+        .collect()
 }
 
 /// Pearson's statistic of the pairs drawn, for probabilities of unordered pairs.

@@ -1,0 +1,58 @@
+use anyhow::{Result, bail};
+use burn::tensor::Device;
+use clap::ValueEnum;
+
+/// A backend by the name of the feature that enables it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Backend {
+    Flex,
+    Ndarray,
+    Wgpu,
+    Vulkan,
+    Webgpu,
+    Metal,
+    Cuda,
+    Rocm,
+    Cpu,
+    Tch,
+}
+
+impl Backend {
+    /// The default device of the backend.
+    ///
+    /// # Errors
+    ///
+    /// The feature to build with, where it is missing.
+    #[allow(deprecated)] // NdArray and LibTorch.
+    pub fn device(self) -> Result<Device> {
+        Ok(match self {
+            #[cfg(feature = "flex")]
+            Self::Flex => Device::flex(),
+            #[cfg(feature = "ndarray")]
+            Self::Ndarray => Device::ndarray(),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Device::wgpu(Default::default()),
+            #[cfg(feature = "vulkan")]
+            Self::Vulkan => Device::vulkan(Default::default()),
+            #[cfg(feature = "webgpu")]
+            Self::Webgpu => Device::webgpu(Default::default()),
+            #[cfg(feature = "metal")]
+            Self::Metal => Device::metal(Default::default()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Device::cuda(0),
+            #[cfg(feature = "rocm")]
+            Self::Rocm => Device::rocm(0),
+            #[cfg(feature = "cpu")]
+            Self::Cpu => Device::cpu(),
+            #[cfg(feature = "tch")]
+            Self::Tch => Device::libtorch(),
+            #[allow(unreachable_patterns)]
+            backend => {
+                let value = backend.to_possible_value().expect("no backend is skipped");
+                let name = value.get_name();
+                bail!("the backend {name} is not in this build: add `--features {name}`")
+            }
+        })
+    }
+}

@@ -1,0 +1,172 @@
+//! Handwritten digits, learned twice from the same initial weights: with `burn::nn::Linear`, and
+//! with `MemAopLinear`.
+//!
+//! ```text
+//! cargo run --release --example quickstart
+//! ```
+
+mod data;
+mod model;
+mod training;
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use burn::tensor::Device;
+use burn_memaop::AopConfig;
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use memaop_examples::{
+    AopOptions, Backend,
+    chart::{self, Series},
+};
+use serde::Serialize;
+
+use crate::{
+    data::Digits,
+    model::Mlp,
+    training::{Run, Settings},
+};
+
+/// Handwritten digits, with `Linear` and with `MemAopLinear`
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    aop: AopOptions,
+    /// Passes over the training images
+    #[arg(long, default_value_t = 100)]
+    epochs: usize,
+    /// Images in a batch
+    #[arg(long, default_value_t = 128)]
+    batch: usize,
+    /// Units in each of the two hidden layers
+    #[arg(long, default_value_t = 512)]
+    width: usize,
+    /// Learning rate of plain SGD
+    #[arg(long, default_value_t = 0.1)]
+    lr: f64,
+    /// Seed of the initial weights, the order of the images and the policy
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[arg(long, value_enum, default_value_t = Backend::Flex)]
+    backend: Backend,
+    /// Writes the table to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Where the loss curves go
+    #[arg(long, default_value = "quickstart.svg")]
+    chart: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    runs: &'a [Run],
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let device = options.backend.device()?;
+    let aop = options.aop.config(options.seed)?;
+    let settings = Settings {
+        epochs: options.epochs,
+        batch: options.batch,
+        width: options.width,
+        lr: options.lr,
+        seed: options.seed,
+    };
+    settings.validate()?;
+
+    let runs = compare(&settings, aop, &device)?;
+    print_table(&runs);
+    draw(&runs, &options.chart)?;
+    println!("\nLoss curves: {}", options.chart.display());
+    if let Some(path) = &options.json {
+        let report = serde_json::to_string_pretty(&Report { runs: &runs })?;
+        fs::write(path, report).with_context(|| format!("--json {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Both runs, from the same initial weights and over the same batches.
+fn compare(settings: &Settings, aop: AopConfig, device: &Device) -> Result<[Run; 2]> {
+    let digits = Digits::load();
+    device.seed(settings.seed);
+    let linear = Mlp::new(settings.width, &device.clone().autodiff());
+    let memaop = linear.clone().with_memaop(aop);
+
+    let steps = settings.epochs * digits.batches(settings.batch);
+    let bar = |name: &'static str| {
+        let style = ProgressStyle::with_template("{msg:>7} {wide_bar} {percent:>3} % {eta:>4}")
+            .expect("the template is valid");
+        ProgressBar::new(steps as u64)
+            .with_style(style)
+            .with_message(name)
+    };
+    Ok([
+        training::train("linear", linear, &digits, settings, device, &bar("linear"))?,
+        training::train("memaop", memaop, &digits, settings, device, &bar("memaop"))?,
+    ])
+}
+
+fn print_table(runs: &[Run]) {
+    println!(
+        "{:<8} {:>15} {:>10} {:>16} {:>9}",
+        "layer", "test accuracy", "loss", "outer products", "ms/step"
+    );
+    for run in runs {
+        println!(
+            "{:<8} {:>13.2} % {:>10.5} {:>16} {:>9.3}",
+            run.layer,
+            100.0 * run.test_accuracy,
+            run.loss,
+            run.outer_products,
+            run.step_ms
+        );
+    }
+}
+
+fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
+    let series: Vec<_> = runs
+        .iter()
+        .map(|run| Series {
+            name: run.layer,
+            values: &run.losses,
+        })
+        .collect();
+    chart::lines(path, "Digits: training loss", "epoch", "loss", &series)
+        .with_context(|| format!("--chart {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn_memaop::{Memory, OuterProducts, Policy};
+
+    /// The claim of the README: a quarter of the outer products, at most 1.5 points.
+    #[test]
+    fn a_quarter_of_the_outer_products_learns_as_well() {
+        let device = Device::flex();
+        let aop = AopConfig::new()
+            .with_outer_products(OuterProducts::Ratio {
+                ratio: 0.25,
+                minimum: 1,
+            })
+            .with_policy(Policy::TopK)
+            .with_memory(Memory::Published { decay: 1.0 });
+        let mut difference = 0.0;
+        for seed in 0..3 {
+            let settings = Settings {
+                epochs: 40,
+                batch: 128,
+                width: 128,
+                lr: 0.1,
+                seed,
+            };
+            let [linear, memaop] = compare(&settings, aop, &device).unwrap();
+            assert!(linear.test_accuracy > 0.9, "{}", linear.test_accuracy);
+            assert!(memaop.outer_products < linear.outer_products / 3);
+            difference += (linear.test_accuracy - memaop.test_accuracy) / 3.0;
+        }
+        assert!(difference <= 0.015, "{difference}");
+    }
+}
