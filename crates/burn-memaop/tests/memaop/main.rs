@@ -1,5 +1,6 @@
 //! One binary for all integration tests of the crate.
 
+#![cfg(all(feature = "flex", feature = "autodiff"))]
 #![allow(clippy::needless_range_loop)] // The oracle is written index by index, as the formulas are.
 
 mod backends;

@@ -1,0 +1,27 @@
+//! A device whose backend is in Burn, but not in this crate:
+//! `cargo test -p burn-memaop --no-default-features --features autodiff --test missing_feature`.
+
+#![cfg(not(feature = "flex"))]
+
+use burn::tensor::{Device, Tensor};
+use burn_memaop::MemAopLinearConfig;
+
+#[test]
+#[should_panic(
+    expected = "MemAopLinear does not support the device Flex(FlexDevice) in this build: enable \
+                the feature `flex` of burn-memaop"
+)]
+fn the_message_names_the_feature() {
+    let device = Device::flex();
+    let layer = MemAopLinearConfig::new(4, 2).init(&device);
+    layer.forward(Tensor::<2>::zeros([3, 4], &device));
+}
+
+#[test]
+#[should_panic(expected = "enable the feature `flex` of burn-memaop")]
+#[cfg(feature = "autodiff")]
+fn under_autodiff_too() {
+    let device = Device::flex().autodiff();
+    let layer = MemAopLinearConfig::new(4, 2).init(&device);
+    layer.forward(Tensor::<2>::zeros([3, 4], &device));
+}
