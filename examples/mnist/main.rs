@@ -22,12 +22,9 @@ use burn::{
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use clap::Parser;
-use memaop_examples::{AopOptions, Backend};
+use memaop_examples::{AopOptions, Backend, mnist::Split};
 
-use crate::{
-    data::Split,
-    model::{Mlp, MnistBatcher},
-};
+use crate::model::{Mlp, MnistBatcher};
 
 /// MNIST with MemAopLinear, trained by burn-train
 #[derive(Parser, Debug)]

@@ -18,14 +18,14 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use memaop_examples::{
     AopOptions, Backend,
-    chart::{self, Series},
+    chart::{Chart, Series},
 };
 use serde::Serialize;
 
 use crate::{
     data::Digits,
     model::Mlp,
-    training::{Run, Settings},
+    training::{Run, Settings, Training},
 };
 
 /// Handwritten digits, with `Linear` and with `MemAopLinear`
@@ -87,25 +87,34 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Both runs, from the same initial weights and over the same batches.
+/// Both runs, from the same initial weights and over the same batches, step by step in turns.
 fn compare(settings: &Settings, aop: AopConfig, device: &Device) -> Result<[Run; 2]> {
     let digits = Digits::load();
     device.seed(settings.seed);
     let linear = Mlp::new(settings.width, &device.clone().autodiff());
     let memaop = linear.clone().with_memaop(aop);
 
+    let autodiff = device.clone().autodiff();
+    let mut linear = Training::new("linear", linear, settings.lr, &autodiff);
+    let mut memaop = Training::new("memaop", memaop, settings.lr, &autodiff);
+
     let steps = settings.epochs * digits.batches(settings.batch);
-    let bar = |name: &'static str| {
-        let style = ProgressStyle::with_template("{msg:>7} {wide_bar} {percent:>3} % {eta:>4}")
-            .expect("the template is valid");
-        ProgressBar::new(steps as u64)
-            .with_style(style)
-            .with_message(name)
-    };
-    Ok([
-        training::train("linear", linear, &digits, settings, device, &bar("linear"))?,
-        training::train("memaop", memaop, &digits, settings, device, &bar("memaop"))?,
-    ])
+    let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {eta:>4} left")?;
+    let bar = ProgressBar::new(steps as u64).with_style(style);
+    for epoch in 0..settings.epochs as u64 {
+        // The seeds of the epochs of one training do not meet those of another.
+        let seed = settings.seed << 32 | epoch;
+        for batch in digits.epoch(settings.batch, seed, &autodiff) {
+            linear.step(&batch)?;
+            memaop.step(&batch)?;
+            bar.inc(1);
+        }
+        linear.end_epoch();
+        memaop.end_epoch();
+    }
+    bar.finish();
+    let test = || digits.test(device);
+    Ok([linear.finish(test()), memaop.finish(test())])
 }
 
 fn print_table(runs: &[Run]) {
@@ -128,13 +137,22 @@ fn print_table(runs: &[Run]) {
 fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
     let series: Vec<_> = runs
         .iter()
-        .map(|run| Series {
+        .enumerate()
+        .map(|(color, run)| Series {
             name: run.layer,
             values: &run.losses,
+            color,
+            dashed: false,
         })
         .collect();
-    chart::lines(path, "Digits: training loss", "epoch", "loss", &series)
-        .with_context(|| format!("--chart {}", path.display()))
+    let chart = Chart {
+        title: "Digits: training loss",
+        x: "epoch",
+        y: "loss",
+        logarithmic: true,
+        series: &series,
+    };
+    chart.save(path).context("--chart")
 }
 
 #[cfg(test)]

@@ -4,10 +4,9 @@ use anyhow::{Result, ensure};
 use burn::{
     module::Module,
     nn::loss::{CrossEntropyLoss, CrossEntropyLossConfig},
-    optim::{GradientsParams, SgdConfig},
+    optim::{GradientsParams, ModuleOptimizer, SgdConfig},
     tensor::{Device, Tensor},
 };
-use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::{
@@ -58,66 +57,71 @@ pub struct Run {
     pub losses: Vec<f64>,
 }
 
-pub fn train<L: Dense>(
+/// A training in progress. Two of them can take turns, so that the times of their steps compare.
+pub struct Training<L: Dense> {
     layer: &'static str,
-    mut model: Mlp<L>,
-    digits: &Digits,
-    settings: &Settings,
-    device: &Device,
-    bar: &ProgressBar,
-) -> Result<Run> {
-    let autodiff = device.clone().autodiff();
-    let loss = CrossEntropyLossConfig::new().init(&autodiff);
-    let mut optimizer = SgdConfig::new().init();
-    let mut losses = Vec::new();
-    let mut times = Vec::new();
-    let mut outer_products = 0;
-
-    for epoch in 0..settings.epochs as u64 {
-        // The seeds of the epochs of one training do not meet those of another.
-        let seed = settings.seed << 32 | epoch;
-        let mut sum = Tensor::<1>::zeros([1], device);
-        let mut count = 0.0;
-        for batch in digits.epoch(settings.batch, seed, &autodiff) {
-            device.sync()?;
-            let start = Instant::now();
-            let value = step(&mut model, &loss, batch, |model, grads| {
-                optimizer.step(settings.lr, model, grads)
-            });
-            device.sync()?;
-            times.push(start.elapsed().as_secs_f64() * 1e3);
-
-            sum = sum + value;
-            count += 1.0;
-            outer_products += model.outer_products(settings.batch) as u64;
-            bar.inc(1);
-        }
-        losses.push(sum.into_scalar::<f64>() / count);
-    }
-    bar.finish();
-
-    times.sort_by(f64::total_cmp);
-    Ok(Run {
-        layer,
-        test_accuracy: accuracy(&model, digits.test(device)),
-        loss: *losses.last().expect("at least one epoch"),
-        outer_products,
-        step_ms: times[times.len() / 2],
-        losses,
-    })
+    model: Mlp<L>,
+    lr: f64,
+    optimizer: ModuleOptimizer,
+    loss: CrossEntropyLoss,
+    /// The losses of the present epoch, on the device.
+    epoch: Vec<Tensor<1>>,
+    losses: Vec<f64>,
+    times: Vec<f64>,
+    outer_products: u64,
 }
 
-/// One training step; returns the loss, without waiting for it.
-fn step<L: Dense>(
-    model: &mut Mlp<L>,
-    loss: &CrossEntropyLoss,
-    batch: Batch,
-    mut optimize: impl FnMut(Mlp<L>, GradientsParams) -> Mlp<L>,
-) -> Tensor<1> {
-    let loss = loss.forward(model.forward(batch.images), batch.labels);
-    let grads = GradientsParams::from_grads(loss.backward(), model);
-    *model = optimize(model.clone(), grads);
-    loss.inner()
+impl<L: Dense> Training<L> {
+    pub fn new(layer: &'static str, model: Mlp<L>, lr: f64, device: &Device) -> Self {
+        Self {
+            layer,
+            model,
+            lr,
+            optimizer: SgdConfig::new().init(),
+            loss: CrossEntropyLossConfig::new().init(device),
+            epoch: Vec::new(),
+            losses: Vec::new(),
+            times: Vec::new(),
+            outer_products: 0,
+        }
+    }
+
+    /// Forward, backward, optimizer.
+    pub fn step(&mut self, batch: &Batch) -> Result<()> {
+        let rows = batch.images.dims()[0];
+        self.outer_products += self.model.outer_products(rows) as u64;
+        let (images, labels) = (batch.images.clone(), batch.labels.clone());
+        let device = images.device();
+        let model = self.model.clone();
+
+        device.sync()?;
+        let start = Instant::now();
+        let loss = self.loss.forward(model.forward(images), labels);
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        self.model = self.optimizer.step(self.lr, model, grads);
+        device.sync()?;
+        self.times.push(start.elapsed().as_secs_f64() * 1e3);
+
+        self.epoch.push(loss.inner());
+        Ok(())
+    }
+
+    pub fn end_epoch(&mut self) {
+        let losses = Tensor::cat(std::mem::take(&mut self.epoch), 0);
+        self.losses.push(losses.mean().into_scalar());
+    }
+
+    pub fn finish(mut self, test: Batch) -> Run {
+        self.times.sort_by(f64::total_cmp);
+        Run {
+            layer: self.layer,
+            test_accuracy: accuracy(&self.model, test),
+            loss: *self.losses.last().expect("at least one epoch"),
+            outer_products: self.outer_products,
+            step_ms: self.times[self.times.len() / 2],
+            losses: self.losses,
+        }
+    }
 }
 
 fn accuracy<L: Dense>(model: &Mlp<L>, test: Batch) -> f64 {

@@ -2,6 +2,12 @@
 
 use burn::backend::DispatchDevice;
 
+#[cfg(any(
+    feature = "flex",
+    feature = "ndarray",
+    feature = "tch",
+    feature = "cubecl-backend"
+))]
 use crate::ops::MemAopOps;
 
 #[cfg(feature = "flex")]
@@ -49,6 +55,7 @@ fn unsupported(device: &str) -> String {
         ("LibTorch", "tch"),
         ("Cube(Cuda", "cuda"),
         ("Cube(Hip", "rocm"),
+        ("Cube(Metal", "metal"),
         ("Cube(Cpu", "cpu"),
         ("Cube", "wgpu"),
     ];
@@ -72,7 +79,7 @@ mod tests {
     #[test]
     fn the_message_names_the_feature() {
         for (device, feature) in [
-            ("Flex(FlexDevice)", "`flex`"),
+            ("Flex(Cpu)", "`flex`"),
             ("NdArray(Cpu)", "`ndarray`"),
             ("LibTorch(Cpu)", "`tch`"),
             ("Cube(Cuda(CudaDevice { index: 0 }))", "`cuda`"),

@@ -73,3 +73,8 @@ pub use config::{AopConfig, AopConfigError, Memory, OuterProducts, Policy};
 pub use linear::{MemAopLinear, MemAopLinearConfig};
 pub use memory::MemoryStats;
 pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, WeightGradient};
+
+/// Compiles the code of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -114,6 +114,8 @@ pub trait MemAopOps: Backend {
     /// - input: `[rows, d_input]`
     /// - grad: `[rows, d_output]`
     /// - memory: any number of rows; the first `rows` take part, missing ones are zero
+    // Without a backend the macro has no use for the arguments.
+    #[allow(unused_variables)]
     fn memaop_weight_gradient(
         input: FloatTensor<Self>,
         grad: FloatTensor<Self>,

@@ -8,7 +8,7 @@ use burn_memaop::MemAopLinearConfig;
 
 #[test]
 #[should_panic(
-    expected = "MemAopLinear does not support the device Flex(FlexDevice) in this build: enable \
+    expected = "MemAopLinear does not support the device Flex(Cpu) in this build: enable \
                 the feature `flex` of burn-memaop"
 )]
 fn the_message_names_the_feature() {

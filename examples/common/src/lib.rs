@@ -1,7 +1,8 @@
-//! What the examples share: the options of the layer, the backends, and charts.
+//! What the examples share: the options of the layer, the backends, MNIST, charts.
 
 mod backend;
 pub mod chart;
+pub mod mnist;
 mod options;
 
 pub use backend::Backend;

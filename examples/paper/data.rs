@@ -1,0 +1,210 @@
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use burn_dataset::{
+    Dataset as _,
+    vision::{MnistDataset, MnistItem},
+};
+use clap::ValueEnum;
+use memaop_examples::mnist::{self, Images, PIXELS, Split};
+use serde::{Deserialize, Serialize};
+
+/// One of the two experiments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dataset {
+    Energy,
+    Mnist,
+}
+
+impl Dataset {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Energy => "energy",
+            Self::Mnist => "mnist",
+        }
+    }
+
+    pub fn batch(self) -> usize {
+        match self {
+            Self::Energy => 144,
+            Self::Mnist => 64,
+        }
+    }
+
+    /// As many as the paper trained for.
+    pub fn epochs(self) -> usize {
+        match self {
+            Self::Energy => 100,
+            Self::Mnist => 30,
+        }
+    }
+
+    /// The numbers of outer products that the paper compares.
+    pub fn ks(self) -> [usize; 3] {
+        match self {
+            Self::Energy => [18, 9, 3],
+            Self::Mnist => [32, 16, 8],
+        }
+    }
+
+    pub fn outputs(self) -> usize {
+        match self {
+            Self::Energy => 1,
+            Self::Mnist => 10,
+        }
+    }
+}
+
+/// Rows of inputs, and a target for each: a value, or the number of a class.
+#[derive(Debug, PartialEq)]
+pub struct Rows {
+    pub width: usize,
+    pub inputs: Vec<f32>,
+    pub targets: Vec<f32>,
+}
+
+impl Rows {
+    pub fn len(&self) -> usize {
+        self.targets.len()
+    }
+}
+
+/// What a run learns from and what it is validated on.
+pub struct Data {
+    pub dataset: Dataset,
+    pub train: Rows,
+    pub validation: Rows,
+}
+
+impl Data {
+    /// Reads `energy/energy_efficiency.csv` or `mnist/*` in `folder`; without a folder, MNIST is
+    /// downloaded.
+    ///
+    /// # Errors
+    ///
+    /// The file, and what is wrong with it.
+    pub fn load(dataset: Dataset, folder: Option<&Path>) -> Result<Self> {
+        let (train, validation) = match (dataset, folder) {
+            (Dataset::Energy, Some(folder)) => {
+                let path = folder.join("energy/energy_efficiency.csv");
+                read_energy(&path).with_context(|| format!("{}", path.display()))?
+            }
+            (Dataset::Energy, None) => bail!(
+                "the Energy data is not downloaded: get Energy Efficiency (UCI dataset 242), save \
+                 it as DIR/energy/energy_efficiency.csv (comma separated, a header line, 768 rows: \
+                 eight inputs, heating load, cooling load), and add --data DIR"
+            ),
+            (Dataset::Mnist, Some(folder)) => {
+                let read = |split| mnist::read(&folder.join("mnist"), split).map(scaled);
+                (read(Split::Train)?, read(Split::Test)?)
+            }
+            (Dataset::Mnist, None) => (
+                scaled(downloaded(MnistDataset::train())?),
+                scaled(downloaded(MnistDataset::test())?),
+            ),
+        };
+        Ok(Self {
+            dataset,
+            train,
+            validation,
+        })
+    }
+}
+
+fn downloaded(dataset: MnistDataset) -> Result<Images> {
+    let mut images = Images {
+        pixels: Vec::new(),
+        labels: Vec::new(),
+    };
+    for index in 0..dataset.len() {
+        let MnistItem { image, label } = dataset.get(index)?;
+        let pixels = image.as_flattened().iter();
+        images.pixels.extend(pixels.map(|&pixel| pixel as u8));
+        images.labels.push(label);
+    }
+    Ok(images)
+}
+
+/// Pixels scaled to `[-1, 1]`.
+fn scaled(images: Images) -> Rows {
+    let pixels = images.pixels.iter();
+    Rows {
+        width: PIXELS,
+        inputs: pixels
+            .map(|&pixel| f32::from(pixel) / 127.5 - 1.0)
+            .collect(),
+        targets: images.labels.into_iter().map(f32::from).collect(),
+    }
+}
+
+const ENERGY_ROWS: usize = 768;
+const ENERGY_TRAIN: usize = 576;
+/// Of the eight input columns, those that are standardised, and those that are one-hot.
+const STANDARDISED: [usize; 6] = [0, 1, 2, 3, 4, 6];
+const ONE_HOT: [usize; 2] = [5, 7];
+const HEATING_LOAD: usize = 8;
+
+fn read_energy(path: &Path) -> Result<(Rows, Rows)> {
+    let mut reader = csv::Reader::from_path(path)?;
+    let mut table: Vec<Vec<f64>> = Vec::new();
+    for (index, record) in reader.records().enumerate() {
+        let record = record?;
+        ensure!(
+            record.len() > HEATING_LOAD,
+            "a row must have at least {} columns, but row {} has {}",
+            HEATING_LOAD + 1,
+            index + 1,
+            record.len()
+        );
+        let values = record.iter().take(HEATING_LOAD + 1).map(|field| {
+            let value: f64 = field
+                .trim()
+                .parse()
+                .with_context(|| format!("row {}: not a number: {field:?}", index + 1))?;
+            ensure!(value.is_finite(), "row {}: not finite: {value}", index + 1);
+            Ok(value)
+        });
+        table.push(values.collect::<Result<_>>()?);
+        ensure!(
+            table.len() <= ENERGY_ROWS,
+            "there must be {ENERGY_ROWS} rows, but there are more"
+        );
+    }
+    ensure!(
+        table.len() == ENERGY_ROWS,
+        "there must be {ENERGY_ROWS} rows, but got {}",
+        table.len()
+    );
+
+    let mut columns: Vec<Vec<f32>> = Vec::new();
+    for column in STANDARDISED {
+        let values: Vec<f64> = table.iter().map(|row| row[column]).collect();
+        let train = &values[..ENERGY_TRAIN];
+        let mean = train.iter().sum::<f64>() / train.len() as f64;
+        let squares = train.iter().map(|value| (value - mean).powi(2));
+        let deviation = (squares.sum::<f64>() / train.len() as f64).sqrt();
+        ensure!(deviation > 0.0, "column {} is constant", column + 1);
+        let standardised = values.iter().map(|value| (value - mean) / deviation);
+        columns.push(standardised.map(|value| value as f32).collect());
+    }
+    for column in ONE_HOT {
+        let mut categories: Vec<f64> = table.iter().map(|row| row[column]).collect();
+        categories.sort_by(f64::total_cmp);
+        categories.dedup();
+        for category in categories {
+            let is = |row: &Vec<f64>| f32::from(u8::from(row[column] == category));
+            columns.push(table.iter().map(is).collect());
+        }
+    }
+
+    let rows = |range: std::ops::Range<usize>| Rows {
+        width: columns.len(),
+        inputs: range
+            .clone()
+            .flat_map(|row| columns.iter().map(move |column| column[row]))
+            .collect(),
+        targets: range.map(|row| table[row][HEATING_LOAD] as f32).collect(),
+    };
+    Ok((rows(0..ENERGY_TRAIN), rows(ENERGY_TRAIN..ENERGY_ROWS)))
+}

@@ -1,0 +1,157 @@
+use std::{
+    collections::VecDeque,
+    fs,
+    path::Path,
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    data::Data,
+    experiment::{Curves, Setting, run},
+};
+
+/// The result of a series, as it is written to JSON: `[run][epoch]`.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+pub struct Series {
+    #[serde(flatten)]
+    pub setting: Setting,
+    pub runs: usize,
+    pub epochs: usize,
+    /// Run r starts from seed + r.
+    pub seed: u64,
+    /// The time of all runs together.
+    pub seconds: f64,
+    pub loss: Vec<Vec<f64>>,
+    pub loss_val: Vec<Vec<f64>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acc_val: Option<Vec<Vec<f64>>>,
+}
+
+impl Series {
+    /// The validation loss after the last epoch, of every run.
+    pub fn final_loss_val(&self) -> Vec<f64> {
+        let last = |curve: &Vec<f64>| curve.last().copied().unwrap_or(f64::NAN);
+        self.loss_val.iter().map(last).collect()
+    }
+}
+
+/// The file of results: `{"series": [...]}`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Results {
+    pub series: Vec<Series>,
+}
+
+impl Results {
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write(path, &serde_json::to_string(self)?)
+    }
+}
+
+/// Writes a file at once: a stop leaves the old one or the new one behind.
+pub fn write(path: &Path, content: &str) -> Result<()> {
+    let partial = path.with_extension("partial");
+    fs::write(&partial, content)
+        .and_then(|()| fs::rename(&partial, path))
+        .with_context(|| format!("{}", path.display()))
+}
+
+/// How long and how often a series is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub runs: usize,
+    pub epochs: usize,
+    pub seed: u64,
+}
+
+struct Progress {
+    missing: Vec<usize>,
+    curves: Vec<Vec<Option<Curves>>>,
+    seconds: Vec<f64>,
+}
+
+/// Runs every series on all cores. Each is handed to `finished` as soon as its last run is done.
+pub fn run_all(
+    work: &[(&Data, Setting, Plan)],
+    finished: impl Fn(Series) -> Result<()> + Sync,
+) -> Result<()> {
+    let steps = |data: &Data| (data.train.len() / data.dataset.batch()) as u64;
+    let total = work
+        .iter()
+        .map(|(data, _, plan)| steps(data) * (plan.epochs * plan.runs) as u64);
+    let style = "{wide_bar} {percent:>3} % of {len} steps, {elapsed} gone, {eta} left";
+    let bar = ProgressBar::new(total.sum()).with_style(ProgressStyle::with_template(style)?);
+    bar.enable_steady_tick(Duration::from_secs(1));
+
+    let jobs = work
+        .iter()
+        .enumerate()
+        .flat_map(|(series, (_, _, plan))| (0..plan.runs).map(move |run| (series, run)));
+    let jobs: Mutex<VecDeque<_>> = Mutex::new(jobs.collect());
+    let progress = Mutex::new(Progress {
+        missing: work.iter().map(|(_, _, plan)| plan.runs).collect(),
+        curves: work
+            .iter()
+            .map(|(_, _, plan)| vec![None; plan.runs])
+            .collect(),
+        seconds: vec![0.0; work.len()],
+    });
+
+    let worker = || -> Result<()> {
+        loop {
+            let job = jobs.lock().expect("no worker panics").pop_front();
+            let Some((index, number)) = job else {
+                return Ok(());
+            };
+            let (data, setting, plan) = &work[index];
+            let start = Instant::now();
+            let seed = plan.seed + number as u64;
+            let curves = run(data, setting, plan.epochs, seed, || bar.inc(steps(data)));
+
+            let mut progress = progress.lock().expect("no worker panics");
+            progress.curves[index][number] = Some(curves);
+            progress.seconds[index] += start.elapsed().as_secs_f64();
+            progress.missing[index] -= 1;
+            if progress.missing[index] == 0 {
+                let curves = std::mem::take(&mut progress.curves[index]);
+                let seconds = progress.seconds[index];
+                drop(progress);
+                finished(collect(*setting, *plan, seconds, curves))?;
+            }
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let outcome = thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        let outcomes = handles.into_iter().map(|handle| match handle.join() {
+            Ok(outcome) => outcome,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        outcomes.collect::<Result<Vec<()>>>()
+    });
+    bar.finish();
+    outcome.map(|_| ())
+}
+
+fn collect(setting: Setting, plan: Plan, seconds: f64, curves: Vec<Option<Curves>>) -> Series {
+    let curves: Vec<_> = curves.into_iter().flatten().collect();
+    let accuracy: Vec<_> = curves.iter().map(|curves| curves.acc_val.clone()).collect();
+    Series {
+        setting,
+        runs: plan.runs,
+        epochs: plan.epochs,
+        seed: plan.seed,
+        seconds,
+        loss: curves.iter().map(|curves| curves.loss.clone()).collect(),
+        loss_val: curves
+            .iter()
+            .map(|curves| curves.loss_val.clone())
+            .collect(),
+        acc_val: (!accuracy.iter().all(Vec::is_empty)).then_some(accuracy),
+    }
+}
