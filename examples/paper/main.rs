@@ -35,7 +35,7 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    one: Option<One>,
+    one: One,
 }
 
 #[derive(Subcommand, Debug)]
@@ -47,10 +47,11 @@ enum Command {
 /// One series
 #[derive(Args, Debug)]
 struct One {
-    #[arg(long, value_enum)]
-    dataset: Dataset,
-    #[arg(long, value_enum)]
-    policy: PolicyName,
+    // Optional in type only, because a subcommand goes without them.
+    #[arg(long, value_enum, required = true)]
+    dataset: Option<Dataset>,
+    #[arg(long, value_enum, required = true)]
+    policy: Option<PolicyName>,
     #[arg(long, value_enum, default_value = "none")]
     memory: MemoryName,
     /// Outer products in a step; not needed for the exact gradient
@@ -106,30 +107,29 @@ impl Common {
 }
 
 fn main() -> Result<()> {
-    match Cli::parse() {
-        Cli {
-            command: Some(Command::All(all)),
-            ..
-        } => run_paper(&all),
-        Cli { one: Some(one), .. } => run_one(&one),
-        Cli { .. } => unreachable!("the parser requires one of the two"),
+    let cli = Cli::parse();
+    match cli.command {
+        Some(Command::All(all)) => run_paper(&all),
+        None => run_one(&cli.one),
     }
 }
 
 fn run_one(options: &One) -> Result<()> {
+    let (Some(dataset), Some(policy)) = (options.dataset, options.policy) else {
+        unreachable!("the parser requires both");
+    };
     let setting = Setting {
-        dataset: options.dataset,
-        policy: options.policy,
+        dataset,
+        policy,
         memory: options.memory,
-        k: match (options.policy, options.k) {
-            (PolicyName::Exact, _) => options.dataset.batch(),
-            (_, Some(k)) => k,
-            (_, None) => 0,
+        k: match policy {
+            PolicyName::Exact => dataset.batch(),
+            _ => options.k.context("--k is missing")?,
         },
     };
     setting.validate()?;
-    let plan = options.common.plan(options.dataset)?;
-    let data = Data::load(options.dataset, options.common.data.as_deref())?;
+    let plan = options.common.plan(dataset)?;
+    let data = Data::load(dataset, options.common.data.as_deref())?;
 
     run_all(&[(&data, setting, plan)], |series| {
         print_summary(&series);

@@ -2,7 +2,7 @@
 //! with `MemAopLinear`.
 //!
 //! ```text
-//! cargo run --release --example quickstart
+//! cargo quickstart
 //! ```
 
 mod data;
