@@ -7,6 +7,7 @@
 
 mod data;
 mod model;
+mod plain;
 
 use std::path::PathBuf;
 
@@ -17,14 +18,16 @@ use burn::{
     train::{
         ExecutionStrategy, Learner, SupervisedTraining,
         metric::{AccuracyMetric, LossMetric},
-        renderer::CliMetricsRenderer,
     },
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use clap::Parser;
 use memaop_examples::{AopOptions, Backend, mnist::Split};
 
-use crate::model::{Mlp, MnistBatcher};
+use crate::{
+    model::{Mlp, MnistBatcher},
+    plain::PlainRenderer,
+};
 
 /// MNIST with MemAopLinear, trained by burn-train
 #[derive(Parser, Debug)]
@@ -48,7 +51,7 @@ struct Options {
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// No dashboard, only lines of text
+    /// No dashboard, but a line for each epoch
     #[arg(long)]
     plain: bool,
     /// Where logs and checkpoints go
@@ -103,7 +106,7 @@ fn train_on(
         .num_epochs(options.epochs)
         .summary();
     if options.plain {
-        training = training.renderer(Box::new(CliMetricsRenderer::new()));
+        training = training.renderer(Box::new(PlainRenderer::default()));
     }
     let model = Mlp::new(options.width, aop, &autodiff);
     let result = training.launch(Learner::new(model, SgdConfig::new().init(), options.lr));
