@@ -108,6 +108,8 @@ impl Chart<'_> {
             .x_desc(self.x)
             .y_desc(self.y)
             .label_style(("sans-serif", 13))
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4))
             .light_line_style(WHITE)
             .draw()?;
         for series in self.series {
