@@ -139,6 +139,7 @@ pub struct Curves {
 
 /// The model of both experiments.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // One lives at a time.
 enum Layer {
     Exact(Linear),
     Approximate(MemAopLinear),

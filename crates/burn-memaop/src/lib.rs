@@ -76,5 +76,5 @@ pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, WeightGradient};
 
 /// Compiles the code of the README.
 #[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;
