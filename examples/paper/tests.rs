@@ -74,7 +74,7 @@ fn energy_follows_the_published_curves() {
         (TopK, Published, 18),
         (TopK, None, 18),
         (RandK, None, 18),
-        (WeightedK, Published, 9),
+        (WeightedK, Published, 18),
     ];
     assert_on_the_curve(Dataset::Energy, &cases, 20, 10, 0.1);
 }
