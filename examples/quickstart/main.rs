@@ -78,12 +78,12 @@ fn main() -> Result<()> {
 
     let runs = compare(&settings, aop, &device)?;
     print_table(&runs);
-    draw(&runs, &options.chart)?;
-    println!("\nLoss curves: {}", options.chart.display());
     if let Some(path) = &options.json {
         let report = serde_json::to_string_pretty(&Report { runs: &runs })?;
         fs::write(path, report).with_context(|| format!("--json {}", path.display()))?;
     }
+    draw(&runs, &options.chart)?;
+    println!("\nLoss curves: {}", options.chart.display());
     Ok(())
 }
 
