@@ -13,9 +13,10 @@ use burn_autodiff::{
 };
 
 use crate::{
-    config::Memory,
-    memory::RowTensors,
-    ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory},
+    config::{Memory, Schedule},
+    memory::{Measured, RowTensors},
+    ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share},
+    schedule,
 };
 
 impl<B, C> MemAopOps for Autodiff<B, C>
@@ -158,34 +159,57 @@ where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    let mut state = layer.memory.lock();
-    let memory = match (layer.config.memory, state.rows.take()) {
+    let AopLayer { config, memory } = layer;
+    let rows = input.shape()[0];
+    let mut state = memory.lock();
+    let measure = schedule::measures(config, state.progress.step);
+    if let Schedule::Adaptive { share, .. } = config.schedule
+        && measure
+        && let Some(measured) = state.measured.take()
+    {
+        let ratio = schedule::adapt(measured.ratio, measured.read(), share);
+        state.progress.ratio = Some(ratio);
+    }
+    let k = schedule::k(config, &state.progress, rows);
+    let step = AopStep {
+        k,
+        policy: config.policy,
+        memory: config.memory,
+        seed: config.seed,
+        step: state.progress.step,
+        measure,
+    };
+    state.progress.step += 1;
+    state.progress.k = k;
+    if k >= rows {
+        return B::linear_weight_backward(input, grad);
+    }
+
+    let kept = match (config.memory, state.rows.take()) {
         (Memory::None, _) | (_, None) => RowMemory::Empty,
-        (Memory::Published { .. }, Some(rows)) => {
-            let rows = rows.to_device(&from_primitive::<B>(grad.clone()).device());
+        (_, Some(rows)) => {
+            let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());
             RowMemory::Rows {
                 input: into_primitive::<B>(rows.input),
                 grad: into_primitive::<B>(rows.grad),
             }
         }
     };
-    let step = AopStep {
-        k: layer.config.outer_products.k(input.shape()[0]),
-        policy: layer.config.policy,
-        memory: layer.config.memory,
-        seed: layer.config.seed,
-        step: state.step,
-    };
-    let gradient = B::memaop_weight_gradient(input, grad, memory, step);
+    let gradient = B::memaop_weight_gradient(input, grad, kept, step);
 
-    state.step += 1;
     state.rows = match gradient.memory {
         RowMemory::Empty => None,
         RowMemory::Rows { input, grad } => Some(RowTensors {
-            input: from_primitive::<B>(input),
-            grad: from_primitive::<B>(grad),
+            input: from_primitive::<B, 2>(input),
+            grad: from_primitive::<B, 2>(grad),
         }),
     };
+    if let Share::Measured(share) = gradient.share {
+        state.measured = Some(Measured {
+            ratio: k as f64 / rows as f64,
+            share: from_primitive::<B, 1>(share),
+        });
+    }
     gradient.weight
 }
 
@@ -198,7 +222,7 @@ fn flatten<B: MemAopOps>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     B::float_reshape(tensor, matrix)
 }
 
-fn from_primitive<B: MemAopOps>(tensor: FloatTensor<B>) -> Tensor<2>
+fn from_primitive<B: MemAopOps, const D: usize>(tensor: FloatTensor<B>) -> Tensor<D>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

@@ -27,7 +27,10 @@ pub struct AopConfig {
     /// What becomes of the rows that are not chosen.
     #[config(default = "Memory::Published { decay: 1.0 }")]
     pub memory: Memory,
-    /// The seed of the noise of [`Policy::RandK`] and [`Policy::WeightedK`].
+    /// How K changes from step to step.
+    #[config(default = "Schedule::Constant { exact_steps: 0 }")]
+    pub schedule: Schedule,
+    /// The seed of the noise of random policies and of [`Memory::Balanced`].
     ///
     /// The noise of a row depends only on the seed, the layer's step counter and the row's
     /// position, so every backend draws the same rows, and so do layers that share a seed and
@@ -62,8 +65,13 @@ impl OuterProducts {
 
 /// The rule that chooses K of the M rows.
 ///
-/// The score of a row is `(|x^| |g^|)^2`, the product of the Euclidean norms of its two factors,
-/// squared; with a memory, of the factors after folding it in.
+/// Rules go by `|x^| |g^|`, the product of the Euclidean norms of a row's two factors (with a
+/// memory, of the factors after folding it in). The paper's score is its square.
+///
+/// The first three apply the chosen outer products as they are. On their own they are biased, and
+/// a [`Memory`] gives back later what they leave out. The others weigh each outer product by the
+/// inverse of its probability, so that the expected gradient is the exact one; they take
+/// [`Memory::None`], since a weighted row leaves nothing that a memory could keep.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Policy {
     /// The K highest scores.
@@ -71,12 +79,47 @@ pub enum Policy {
     /// K rows uniformly at random, without replacement and without rescaling.
     RandK,
     /// K rows drawn one after the other, without replacement, each with probability proportional
-    /// to its score among those left, without rescaling. Drawn as the top K of
+    /// to the paper's score among those left, without rescaling. Drawn as the top K of
     /// `log(score) + Gumbel noise`, which has the same distribution.
     WeightedK,
+    /// [`RandK`](Self::RandK), each outer product times M / K. Unbiased.
+    ScaledRandK,
+    /// Systematic sampling: K rows, row m with probability `p_m = min(1, c |x_m| |g_m|)`, where c
+    /// makes the `p_m` sum to K, from one random number; each outer product times `1 / p_m`.
+    /// Unbiased (Madow, 1949; Horvitz and Thompson, 1952).
+    Systematic,
+    /// Every row on its own, with the `p_m` of [`Systematic`](Self::Systematic), and the same
+    /// weights: K rows on average, not always. Unbiased (Adelman, Levy, Hakimi, Silberstein,
+    /// 2021; VCAS: Wang, Chen, Zhu, 2024).
+    Bernoulli,
+    /// Column-row sampling: K draws with replacement, row m with probability
+    /// `p_m = |x_m| |g_m| / sum`, each outer product times `1 / (K p_m)`. Unbiased (Drineas,
+    /// Kannan, Mahoney, 2006; Adelman et al., 2021).
+    ColumnRow,
+    /// Winner-take-all column-row sampling: the rows with the largest probabilities as they are,
+    /// the other draws as by [`ColumnRow`](Self::ColumnRow) from the rest; as many winners as make
+    /// the variance smallest. Unbiased (WTA-CRS: Liu et al., 2023).
+    WinnerTakeAll,
+}
+
+impl Policy {
+    /// Whether the outer products are weighted so that the expected gradient is the exact one.
+    pub fn is_unbiased(self) -> bool {
+        match self {
+            Self::TopK | Self::RandK | Self::WeightedK => false,
+            Self::ScaledRandK
+            | Self::Systematic
+            | Self::Bernoulli
+            | Self::ColumnRow
+            | Self::WinnerTakeAll => true,
+        }
+    }
 }
 
 /// What becomes of the rows that a step leaves out.
+///
+/// Both memories shrink by a decay, in `[0, 1]`: the factor by which the product of the two kept
+/// factors shrinks from step to step (each factor is multiplied by its square root).
 #[derive(Config, Debug, Copy, PartialEq)]
 pub enum Memory {
     /// They are dropped.
@@ -84,12 +127,70 @@ pub enum Memory {
     /// The memory of the paper, algorithm Mem-AOP-GD: the rows left out are added to the rows at
     /// the same positions of the next batch.
     ///
-    /// In deep networks at working learning rates it can make training collapse when K is a
-    /// small share of M; a decay below 1 helps.
+    /// In deep networks at working learning rates the products of factors of different steps
+    /// that it creates can make training collapse when K is a small share of M.
     Published {
-        /// The factor, in `[0, 1]`, by which the product of the two kept factors shrinks from
-        /// step to step; each factor is multiplied by its square root. The paper's is 1.
+        /// The decay; 1 in the paper.
         decay: f64,
+    },
+    /// The rows left out are added with a random sign s and the scale
+    /// `r = sqrt(|m^X| |g| / (|x| |m^G|))`: `m^X + s r x` and `m^G + (s / r) g`. The products of
+    /// factors of different steps then cancel in expectation, and this r makes what they add
+    /// to the variance smallest: the rank-one trick of NoBackTrack and UORO (Ollivier, Tallec,
+    /// Charpiat, 2015; Tallec, Ollivier, 2017).
+    ///
+    /// r is 1 where a norm of the memory is 0; a pair with `|x| |g| = 0` adds nothing.
+    Balanced {
+        /// The decay.
+        decay: f64,
+    },
+}
+
+impl Memory {
+    /// The factor for the product of what is kept, or none without a memory.
+    pub fn decay(self) -> Option<f64> {
+        match self {
+            Self::None => None,
+            Self::Published { decay } | Self::Balanced { decay } => Some(decay),
+        }
+    }
+}
+
+/// How the number K of outer products changes from step to step.
+///
+/// Steps are the layer's backward passes. While K is M the gradient is exact, and the memory is
+/// not touched.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub enum Schedule {
+    /// M for the first steps, then K.
+    Constant {
+        /// The number of exact steps; 0 for none.
+        exact_steps: usize,
+    },
+    /// M for the first steps, then along a line to K.
+    Linear {
+        /// The number of exact steps before.
+        exact_steps: usize,
+        /// The number of steps from M to K, at least 1.
+        steps: usize,
+    },
+    /// M for the first steps, then along half a wave of a cosine to K.
+    Cosine {
+        /// The number of exact steps before.
+        exact_steps: usize,
+        /// The number of steps from M to K, at least 1.
+        steps: usize,
+    },
+    /// From K, adjusted so that the chosen rows carry a given share of the sum of all
+    /// `|x^| |g^|`.
+    ///
+    /// The share of one step in `interval` is measured, and read when the next one is: no step
+    /// waits for its own.
+    Adaptive {
+        /// The share to hold, in `(0, 1)`.
+        share: f64,
+        /// The number of steps between adjustments, at least 1.
+        interval: usize,
     },
 }
 
@@ -108,9 +209,37 @@ pub enum AopConfigError {
     /// A decay outside `[0, 1]`.
     #[error("AopConfig.memory: the decay must be in [0, 1], but got {0}")]
     Decay(f64),
+    /// An unbiased policy with a memory.
+    #[error(
+        "AopConfig.memory: {policy:?} weighs what it chooses, so it must go with None, but got \
+         {memory:?}"
+    )]
+    UnbiasedWithMemory {
+        /// The policy.
+        policy: Policy,
+        /// The memory.
+        memory: Memory,
+    },
+    /// A schedule of 0 steps.
+    #[error("AopConfig.schedule: the number of steps must be at least 1, but got {0}")]
+    Steps(usize),
+    /// A share outside `(0, 1)`.
+    #[error("AopConfig.schedule: the share must be in (0, 1), but got {0}")]
+    Share(f64),
+    /// An interval of 0 steps.
+    #[error("AopConfig.schedule: the interval must be at least 1, but got {0}")]
+    Interval(usize),
 }
 
 impl AopConfig {
+    /// Whether the gradient of a batch of `rows` rows is exact at every step.
+    pub fn is_exact(&self, rows: usize) -> bool {
+        match self.schedule {
+            Schedule::Adaptive { .. } => rows <= 1,
+            _ => self.outer_products.k(rows) >= rows,
+        }
+    }
+
     /// Checks every value against its rule.
     ///
     /// # Errors
@@ -125,11 +254,26 @@ impl AopConfig {
             OuterProducts::Ratio { minimum: 0, .. } => return Err(AopConfigError::Minimum(0)),
             OuterProducts::Count(_) | OuterProducts::Ratio { .. } => {}
         }
-        match self.memory {
-            Memory::Published { decay } if !(0.0..=1.0).contains(&decay) => {
-                Err(AopConfigError::Decay(decay))
+        if let Some(decay) = self.memory.decay()
+            && !(0.0..=1.0).contains(&decay)
+        {
+            return Err(AopConfigError::Decay(decay));
+        }
+        if self.policy.is_unbiased() && self.memory != Memory::None {
+            return Err(AopConfigError::UnbiasedWithMemory {
+                policy: self.policy,
+                memory: self.memory,
+            });
+        }
+        match self.schedule {
+            Schedule::Linear { steps: 0, .. } | Schedule::Cosine { steps: 0, .. } => {
+                Err(AopConfigError::Steps(0))
             }
-            Memory::None | Memory::Published { .. } => Ok(()),
+            Schedule::Adaptive { share, .. } if !(share > 0.0 && share < 1.0) => {
+                Err(AopConfigError::Share(share))
+            }
+            Schedule::Adaptive { interval: 0, .. } => Err(AopConfigError::Interval(0)),
+            _ => Ok(()),
         }
     }
 }

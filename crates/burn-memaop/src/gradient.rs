@@ -5,11 +5,12 @@ use burn::backend::{
     Backend, Scalar, TensorMetadata, get_or_init_device_settings,
     tensor::{BoolTensor, FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice};
+use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData, try_read_sync};
 
 use crate::{
     config::Memory,
-    ops::{AopStep, RowMemory, WeightGradient},
+    noise::StepNoise,
+    ops::{AopStep, RowMemory, Share, WeightGradient},
     selection,
 };
 
@@ -38,27 +39,33 @@ pub(crate) fn weight_gradient<B: Backend>(
     let dtype: FloatDType = input.dtype().into();
     let rows = input.shape()[0];
 
-    let (factors, idle) = fold_in::<B>(Factors { input, grad }, memory);
+    let (factors, idle) = fold_in::<B>(Factors { input, grad }, memory, &step);
     let scores = scores::<B>(&factors);
-    let chosen = selection::select::<B>(scores.clone(), rows, &step);
-    let gathered = gather::<B>(&factors, &scores, chosen.clone());
+    let chosen = select::<B>(&scores, rows, &step);
+    let share = match step.measure {
+        true => Share::Measured(share::<B>(&scores, &chosen.rows)),
+        false => Share::Skipped,
+    };
+    let gathered = gather::<B>(&factors, &scores, &chosen);
     let gathered = gathered.map(|factor| B::float_cast(factor, dtype));
-    let memory = match step.memory {
-        Memory::None => RowMemory::Empty,
-        Memory::Published { decay } => keep::<B>(factors, scores, chosen, idle, decay),
+    let memory = match step.memory.decay() {
+        None => RowMemory::Empty,
+        Some(decay) => keep::<B>(factors, scores, chosen.rows, idle, decay),
     };
 
     WeightGradient {
         weight: B::linear_weight_backward(gathered.input, gathered.grad),
         memory,
+        share,
     }
 }
 
-/// `X^ = memory + X`, `G^ = memory + G`, in at least single precision, and the rows of the memory
-/// beyond this batch, which take no part in the step.
+/// `X^` and `G^` in at least single precision, and the rows of the memory beyond this batch, which
+/// take no part in the step.
 fn fold_in<B: Backend>(
     batch: Factors<B>,
     memory: RowMemory<B>,
+    step: &AopStep,
 ) -> (Factors<B>, Option<Factors<B>>) {
     let rows = batch.input.shape()[0];
     let dtype = working_dtype(batch.input.dtype());
@@ -75,6 +82,10 @@ fn fold_in<B: Backend>(
         grad: slice_rows::<B>(memory.grad.clone(), rows, kept),
     });
     let memory = memory.map(|factor| resize_rows::<B>(factor, rows));
+    let batch = match step.memory {
+        Memory::None | Memory::Published { .. } => batch,
+        Memory::Balanced { .. } => balance::<B>(batch, &memory, step),
+    };
     let folded = Factors {
         input: B::float_add(memory.input, batch.input),
         grad: B::float_add(memory.grad, batch.grad),
@@ -82,28 +93,129 @@ fn fold_in<B: Backend>(
     (folded, idle)
 }
 
+/// `s r x` and `(s / r) g` of every row, with a random sign s and the r that makes the variance of
+/// what is added to the memory smallest.
+fn balance<B: Backend>(batch: Factors<B>, memory: &Factors<B>, step: &AopStep) -> Factors<B> {
+    let device = batch.input.device();
+    let rows = batch.input.shape()[0];
+    let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
+    let is_zero =
+        |norm: &FloatTensor<B>| B::float_equal_elem(norm.clone(), Scalar::from(0.0), bools);
+
+    let (x, g) = (row_norms::<B>(&batch.input), row_norms::<B>(&batch.grad));
+    let (a, b) = (row_norms::<B>(&memory.input), row_norms::<B>(&memory.grad));
+    let unkept = B::bool_or(is_zero(&a), is_zero(&b));
+    let nothing = B::bool_or(is_zero(&x), is_zero(&g));
+
+    // The root of each quotient, because the quotient of the products could overflow.
+    let input_scale = B::float_sqrt(B::float_div(a, x));
+    let grad_scale = B::float_sqrt(B::float_div(g, b));
+    let r = B::float_mul(input_scale, grad_scale);
+    let r = B::float_mask_fill(r, unkept, Scalar::from(1.0));
+
+    let noise = StepNoise {
+        seed: step.seed,
+        step: step.step,
+    };
+    let signs = (0..rows).map(|row| noise.sign(row)).collect();
+    let signs = floats::<B>(signs, [rows, 1], &r);
+    let scale = |factor: FloatTensor<B>, by: FloatTensor<B>| {
+        let by = B::float_mask_fill(by, nothing.clone(), Scalar::from(0.0));
+        B::float_mul(factor, by)
+    };
+    Factors {
+        input: scale(batch.input, B::float_mul(signs.clone(), r.clone())),
+        grad: scale(batch.grad, B::float_div(signs, r)),
+    }
+}
+
+/// The Euclidean norm of every row, shape `[rows, 1]`.
+fn row_norms<B: Backend>(matrix: &FloatTensor<B>) -> FloatTensor<B> {
+    let squares = B::float_mul(matrix.clone(), matrix.clone());
+    B::float_sqrt(B::float_sum_dim(squares, 1))
+}
+
 /// `|x^| |g^|` of every row, shape `[rows]`: the square root of the paper's score, which orders
 /// the rows alike and keeps clear of overflow and underflow.
 fn scores<B: Backend>(factors: &Factors<B>) -> FloatTensor<B> {
-    let norm = |factor: &FloatTensor<B>| {
-        let square = B::float_mul(factor.clone(), factor.clone());
-        B::float_sqrt(B::float_sum_dim(square, 1))
-    };
-    let scores = B::float_mul(norm(&factors.input), norm(&factors.grad));
+    let scores = B::float_mul(
+        row_norms::<B>(&factors.input),
+        row_norms::<B>(&factors.grad),
+    );
     let rows = scores.shape()[0];
     B::float_reshape(scores, Shape::new([rows]))
 }
 
-/// The chosen rows, contiguous; a row of zeros in place of one whose score is not finite.
+/// The chosen rows and their weights, both of shape `[chosen]`.
+struct Chosen<B: Backend> {
+    rows: IntTensor<B>,
+    weights: Option<FloatTensor<B>>,
+}
+
+/// Selects on the host; reads the scores, and so waits for the device, where the policy needs them.
+fn select<B: Backend>(scores: &FloatTensor<B>, rows: usize, step: &AopStep) -> Chosen<B> {
+    let selection = selection::select(rows, step, || read::<B>(scores.clone()));
+    let device = scores.device();
+    let ints = get_or_init_device_settings::<B>(&device).int_dtype;
+    let chosen: Vec<_> = selection.rows.iter().map(|&row| row as i64).collect();
+    let shape = [chosen.len()];
+    let indices = TensorData::new(chosen, shape).convert_dtype(DType::from(ints));
+    Chosen {
+        rows: B::int_from_data(indices, &device),
+        weights: selection
+            .weights
+            .map(|weights| floats::<B>(weights, shape, scores)),
+    }
+}
+
+fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {
+    let data = try_read_sync(B::float_into_data(tensor));
+    let data = data.expect("backends on which the weight gradient is approximated can be read");
+    data.expect("the scores can be read")
+        .iter::<f64>()
+        .collect()
+}
+
+/// The share of the sum of the finite scores that the chosen rows carry, shape `[1]`, in single precision.
+fn share<B: Backend>(scores: &FloatTensor<B>, chosen: &IntTensor<B>) -> FloatTensor<B> {
+    let broken = B::bool_not(finite::<B>(scores.clone()));
+    let scores = B::float_mask_fill(scores.clone(), broken, Scalar::from(0.0));
+    let others = B::bool_not(marked::<B>(&scores, chosen.clone()));
+    let carried = B::float_mask_fill(scores.clone(), others, Scalar::from(0.0));
+    let share = B::float_div(B::float_sum(carried), B::float_sum(scores));
+    B::float_cast(share, FloatDType::F32)
+}
+
+/// Which rows are among the chosen.
+fn marked<B: Backend>(scores: &FloatTensor<B>, chosen: IntTensor<B>) -> BoolTensor<B> {
+    let device = scores.device();
+    let dtype: FloatDType = scores.dtype().into();
+    let marks = B::float_zeros(scores.shape(), &device, dtype);
+    let ones = B::float_ones(chosen.shape(), &device, dtype);
+    let marks = B::float_select_assign(marks, 0, chosen, ones, IndexingUpdateOp::Add);
+    let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
+    B::float_greater_elem(marks, Scalar::from(0.5), bools)
+}
+
+/// The chosen rows, contiguous, each factor times the root of the weight (half-precision factors
+/// could not hold the whole); a row of zeros in place of one whose score is not finite.
 fn gather<B: Backend>(
     factors: &Factors<B>,
     scores: &FloatTensor<B>,
-    chosen: IntTensor<B>,
+    chosen: &Chosen<B>,
 ) -> Factors<B> {
-    let finite = finite::<B>(B::float_select(scores.clone(), 0, chosen.clone()));
+    let finite = finite::<B>(B::float_select(scores.clone(), 0, chosen.rows.clone()));
+    let roots = chosen.weights.clone().map(|weights| {
+        let count = weights.shape()[0];
+        B::float_reshape(B::float_sqrt(weights), Shape::new([count, 1]))
+    });
     let gather = |factor: &FloatTensor<B>| {
-        let rows = B::float_select(factor.clone(), 0, chosen.clone());
-        clear_rows::<B>(rows, B::bool_not(finite.clone()))
+        let rows = B::float_select(factor.clone(), 0, chosen.rows.clone());
+        let rows = clear_rows::<B>(rows, B::bool_not(finite.clone()));
+        match &roots {
+            None => rows,
+            Some(roots) => B::float_mul(rows, roots.clone()),
+        }
     };
     Factors {
         input: gather(&factors.input),
@@ -120,19 +232,7 @@ fn keep<B: Backend>(
     idle: Option<Factors<B>>,
     decay: f64,
 ) -> RowMemory<B> {
-    let device = scores.device();
-    let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
-    let k = chosen.shape()[0];
-    let dtype: FloatDType = scores.dtype().into();
-
-    let marks = B::float_select_assign(
-        B::float_zeros(scores.shape(), &device, dtype),
-        0,
-        chosen,
-        B::float_ones(Shape::new([k]), &device, dtype),
-        IndexingUpdateOp::Add,
-    );
-    let chosen = B::float_greater_elem(marks, Scalar::from(0.5), bools);
+    let chosen = marked::<B>(&scores, chosen);
     let cleared = B::bool_or(chosen, B::bool_not(finite::<B>(scores)));
 
     let kept = factors.map(|factor| {
@@ -153,7 +253,7 @@ fn keep<B: Backend>(
 }
 
 /// Which scores are numbers; the comparison is false for NaN.
-pub(crate) fn finite<B: Backend>(scores: FloatTensor<B>) -> BoolTensor<B> {
+fn finite<B: Backend>(scores: FloatTensor<B>) -> BoolTensor<B> {
     let bools = get_or_init_device_settings::<B>(&scores.device()).bool_dtype;
     let largest = match scores.dtype() {
         DType::F64 => Scalar::from(f64::MAX),
@@ -169,6 +269,16 @@ fn working_dtype(dtype: DType) -> FloatDType {
         DType::F64 => FloatDType::F64,
         _ => FloatDType::F32,
     }
+}
+
+/// Values as a tensor with the device and dtype of another.
+fn floats<B: Backend>(
+    values: Vec<f64>,
+    shape: impl Into<Shape>,
+    like: &FloatTensor<B>,
+) -> FloatTensor<B> {
+    let data = TensorData::new(values, shape).convert_dtype(like.dtype());
+    B::float_from_data(data, &like.device())
 }
 
 fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: FloatDType) -> FloatTensor<B> {

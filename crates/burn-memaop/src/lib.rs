@@ -67,12 +67,14 @@ mod memory;
 mod noise;
 mod ops;
 mod record;
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod schedule;
 mod selection;
 
-pub use config::{AopConfig, AopConfigError, Memory, OuterProducts, Policy};
+pub use config::{AopConfig, AopConfigError, Memory, OuterProducts, Policy, Schedule};
 pub use linear::{MemAopLinear, MemAopLinearConfig};
 pub use memory::MemoryStats;
-pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, WeightGradient};
+pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient};
 
 /// Compiles the code of the README.
 #[cfg(doctest)]

@@ -8,7 +8,7 @@ use burn::{
 
 use crate::{
     backends::assert_supported,
-    config::{AopConfig, Memory},
+    config::AopConfig,
     memory::{MemoryStats, RowMemoryModule},
     ops::{AopLayer, Bias, MemAopOps},
 };
@@ -67,7 +67,7 @@ impl MemAopLinearConfig {
 ///
 /// # Memory
 ///
-/// With a [`Memory`] the layer keeps, for each position of the batch, the sum of the rows that were
+/// With a [`Memory`](crate::Memory) the layer keeps, for each position of the batch, the sum of the rows that were
 /// left out since the position was last chosen: `rows * (d_input + d_output)` values, in single
 /// precision (double for double-precision layers).
 ///
@@ -160,7 +160,7 @@ impl MemAopLinear {
         assert_supported(input.device().as_dispatch());
 
         let rows = shape.num_elements() / d_input;
-        let exact = self.aop.outer_products.k(rows) >= rows;
+        let exact = self.aop.is_exact(rows);
         // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
         if exact || matches!(weight.dtype(), DType::QFloat(_)) {
             return linear(input, weight, bias);
@@ -206,17 +206,14 @@ impl ModuleDisplay for MemAopLinear {
 
     fn custom_content(&self, content: Content) -> Option<Content> {
         let [d_input, d_output] = self.weight.lazy_shape().dims();
-        let memory = match self.aop.memory {
-            Memory::None => "none".to_string(),
-            Memory::Published { decay } => format!("published (decay {decay})"),
-        };
         content
             .add("d_input", &d_input)
             .add("d_output", &d_output)
             .add("bias", &self.bias.is_some())
             .add_debug_attribute("outer_products", &self.aop.outer_products)
             .add_debug_attribute("policy", &self.aop.policy)
-            .add("memory", &memory)
+            .add_debug_attribute("memory", &self.aop.memory)
+            .add_debug_attribute("schedule", &self.aop.schedule)
             .optional()
     }
 }

@@ -17,7 +17,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use crate::record::MemoryRecord;
+use crate::{record::MemoryRecord, schedule::Progress};
 
 /// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
 /// `[rows, d_output]`, both without autodiff.
@@ -36,18 +36,37 @@ impl RowTensors {
     }
 }
 
+/// The share of the score mass that the chosen rows carried at K = `ratio * rows`, on the device.
+#[derive(Debug, Clone)]
+pub(crate) struct Measured {
+    pub(crate) ratio: f64,
+    pub(crate) share: Tensor<1>,
+}
+
+impl Measured {
+    /// Waits for the device, if it has not computed the share yet.
+    pub(crate) fn read(&self) -> f64 {
+        self.share.clone().into_scalar::<f64>()
+    }
+}
+
 #[derive(Debug, Clone, Default)]
 pub(crate) struct MemoryState {
-    /// The number of approximate gradients computed so far.
-    pub(crate) step: u64,
-    /// Allocated by the first of them, where the configuration asks for a memory.
+    pub(crate) progress: Progress,
+    /// The measurement that the next adjustment of K goes by.
+    pub(crate) measured: Option<Measured>,
+    /// Allocated by the first approximate gradient, where the configuration asks for a memory.
     pub(crate) rows: Option<RowTensors>,
 }
 
 impl MemoryState {
     fn to_device(&self, device: &Device) -> Self {
         Self {
-            step: self.step,
+            progress: self.progress,
+            measured: self.measured.as_ref().map(|measured| Measured {
+                ratio: measured.ratio,
+                share: measured.share.clone().to_device(device),
+            }),
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
         }
     }
@@ -76,8 +95,11 @@ impl MemoryHandle {
 /// [`MemAopLinear::memory_stats`](crate::MemAopLinear::memory_stats).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
-    /// The number of approximate weight gradients computed so far.
+    /// The number of weight gradients computed so far, without those of layers that have no
+    /// schedule and K >= M.
     pub step: u64,
+    /// K of the last of them, 0 before the first.
+    pub k: usize,
     /// The batch positions the memory has room for, 0 before the first step.
     pub rows: usize,
     /// The positions where something is pending.
@@ -129,10 +151,12 @@ impl RowMemoryModule {
     }
 
     pub(crate) fn stats(&self) -> MemoryStats {
-        let MemoryState { step, rows } = self.handle.lock().clone();
+        let MemoryState { progress, rows, .. } = self.handle.lock().clone();
+        let Progress { step, k, .. } = progress;
         let Some(rows) = rows else {
             return MemoryStats {
                 step,
+                k,
                 rows: 0,
                 pending: 0,
                 input_norm: 0.0,
@@ -147,6 +171,7 @@ impl RowMemoryModule {
         let pending = input.iter().zip(&grad).filter(|&(x, g)| x + g > 0.0);
         MemoryStats {
             step,
+            k,
             rows: input.len(),
             pending: pending.count(),
             input_norm: input.iter().sum::<f64>().sqrt(),
@@ -225,7 +250,7 @@ impl Module for RowMemoryModule {
                 let worker = &mut workers[index];
                 worker.thread = thread;
                 let mut kept = worker.handle.lock();
-                if kept.step < state.step {
+                if kept.progress.step < state.progress.step {
                     *kept = state.to_device(&device);
                 }
                 drop(kept);

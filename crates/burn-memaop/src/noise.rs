@@ -24,8 +24,8 @@ pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The random words of one step: the word of a row is the first word of the Philox block with
-/// counter `(row, 0, step)` and the seed as key.
+/// The random words of one step: those of a row are the Philox block with counter
+/// `(row, 0, step)` and the seed as key. The first is for the policy, the second for the sign.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepNoise {
     pub(crate) seed: u64,
@@ -33,11 +33,20 @@ pub(crate) struct StepNoise {
 }
 
 impl StepNoise {
-    /// A uniform 32-bit word for `row`.
-    pub(crate) fn word(&self, row: usize) -> u32 {
+    fn block(&self, row: usize) -> [u32; 4] {
         let halves = |value: u64| [value as u32, (value >> 32) as u32];
         let [low, high] = halves(self.step);
-        philox4x32([row as u32, 0, low, high], halves(self.seed))[0]
+        philox4x32([row as u32, 0, low, high], halves(self.seed))
+    }
+
+    /// A uniform 32-bit word for `row`.
+    pub(crate) fn word(&self, row: usize) -> u32 {
+        self.block(row)[0]
+    }
+
+    /// A uniform number for `row`, in `(0, 1)`.
+    pub(crate) fn uniform(&self, row: usize) -> f64 {
+        (f64::from(self.word(row)) + 0.5) / f64::from(1u32 << 16).powi(2)
     }
 
     /// Standard Gumbel noise for `row`, from the upper 23 bits of its word (which, with the half
@@ -45,6 +54,14 @@ impl StepNoise {
     pub(crate) fn gumbel(&self, row: usize) -> f64 {
         let uniform = (f64::from(self.word(row) >> 9) + 0.5) / f64::from(1u32 << 23);
         -(-uniform.ln()).ln()
+    }
+
+    /// 1 or -1 for `row`, independent of its word.
+    pub(crate) fn sign(&self, row: usize) -> f64 {
+        match self.block(row)[1] >> 31 {
+            0 => 1.0,
+            _ => -1.0,
+        }
     }
 }
 
@@ -101,5 +118,16 @@ mod tests {
         // Five standard errors around Euler's constant and pi^2 / 6.
         assert!((mean - 0.577_216).abs() < 0.02, "mean {mean}");
         assert!((variance - 1.644_934).abs() < 0.06, "variance {variance}");
+    }
+
+    #[test]
+    fn signs_are_even_and_independent_of_the_words() {
+        let noise = StepNoise { seed: 3, step: 9 };
+        let draws = 100_000;
+        let sum = |value: &dyn Fn(usize) -> f64| (0..draws).map(value).sum::<f64>();
+        // Five standard errors.
+        assert!(sum(&|row| noise.sign(row)).abs() < 5.0 * f64::from(draws as u32).sqrt());
+        let product = sum(&|row| noise.sign(row) * (noise.uniform(row) - 0.5) * 12f64.sqrt());
+        assert!(product.abs() < 5.0 * f64::from(draws as u32).sqrt());
     }
 }

@@ -41,6 +41,15 @@ pub enum RowMemory<B: Backend> {
     },
 }
 
+/// The share of the sum of all `|x^| |g^|` that the chosen rows carry, if it was asked for.
+#[derive(ExtensionType, Debug)]
+pub enum Share<B: Backend> {
+    /// Shape `[1]`, in single precision; NaN where the sum is 0.
+    Measured(FloatTensor<B>),
+    /// Not asked for.
+    Skipped,
+}
+
 /// What [`MemAopOps::memaop_weight_gradient`] returns.
 #[derive(ExtensionType, Debug)]
 pub struct WeightGradient<B: Backend> {
@@ -49,6 +58,9 @@ pub struct WeightGradient<B: Backend> {
     /// The memory for the next step.
     #[extension_type]
     pub memory: RowMemory<B>,
+    /// As [`AopStep::measure`] asks.
+    #[extension_type]
+    pub share: Share<B>,
 }
 
 /// The settings of one approximate weight gradient.
@@ -62,8 +74,10 @@ pub struct AopStep {
     pub memory: Memory,
     /// The seed of the noise.
     pub seed: u64,
-    /// The number of approximate gradients the layer has computed before this one.
+    /// The number of gradients the layer has computed before this one.
     pub step: u64,
+    /// Whether to measure the [`Share`].
+    pub measure: bool,
 }
 
 /// What the autodiff operation needs to know of its layer.
@@ -103,7 +117,8 @@ pub trait MemAopOps: Backend {
         Self::linear(input, weight, bias.into_option())
     }
 
-    /// The sum of the outer products of the K chosen rows, and the memory of the others.
+    /// The sum of the outer products of the chosen rows, times their weights with an unbiased
+    /// policy, and the memory of the other rows.
     ///
     /// Takes the memory by value, so that a backend that holds the only reference can update it
     /// in place. A row whose score is NaN or infinite is not chosen, adds nothing to the gradient

@@ -12,7 +12,10 @@ use burn::{
     tensor::{DType, Device, Int, Shape, Tensor, TensorData},
 };
 
-use crate::memory::{MemoryState, RowTensors};
+use crate::{
+    memory::{Measured, MemoryState, RowTensors},
+    schedule::Progress,
+};
 
 /// Where in the module tree a memory is saved, and in which shapes.
 #[derive(Debug, Clone)]
@@ -23,31 +26,58 @@ pub(crate) struct MemoryRecord {
     device: Device,
 }
 
-/// The integers of `memory.state`: step (low and high half), rows, words in a value of a row.
-const HEADER: usize = 4;
+/// The integers of `memory.state`: the fields of [`Header`], each as a low and a high half.
+const HEADER: usize = 14;
 
 struct Header {
-    step: u64,
+    progress: Progress,
+    measured: Option<Measured>,
     rows: usize,
+    /// The words in a value of a row.
     words: usize,
 }
 
 impl Header {
     fn encode(&self) -> Vec<i32> {
-        vec![
-            self.step as i32,
-            (self.step >> 32) as i32,
-            self.rows as i32,
-            self.words as i32,
-        ]
+        let Progress { step, k, ratio } = self.progress;
+        // NaN stands for none.
+        let bits = |value: Option<f64>| value.unwrap_or(f64::NAN).to_bits();
+        let measured = self.measured.as_ref();
+        let fields: [u64; HEADER / 2] = [
+            step,
+            k as u64,
+            bits(ratio),
+            bits(measured.map(|measured| measured.ratio)),
+            bits(measured.map(Measured::read)),
+            self.rows as u64,
+            self.words as u64,
+        ];
+        let halves = fields.map(|field| [field as i32, (field >> 32) as i32]);
+        halves.concat()
     }
 
-    fn decode(values: &[i32]) -> Self {
-        let half = |value: i32| u64::from(value as u32);
+    fn decode(values: &[i32], device: &Device) -> Self {
+        let field = |index: usize| {
+            let half = |value: i32| u64::from(value as u32);
+            half(values[2 * index]) | half(values[2 * index + 1]) << 32
+        };
+        // A share of the rows; anything else in the record is no measurement.
+        let share = |index: usize| {
+            let value = f64::from_bits(field(index));
+            (0.0..=1.0).contains(&value).then_some(value)
+        };
         Self {
-            step: half(values[0]) | half(values[1]) << 32,
-            rows: values[2] as u32 as usize,
-            words: values[3] as u32 as usize,
+            progress: Progress {
+                step: field(0),
+                k: field(1) as usize,
+                ratio: share(2),
+            },
+            measured: share(3).zip(share(4)).map(|(ratio, share)| Measured {
+                ratio,
+                share: Tensor::from_data([share as f32], (device, DType::F32)),
+            }),
+            rows: field(5) as usize,
+            words: field(6) as usize,
         }
     }
 }
@@ -72,7 +102,8 @@ impl MemoryRecord {
     pub(crate) fn visit<V: ModuleVisitor>(&self, state: &MemoryState, visitor: &mut V) {
         let rows = state.rows.clone();
         let header = Header {
-            step: state.step,
+            progress: state.progress,
+            measured: state.measured.clone(),
             rows: rows.as_ref().map_or(0, |rows| rows.input.dims()[0]),
             words: rows.as_ref().map_or(1, |rows| words_in(rows.input.dtype())),
         };
@@ -111,7 +142,7 @@ impl MemoryRecord {
     /// The state that the mapper puts in place of the present one, if it is loading a record.
     pub(crate) fn map<M: ModuleMapper>(&self, mapper: &mut M) -> Option<MemoryState> {
         let header = self.load(mapper, "state", self.ids[0], [HEADER])?;
-        let header = Header::decode(&header);
+        let header = Header::decode(&header, &self.device);
 
         // Words that no dtype has, or rows that the record does not hold, meet a shape that the
         // record's tensors do not have, which the mapper reports.
@@ -131,7 +162,8 @@ impl MemoryRecord {
             }
         };
         Some(MemoryState {
-            step: header.step,
+            progress: header.progress,
+            measured: header.measured,
             rows,
         })
     }

@@ -4,6 +4,7 @@ mod backend;
 pub mod chart;
 pub mod mnist;
 mod options;
+pub mod parallel;
 
 pub use backend::Backend;
 pub use options::{AopOptions, MemoryOption, PolicyOption};

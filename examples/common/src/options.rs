@@ -1,24 +1,73 @@
-use anyhow::{Result, bail};
+use anyhow::Result;
 use burn_memaop::{AopConfig, Memory, OuterProducts, Policy};
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// A policy on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 #[allow(missing_docs)]
 pub enum PolicyOption {
     TopK,
     RandK,
     WeightedK,
+    ScaledRandK,
+    Systematic,
+    Bernoulli,
+    #[value(name = "crs")]
+    #[serde(rename = "crs")]
+    ColumnRow,
+    #[value(name = "wta")]
+    #[serde(rename = "wta")]
+    WinnerTakeAll,
+}
+
+impl PolicyOption {
+    /// The policy of that name.
+    pub fn policy(self) -> Policy {
+        match self {
+            Self::TopK => Policy::TopK,
+            Self::RandK => Policy::RandK,
+            Self::WeightedK => Policy::WeightedK,
+            Self::ScaledRandK => Policy::ScaledRandK,
+            Self::Systematic => Policy::Systematic,
+            Self::Bernoulli => Policy::Bernoulli,
+            Self::ColumnRow => Policy::ColumnRow,
+            Self::WinnerTakeAll => Policy::WinnerTakeAll,
+        }
+    }
 }
 
 /// A memory on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 #[allow(missing_docs)]
 pub enum MemoryOption {
     None,
     Published,
+    Balanced,
+}
+
+impl MemoryOption {
+    /// The memory of that name.
+    pub fn memory(self, decay: f64) -> Memory {
+        match self {
+            Self::None => Memory::None,
+            Self::Published => Memory::Published { decay },
+            Self::Balanced => Memory::Balanced { decay },
+        }
+    }
+
+    /// The decay it has unless another is given: 1 for the paper's, and else the one that
+    /// `docs/choosing.md` found best.
+    pub fn default_decay(self) -> f64 {
+        match self {
+            Self::None | Self::Published => 1.0,
+            Self::Balanced => 0.9,
+        }
+    }
 }
 
 /// The options of a `MemAopLinear`.
@@ -33,12 +82,13 @@ pub struct AopOptions {
     /// The rule that chooses the rows
     #[arg(long, value_enum, default_value_t = PolicyOption::TopK)]
     pub policy: PolicyOption,
-    /// What becomes of the rows left out
-    #[arg(long, value_enum, default_value_t = MemoryOption::Published)]
-    pub memory: MemoryOption,
-    /// The factor by which the memory shrinks from step to step
-    #[arg(long, default_value_t = 1.0)]
-    pub decay: f64,
+    /// What becomes of the rows left out [default: balanced, none with unbiased policies]
+    #[arg(long, value_enum)]
+    pub memory: Option<MemoryOption>,
+    /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
+    /// balanced]
+    #[arg(long)]
+    pub decay: Option<f64>,
 }
 
 impl AopOptions {
@@ -48,6 +98,12 @@ impl AopOptions {
     ///
     /// The option that breaks its rule.
     pub fn config(&self, seed: u64) -> Result<AopConfig> {
+        let policy = self.policy.policy();
+        let memory = self.memory.unwrap_or(match policy.is_unbiased() {
+            true => MemoryOption::None,
+            false => MemoryOption::Balanced,
+        });
+        let decay = self.decay.unwrap_or(memory.default_decay());
         let config = AopConfig::new()
             .with_outer_products(match self.k {
                 Some(k) => OuterProducts::Count(k),
@@ -56,19 +112,10 @@ impl AopOptions {
                     minimum: 1,
                 },
             })
-            .with_policy(match self.policy {
-                PolicyOption::TopK => Policy::TopK,
-                PolicyOption::RandK => Policy::RandK,
-                PolicyOption::WeightedK => Policy::WeightedK,
-            })
-            .with_memory(match self.memory {
-                MemoryOption::None => Memory::None,
-                MemoryOption::Published => Memory::Published { decay: self.decay },
-            })
+            .with_policy(policy)
+            .with_memory(memory.memory(decay))
             .with_seed(seed);
-        match config.validate() {
-            Ok(()) => Ok(config),
-            Err(error) => bail!("{error}"),
-        }
+        config.validate()?;
+        Ok(config)
     }
 }

@@ -1,0 +1,191 @@
+//! MNIST with a multi-layer perceptron, trained by every policy, memory and K asked for, and with
+//! exact gradients beside them.
+//!
+//! ```text
+//! cargo run --release --example ablation -- --policy topk --memory balanced --k-ratio 0.125 --data DIR
+//! ```
+
+mod grid;
+mod report;
+mod setting;
+mod study;
+mod training;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail, ensure};
+use burn_memaop::Memory;
+use clap::{Args, Parser, Subcommand};
+use memaop_examples::{MemoryOption, PolicyOption, parallel};
+
+use crate::{
+    setting::{Optimizer, Setting},
+    training::Data,
+};
+
+/// MNIST with a multi-layer perceptron: policies, memories and K compared
+#[derive(Parser, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    grid: Grid,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// All that docs/choosing.md reports; goes on where it was interrupted
+    Study(Study),
+}
+
+/// Options with several values (separated by commas) span a grid.
+#[derive(Args, Debug)]
+struct Grid {
+    #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
+    optimizer: Optimizer,
+    /// Learning rate
+    #[arg(long, default_value_t = 0.1)]
+    lr: f64,
+    /// Of SGD
+    #[arg(long, default_value_t = 0.0)]
+    momentum: f64,
+    /// Images in a batch
+    #[arg(long, default_value_t = 128)]
+    batch: usize,
+    /// Units in the hidden layers
+    #[arg(long, value_delimiter = ',', default_value = "512,512")]
+    widths: Vec<usize>,
+    #[arg(long, default_value_t = 3)]
+    epochs: usize,
+    /// Outer products in a step as a share of the batch; 1 is the exact gradient
+    #[arg(long, value_delimiter = ',', default_value = "0.125")]
+    k_ratio: Vec<f64>,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "topk")]
+    policy: Vec<PolicyOption>,
+    /// Of policies that are not unbiased [default: balanced; none with unbiased policies]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    memory: Vec<MemoryOption>,
+    /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
+    /// balanced]
+    #[arg(long, value_delimiter = ',')]
+    decay: Vec<f64>,
+    #[command(flatten)]
+    common: Common,
+    /// Writes the runs to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct Study {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args, Debug)]
+struct Common {
+    /// The number of seeds
+    #[arg(long, default_value_t = 5)]
+    seeds: u64,
+    /// A folder with the four IDX files of MNIST
+    #[arg(long, default_value = "../shared/data/mnist")]
+    data: PathBuf,
+    /// Keeps every run in this folder, goes on where it was interrupted, and draws figures there
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let (common, settings) = match &cli.command {
+        None => (&cli.grid.common, cli.grid.settings()?),
+        Some(Command::Study(study)) => (&study.common, study::settings()),
+    };
+    ensure!(common.seeds > 0, "--seeds must be at least 1, but got 0");
+    let data = Data::load(&common.data)?;
+    for setting in &settings {
+        setting.validate(data.train.len())?;
+    }
+    let seeds: Vec<_> = (0..common.seeds).collect();
+    let runs = common.out.as_ref().map(|out| out.join("runs"));
+    let outcomes = grid::run(&data, &settings, &seeds, runs.as_deref())?;
+
+    let table = report::table(&outcomes);
+    println!("{table}");
+    if let Some(path) = &cli.grid.json {
+        let text = match &outcomes[..] {
+            [outcome] => serde_json::to_string(outcome)?,
+            outcomes => serde_json::to_string(outcomes)?,
+        };
+        parallel::write(path, &text)?;
+    }
+    if let Some(out) = &common.out {
+        parallel::write(&out.join("table.md"), &table)?;
+        report::figures(&outcomes, out)?;
+    }
+    Ok(())
+}
+
+impl Grid {
+    fn settings(&self) -> Result<Vec<Setting>> {
+        let mut settings: Vec<Setting> = Vec::new();
+        for &policy in &self.policy {
+            let memories = match &self.memory[..] {
+                [] if policy.policy().is_unbiased() => vec![MemoryOption::None],
+                [] => vec![MemoryOption::Balanced],
+                memories => memories.to_vec(),
+            };
+            for memory in memories {
+                let decays = match &self.decay[..] {
+                    decays if memory == MemoryOption::None || decays.is_empty() => {
+                        vec![memory.default_decay()]
+                    }
+                    decays => decays.to_vec(),
+                };
+                for (decay, &k_ratio) in decays
+                    .iter()
+                    .flat_map(|&decay| self.k_ratio.iter().map(move |k_ratio| (decay, k_ratio)))
+                {
+                    let setting = self.setting(policy, memory, decay, k_ratio);
+                    let setting = match setting.is_exact() {
+                        true => setting.exact(),
+                        false => setting,
+                    };
+                    // In a grid, not every policy goes with every memory.
+                    let invalid = policy.policy().is_unbiased()
+                        && memory.memory(decay) != Memory::None
+                        && self.memory.len() > 1;
+                    if !invalid && !settings.contains(&setting) {
+                        settings.push(setting);
+                    }
+                }
+            }
+        }
+        if settings.is_empty() {
+            bail!("--policy, --memory and --k-ratio leave nothing to run");
+        }
+        Ok(settings)
+    }
+
+    fn setting(
+        &self,
+        policy: PolicyOption,
+        memory: MemoryOption,
+        decay: f64,
+        k_ratio: f64,
+    ) -> Setting {
+        Setting {
+            optimizer: self.optimizer,
+            lr: self.lr,
+            momentum: self.momentum,
+            batch: self.batch,
+            widths: self.widths.clone(),
+            epochs: self.epochs,
+            k_ratio,
+            policy,
+            memory,
+            decay,
+        }
+    }
+}

@@ -1,0 +1,128 @@
+use anyhow::{Result, ensure};
+use burn_memaop::{AopConfig, OuterProducts};
+use clap::ValueEnum;
+use memaop_examples::{MemoryOption, PolicyOption};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    Sgd,
+    Adam,
+}
+
+/// All that a training depends on, but for the seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    pub optimizer: Optimizer,
+    pub lr: f64,
+    /// Of SGD.
+    pub momentum: f64,
+    pub batch: usize,
+    /// Units in the hidden layers.
+    pub widths: Vec<usize>,
+    pub epochs: usize,
+    /// 1 is the exact gradient.
+    pub k_ratio: f64,
+    pub policy: PolicyOption,
+    pub memory: MemoryOption,
+    pub decay: f64,
+}
+
+impl Setting {
+    /// The same training with exact gradients.
+    pub fn exact(&self) -> Self {
+        Self {
+            k_ratio: 1.0,
+            policy: PolicyOption::TopK,
+            memory: MemoryOption::None,
+            decay: 1.0,
+            ..self.clone()
+        }
+    }
+
+    pub fn is_exact(&self) -> bool {
+        self.k_ratio == 1.0
+    }
+
+    /// The configuration of a layer.
+    pub fn aop(&self, seed: u64) -> AopConfig {
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Ratio {
+                ratio: self.k_ratio,
+                minimum: 1,
+            })
+            .with_policy(self.policy.policy())
+            .with_memory(self.memory.memory(self.decay))
+            .with_seed(seed)
+    }
+
+    pub fn validate(&self, images: usize) -> Result<()> {
+        self.aop(0).validate()?;
+        let rate = |name: &str, value: f64, most: f64| {
+            ensure!(
+                value.is_finite() && value >= 0.0 && value < most,
+                "--{name} must be from 0 to below {most}, but got {value}"
+            );
+            Ok(())
+        };
+        rate("lr", self.lr, f64::INFINITY)?;
+        rate("momentum", self.momentum, 1.0)?;
+        ensure!(
+            self.optimizer == Optimizer::Sgd || self.momentum == 0.0,
+            "--momentum is for --optimizer sgd, but got {} with adam",
+            self.momentum
+        );
+        ensure!(
+            (1..=images).contains(&self.batch),
+            "--batch must be from 1 to {images}, but got {}",
+            self.batch
+        );
+        ensure!(self.epochs > 0, "--epochs must be at least 1, but got 0");
+        ensure!(
+            !self.widths.contains(&0),
+            "--widths must be at least 1 each, but got {:?}",
+            self.widths
+        );
+        Ok(())
+    }
+
+    /// What is common to the settings that are compared: all but the approximation.
+    pub fn regime(&self) -> String {
+        let optimizer = match self.optimizer {
+            Optimizer::Sgd if self.momentum > 0.0 => {
+                format!("SGD {} momentum {}", self.lr, self.momentum)
+            }
+            Optimizer::Sgd => format!("SGD {}", self.lr),
+            Optimizer::Adam => format!("Adam {}", self.lr),
+        };
+        let widths: Vec<_> = self.widths.iter().map(usize::to_string).collect();
+        format!(
+            "{optimizer}, batch {}, hidden {}, {} epochs",
+            self.batch,
+            widths.join("-"),
+            self.epochs
+        )
+    }
+
+    /// The approximation, without K.
+    pub fn method(&self) -> String {
+        if self.is_exact() {
+            return "exact".to_string();
+        }
+        let policy = self.policy.to_possible_value().expect("none is skipped");
+        let policy = policy.get_name();
+        match self.memory {
+            MemoryOption::None => policy.to_string(),
+            MemoryOption::Published => format!("{policy}, published {}", self.decay),
+            MemoryOption::Balanced => format!("{policy}, balanced {}", self.decay),
+        }
+    }
+
+    /// A name for files.
+    pub fn slug(&self) -> String {
+        let name = format!("{} {} k {}", self.regime(), self.method(), self.k_ratio);
+        let plain = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-");
+        plain.replace("--", "-").to_lowercase()
+    }
+}

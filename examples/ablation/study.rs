@@ -1,0 +1,84 @@
+//! The settings of `docs/choosing.md`.
+
+use memaop_examples::{
+    MemoryOption::{self, Balanced, None, Published},
+    PolicyOption::{
+        self, Bernoulli, ColumnRow, RandK, ScaledRandK, Systematic, TopK, WeightedK, WinnerTakeAll,
+    },
+};
+
+use crate::setting::{
+    Optimizer::{self, Adam, Sgd},
+    Setting,
+};
+
+/// An approximation, and how far its K is taken: M over K, as exponents of 2.
+type Method = (PolicyOption, MemoryOption, f64, &'static [i32]);
+
+const COMPARED: &[Method] = &[
+    (TopK, Balanced, 0.9, &[2, 3, 4, 5]),
+    (Systematic, None, 1.0, &[2, 3, 4, 5]),
+    (TopK, None, 1.0, &[2, 3, 4, 5]),
+    (TopK, Published, 1.0, &[2, 3, 4, 5]),
+    (TopK, Balanced, 1.0, &[3, 4]),
+    (TopK, Balanced, 0.7, &[4]),
+    (TopK, Published, 0.5, &[3]),
+    (WeightedK, Balanced, 0.9, &[3, 4]),
+    (WeightedK, Published, 1.0, &[3]),
+    (RandK, Balanced, 0.9, &[3, 4]),
+    (RandK, Published, 1.0, &[3]),
+    (Bernoulli, None, 1.0, &[3, 4]),
+    (ColumnRow, None, 1.0, &[3, 4]),
+    (WinnerTakeAll, None, 1.0, &[3, 4]),
+    (ScaledRandK, None, 1.0, &[3, 4]),
+];
+
+const FEW: &[Method] = &[
+    (TopK, Balanced, 0.9, &[3, 4]),
+    (Systematic, None, 1.0, &[3, 4]),
+    (TopK, None, 1.0, &[3, 4]),
+    (TopK, Published, 1.0, &[3, 4]),
+];
+
+/// Optimizer, learning rate, momentum, batch, hidden layers of 512 units, epochs.
+type Regime = (Optimizer, f64, f64, usize, usize, usize);
+
+const REGIMES: &[(Regime, &[Method])] = &[
+    ((Sgd, 0.1, 0.0, 128, 2, 3), COMPARED),
+    ((Adam, 1e-3, 0.0, 128, 2, 3), COMPARED),
+    ((Sgd, 0.3, 0.0, 512, 2, 5), COMPARED),
+    ((Adam, 1e-3, 0.0, 512, 2, 5), COMPARED),
+    ((Sgd, 0.02, 0.9, 128, 2, 3), FEW),
+    ((Sgd, 0.05, 0.9, 512, 2, 5), FEW),
+    ((Sgd, 0.1, 0.0, 128, 4, 3), FEW),
+    ((Adam, 1e-3, 0.0, 128, 4, 3), FEW),
+];
+
+pub fn settings() -> Vec<Setting> {
+    let mut settings = Vec::new();
+    for &((optimizer, lr, momentum, batch, hidden, epochs), methods) in REGIMES {
+        let exact = Setting {
+            optimizer,
+            lr,
+            momentum,
+            batch,
+            widths: vec![512; hidden],
+            epochs,
+            k_ratio: 1.0,
+            policy: TopK,
+            memory: None,
+            decay: 1.0,
+        };
+        settings.push(exact.clone());
+        for &(policy, memory, decay, exponents) in methods {
+            settings.extend(exponents.iter().map(|&exponent| Setting {
+                k_ratio: 0.5f64.powi(exponent),
+                policy,
+                memory,
+                decay,
+                ..exact.clone()
+            }));
+        }
+    }
+    settings
+}

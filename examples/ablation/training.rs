@@ -1,0 +1,174 @@
+use std::{path::Path, time::Instant};
+
+use anyhow::Result;
+use burn::{
+    module::{Module, Param},
+    nn::{Initializer, LinearConfig, loss::CrossEntropyLossConfig},
+    optim::{
+        AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig,
+    },
+    tensor::{Device, Int, Tensor, TensorData, activation::relu},
+};
+use burn_memaop::MemAopLinear;
+use memaop_examples::mnist::{self, PIXELS, Split};
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::{Deserialize, Serialize};
+
+use crate::setting::{Optimizer, Setting};
+
+const CLASSES: usize = 10;
+/// Images that are tested at a time.
+const TEST_BATCH: usize = 1000;
+
+/// MNIST, with the pixels of the training images standardised.
+pub struct Data {
+    pub train: Images,
+    pub test: Images,
+}
+
+pub struct Images {
+    pixels: Vec<f32>,
+    labels: Vec<u8>,
+}
+
+impl Data {
+    pub fn load(folder: &Path) -> Result<Self> {
+        let load = |split| -> Result<Images> {
+            let images = mnist::read(folder, split)?;
+            let scale = |&pixel: &u8| (f32::from(pixel) / 255.0 - 0.1307) / 0.3081;
+            Ok(Images {
+                pixels: images.pixels.iter().map(scale).collect(),
+                labels: images.labels,
+            })
+        };
+        Ok(Self {
+            train: load(Split::Train)?,
+            test: load(Split::Test)?,
+        })
+    }
+}
+
+impl Images {
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    fn batch(&self, indices: &[usize], device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
+        let mut pixels = Vec::with_capacity(indices.len() * PIXELS);
+        for &index in indices {
+            pixels.extend_from_slice(&self.pixels[index * PIXELS..][..PIXELS]);
+        }
+        let labels: Vec<_> = indices.iter().map(|&i| i64::from(self.labels[i])).collect();
+        let pixels = TensorData::new(pixels, [indices.len(), PIXELS]);
+        let labels = TensorData::new(labels, [indices.len()]);
+        (
+            Tensor::from_data(pixels, device),
+            Tensor::from_data(labels, device),
+        )
+    }
+}
+
+#[derive(Module, Debug)]
+struct Mlp {
+    layers: Vec<MemAopLinear>,
+}
+
+impl Mlp {
+    /// Weights and biases uniform in ±1/sqrt(inputs), as Burn initialises its `Linear`, but from
+    /// a generator that trainings on other threads do not share.
+    fn new(setting: &Setting, random: &mut StdRng, device: &Device) -> Self {
+        let mut inputs = PIXELS;
+        let outputs = setting.widths.iter().copied().chain([CLASSES]);
+        let layers = outputs.map(|outputs| {
+            let mut linear = LinearConfig::new(inputs, outputs)
+                .with_initializer(Initializer::Zeros)
+                .init(device);
+            let bound = 1.0 / (inputs as f32).sqrt();
+            let mut uniform = |count| -> Vec<f32> {
+                let values = (0..count).map(|_| random.random_range(-bound..bound));
+                values.collect()
+            };
+            let weight = TensorData::new(uniform(inputs * outputs), [inputs, outputs]);
+            let bias = TensorData::new(uniform(outputs), [outputs]);
+            linear.weight = Param::from_tensor(Tensor::from_data(weight, device));
+            linear.bias = Some(Param::from_tensor(Tensor::from_data(bias, device)));
+            inputs = outputs;
+            MemAopLinear::from_linear(linear, setting.aop(random.random()))
+        });
+        Self {
+            layers: layers.collect(),
+        }
+    }
+
+    fn forward(&self, images: Tensor<2>) -> Tensor<2> {
+        let (last, hidden) = self.layers.split_last().expect("at least one layer");
+        let hidden = hidden
+            .iter()
+            .fold(images, |input, layer| relu(layer.forward(input)));
+        last.forward(hidden)
+    }
+
+    fn test_accuracy(&self, images: &Images, device: &Device) -> f64 {
+        let model = self.valid();
+        let indices: Vec<_> = (0..images.len()).collect();
+        let right = indices.chunks(TEST_BATCH).map(|indices| {
+            let (pixels, labels) = images.batch(indices, device);
+            let found = model.forward(pixels).argmax(1).squeeze_dim(1);
+            found.equal(labels).int().sum().into_scalar::<i64>()
+        });
+        right.sum::<i64>() as f64 / images.len() as f64
+    }
+}
+
+/// The outcome of one training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    pub seed: u64,
+    /// The share of test images that are recognised, after each epoch.
+    pub test_accuracy: Vec<f64>,
+    /// The time of each epoch's steps: forward, backward, optimizer.
+    pub train_seconds: Vec<f64>,
+}
+
+/// Trains; `after_epoch` is called after each epoch. An unequal last batch is left out.
+pub fn run(data: &Data, setting: &Setting, seed: u64, after_epoch: impl Fn()) -> Run {
+    let device = Device::flex();
+    let autodiff = device.clone().autodiff();
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut model = Mlp::new(setting, &mut random, &autodiff);
+    let mut optimizer: ModuleOptimizer = match setting.optimizer {
+        Optimizer::Sgd if setting.momentum > 0.0 => {
+            let momentum = MomentumConfig::new()
+                .with_momentum(setting.momentum)
+                .with_dampening(0.0);
+            SgdConfig::new().with_momentum(Some(momentum)).init()
+        }
+        Optimizer::Sgd => SgdConfig::new().init(),
+        Optimizer::Adam => AdamConfig::new().init(),
+    };
+    let loss = CrossEntropyLossConfig::new().init(&autodiff);
+
+    let mut order: Vec<_> = (0..data.train.len()).collect();
+    let mut run = Run {
+        seed,
+        test_accuracy: Vec::new(),
+        train_seconds: Vec::new(),
+    };
+    for _ in 0..setting.epochs {
+        order.shuffle(&mut random);
+        let mut seconds = 0.0;
+        for indices in order.chunks_exact(setting.batch) {
+            let (images, labels) = data.train.batch(indices, &autodiff);
+            let start = Instant::now();
+            let loss = loss.forward(model.forward(images), labels);
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            model = optimizer.step(setting.lr, model, grads);
+            seconds += start.elapsed().as_secs_f64();
+        }
+        run.train_seconds.push(seconds);
+        run.test_accuracy
+            .push(model.test_accuracy(&data.test, &device));
+        after_epoch();
+    }
+    run
+}
