@@ -4,9 +4,7 @@ use anyhow::Result;
 use burn::{
     module::{Module, Param},
     nn::{Initializer, LinearConfig, loss::CrossEntropyLossConfig},
-    optim::{
-        AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig,
-    },
+    optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig},
     tensor::{Device, Int, Tensor, TensorData, activation::relu},
 };
 use burn_memaop::MemAopLinear;

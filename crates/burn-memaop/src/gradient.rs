@@ -72,7 +72,10 @@ fn fold_in<B: Backend>(
     let batch = batch.map(|factor| cast::<B>(factor, dtype));
 
     let RowMemory::Rows { input, grad } = memory else {
-        return (batch, None);
+        return match step.memory {
+            Memory::None | Memory::Published { .. } => (batch, None),
+            Memory::Balanced { .. } => (balance::<B>(batch, None, step), None),
+        };
     };
     let kept = input.shape()[0];
     let memory = Factors::<B> { input, grad }.map(|factor| cast::<B>(factor, dtype));
@@ -84,7 +87,7 @@ fn fold_in<B: Backend>(
     let memory = memory.map(|factor| resize_rows::<B>(factor, rows));
     let batch = match step.memory {
         Memory::None | Memory::Published { .. } => batch,
-        Memory::Balanced { .. } => balance::<B>(batch, &memory, step),
+        Memory::Balanced { .. } => balance::<B>(batch, Some(&memory), step),
     };
     let folded = Factors {
         input: B::float_add(memory.input, batch.input),
@@ -94,38 +97,50 @@ fn fold_in<B: Backend>(
 }
 
 /// `s r x` and `(s / r) g` of every row, with a random sign s and the r that makes the variance of
-/// what is added to the memory smallest.
-fn balance<B: Backend>(batch: Factors<B>, memory: &Factors<B>, step: &AopStep) -> Factors<B> {
-    let device = batch.input.device();
-    let rows = batch.input.shape()[0];
-    let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
+/// what is added to the memory smallest; 1 where nothing is kept.
+fn balance<B: Backend>(
+    batch: Factors<B>,
+    memory: Option<&Factors<B>>,
+    step: &AopStep,
+) -> Factors<B> {
+    let bools = get_or_init_device_settings::<B>(&batch.input.device()).bool_dtype;
     let is_zero =
         |norm: &FloatTensor<B>| B::float_equal_elem(norm.clone(), Scalar::from(0.0), bools);
-
     let (x, g) = (row_norms::<B>(&batch.input), row_norms::<B>(&batch.grad));
-    let (a, b) = (row_norms::<B>(&memory.input), row_norms::<B>(&memory.grad));
-    let unkept = B::bool_or(is_zero(&a), is_zero(&b));
     let nothing = B::bool_or(is_zero(&x), is_zero(&g));
-
-    // The root of each quotient, because the quotient of the products could overflow.
-    let input_scale = B::float_sqrt(B::float_div(a, x));
-    let grad_scale = B::float_sqrt(B::float_div(g, b));
-    let r = B::float_mul(input_scale, grad_scale);
-    let r = B::float_mask_fill(r, unkept, Scalar::from(1.0));
 
     let noise = StepNoise {
         seed: step.seed,
         step: step.step,
     };
+    let rows = x.shape()[0];
     let signs = (0..rows).map(|row| noise.sign(row)).collect();
-    let signs = floats::<B>(signs, [rows, 1], &r);
+    let signs = floats::<B>(signs, [rows, 1], &x);
+
+    let (input_scale, grad_scale) = match memory {
+        None => (signs.clone(), signs),
+        Some(memory) => {
+            let (a, b) = (row_norms::<B>(&memory.input), row_norms::<B>(&memory.grad));
+            let unkept = B::bool_or(is_zero(&a), is_zero(&b));
+            // The root of each quotient, because the quotient of the products could overflow.
+            let r = B::float_mul(
+                B::float_sqrt(B::float_div(a, x)),
+                B::float_sqrt(B::float_div(g, b)),
+            );
+            let r = B::float_mask_fill(r, unkept, Scalar::from(1.0));
+            (
+                B::float_mul(signs.clone(), r.clone()),
+                B::float_div(signs, r),
+            )
+        }
+    };
     let scale = |factor: FloatTensor<B>, by: FloatTensor<B>| {
         let by = B::float_mask_fill(by, nothing.clone(), Scalar::from(0.0));
         B::float_mul(factor, by)
     };
     Factors {
-        input: scale(batch.input, B::float_mul(signs.clone(), r.clone())),
-        grad: scale(batch.grad, B::float_div(signs, r)),
+        input: scale(batch.input, input_scale),
+        grad: scale(batch.grad, grad_scale),
     }
 }
 

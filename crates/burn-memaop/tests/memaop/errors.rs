@@ -4,7 +4,9 @@ use burn::{
     config::Config,
     tensor::{Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts};
+use burn_memaop::{
+    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
+};
 
 fn init(aop: AopConfig) -> MemAopLinear {
     MemAopLinearConfig::new(4, 2)
@@ -62,6 +64,50 @@ fn decay_above_one() {
 }
 
 #[test]
+#[should_panic(
+    expected = "AopConfig.memory: Systematic weighs what it chooses, so it must go with None, but \
+                got Balanced { decay: 0.9 }"
+)]
+fn unbiased_policy_with_a_memory() {
+    init(
+        AopConfig::new()
+            .with_policy(Policy::Systematic)
+            .with_memory(Memory::Balanced { decay: 0.9 }),
+    );
+}
+
+fn schedule(schedule: Schedule) -> AopConfig {
+    AopConfig::new().with_schedule(schedule)
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.schedule: the number of steps must be at least 1, but got 0")]
+fn schedule_of_no_steps() {
+    init(schedule(Schedule::Cosine {
+        exact_steps: 5,
+        steps: 0,
+    }));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.schedule: the share must be in (0, 1), but got 1")]
+fn share_of_one() {
+    init(schedule(Schedule::Adaptive {
+        share: 1.0,
+        interval: 10,
+    }));
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.schedule: the interval must be at least 1, but got 0")]
+fn interval_of_zero() {
+    init(schedule(Schedule::Adaptive {
+        share: 0.5,
+        interval: 0,
+    }));
+}
+
+#[test]
 #[should_panic(expected = "assert_shape!(input, [.., d_input]): axis 1 expected 4, got 3")]
 fn wrong_input_width() {
     init(AopConfig::new()).forward(Tensor::<2>::zeros([1, 3], &Device::flex()));
@@ -99,7 +145,12 @@ fn the_configuration_survives_serialization() {
     let config = MemAopLinearConfig::new(4, 2).with_aop(
         AopConfig::new()
             .with_outer_products(OuterProducts::Count(3))
+            .with_policy(Policy::Systematic)
             .with_memory(Memory::None)
+            .with_schedule(Schedule::Adaptive {
+                share: 0.8,
+                interval: 50,
+            })
             .with_seed(u64::MAX),
     );
     let json = config.to_string();

@@ -15,12 +15,29 @@ use crate::{
     support::{Matrix, Random, bits},
 };
 
-const POLICIES: [Policy; 3] = [Policy::TopK, Policy::RandK, Policy::WeightedK];
-const MEMORIES: [Memory; 3] = [
+const BIASED: [Policy; 3] = [Policy::TopK, Policy::RandK, Policy::WeightedK];
+const UNBIASED: [Policy; 5] = [
+    Policy::ScaledRandK,
+    Policy::Systematic,
+    Policy::Bernoulli,
+    Policy::ColumnRow,
+    Policy::WinnerTakeAll,
+];
+const MEMORIES: [Memory; 5] = [
     Memory::None,
     Memory::Published { decay: 1.0 },
     Memory::Published { decay: 0.7 },
+    Memory::Balanced { decay: 1.0 },
+    Memory::Balanced { decay: 0.9 },
 ];
+
+/// Every policy with every memory that it takes.
+fn methods() -> impl Iterator<Item = (Policy, Memory)> {
+    let biased = BIASED
+        .into_iter()
+        .flat_map(|policy| MEMORIES.map(|memory| (policy, memory)));
+    biased.chain(UNBIASED.map(|policy| (policy, Memory::None)))
+}
 
 /// The operation of the crate, called on plain tensors, with its memory between steps.
 struct Operation {
@@ -56,6 +73,7 @@ impl Operation {
             memory: self.memory,
             seed: self.seed,
             step: self.step,
+            measure: false,
         };
         let gradient = Dispatch::memaop_weight_gradient(
             input.into_dispatch(),
@@ -127,19 +145,17 @@ fn compare(
 
 pub fn operation_equals_the_oracle(device: &Device) {
     let mut random = Random(1);
-    for memory in MEMORIES {
-        for policy in POLICIES {
-            for largest in [2, 3, 65, 257] {
-                compare(
-                    device,
-                    DType::F32,
-                    1e-5,
-                    policy,
-                    memory,
-                    &mut random,
-                    largest,
-                );
-            }
+    for (policy, memory) in methods() {
+        for largest in [2, 3, 65, 257] {
+            compare(
+                device,
+                DType::F32,
+                1e-5,
+                policy,
+                memory,
+                &mut random,
+                largest,
+            );
         }
     }
 }
@@ -151,10 +167,8 @@ pub fn half_and_double_precision_equal_the_oracle(device: &Device) {
             eprintln!("skipped: {device:?} does not support {dtype:?}");
             continue;
         }
-        for memory in MEMORIES {
-            for policy in POLICIES {
-                compare(device, dtype, tolerance, policy, memory, &mut random, 65);
-            }
+        for (policy, memory) in methods() {
+            compare(device, dtype, tolerance, policy, memory, &mut random, 65);
         }
     }
 }
@@ -181,8 +195,12 @@ pub fn equal_seeds_draw_the_rows_of_the_oracle(device: &Device) {
 pub fn rows_that_are_not_finite_are_left_out(device: &Device) {
     let mut random = Random(3);
     let (m, n, p) = (12, 5, 3);
-    for policy in POLICIES {
-        let memory = Memory::Published { decay: 1.0 };
+    let memories = [
+        Memory::Published { decay: 1.0 },
+        Memory::Balanced { decay: 1.0 },
+    ];
+    let methods = BIASED.map(|policy| memories.map(|memory| (policy, memory)));
+    for (policy, memory) in methods.concat() {
         let mut operation = Operation::new(policy, memory, 5);
         let clean = |random: &mut Random| (random.matrix(m, n), random.matrix(m, p));
 
@@ -273,8 +291,8 @@ fn layer(linear: &Linear, aop: AopConfig) -> MemAopLinear {
 
 pub fn layer_equals_the_oracle(device: &Device) {
     let mut random = Random(4);
-    for (index, policy) in POLICIES.into_iter().enumerate() {
-        for memory in [Memory::None, Memory::Published { decay: 1.0 }] {
+    for (index, (policy, memory)) in methods().enumerate() {
+        {
             let (n, p) = (7, 5);
             let linear = LinearConfig::new(n, p).init(device);
             let seed = index as u64;

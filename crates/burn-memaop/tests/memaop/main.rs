@@ -9,5 +9,7 @@ mod gradients;
 mod memory;
 mod oracle;
 mod record;
+mod schedule;
 mod selection;
 mod support;
+mod unbiased;

@@ -342,7 +342,7 @@ fn display_names_the_settings() {
     assert_eq!(
         format!("{layer}"),
         "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Ratio { ratio: 0.25, \
-         minimum: 1 }, policy: TopK, memory: published (decay 1), params: 20}"
+         minimum: 1 }, policy: TopK, memory: Published { decay: 1.0 }, schedule: Constant { exact_steps: 0 }, params: 20}"
     );
 }
 

@@ -46,48 +46,55 @@ impl Oracle {
         // Fold in.
         let mut x_hat = x.clone();
         let mut g_hat = g.clone();
-        if self.memory != Memory::None {
-            for i in 0..m {
+        for i in 0..m {
+            let (mut input_scale, mut grad_scale) = (1.0, 1.0);
+            if let Memory::Balanced { .. } = self.memory {
+                let second = philox([i as u64, 0, self.step], self.seed)[1];
+                let sign = if second >= 1 << 31 { -1.0 } else { 1.0 };
+                let (a, b) = (norm(&self.input.0[i]), norm(&self.grad.0[i]));
+                let (x, g) = (norm(&x.0[i]), norm(&g.0[i]));
+                let r = match a * b {
+                    0.0 => 1.0,
+                    _ => (a * g / (x * b)).sqrt(),
+                };
+                (input_scale, grad_scale) = (sign * r, sign / r);
+                if x * g == 0.0 {
+                    (input_scale, grad_scale) = (0.0, 0.0);
+                }
+            }
+            if self.memory != Memory::None {
                 for j in 0..n {
-                    x_hat.0[i][j] += self.input.0[i][j];
+                    x_hat.0[i][j] = self.input.0[i][j] + input_scale * x.0[i][j];
                 }
                 for j in 0..p {
-                    g_hat.0[i][j] += self.grad.0[i][j];
+                    g_hat.0[i][j] = self.grad.0[i][j] + grad_scale * g.0[i][j];
                 }
             }
         }
 
         // Score and select.
-        let mut keys = Vec::new();
-        for i in 0..m {
-            let x_square: f64 = x_hat.0[i].iter().map(|v| v * v).sum();
-            let g_square: f64 = g_hat.0[i].iter().map(|v| v * v).sum();
-            let score = x_square * g_square;
-            let word = philox([i as u64, 0, self.step], self.seed);
-            let uniform = ((word / 512) as f64 + 0.5) / 8_388_608.0;
-            keys.push(match self.policy {
-                Policy::TopK => score,
-                Policy::RandK => word as f64,
-                Policy::WeightedK => score.ln() - (-uniform.ln()).ln(),
-            });
-        }
-        let mut order: Vec<usize> = (0..m).collect();
-        order.sort_by(|&a, &b| keys[b].total_cmp(&keys[a]));
+        let sizes: Vec<f64> = (0..m)
+            .map(|i| norm(&x_hat.0[i]) * norm(&g_hat.0[i]))
+            .collect();
+        let words: Vec<u64> = (0..m.max(k))
+            .map(|i| philox([i as u64, 0, self.step], self.seed)[0])
+            .collect();
+        let chosen = choose(self.policy, &sizes, &words, k);
 
         // Apply.
         let mut gradient = Matrix::zeros(n, p);
-        for &i in &order[..k] {
+        for &(i, weight) in &chosen {
             for a in 0..n {
                 for b in 0..p {
-                    gradient.0[a][b] += x_hat.0[i][a] * g_hat.0[i][b];
+                    gradient.0[a][b] += weight * x_hat.0[i][a] * g_hat.0[i][b];
                 }
             }
         }
 
         // Keep.
-        if let Memory::Published { decay } = self.memory {
+        if let Memory::Published { decay } | Memory::Balanced { decay } = self.memory {
             for i in 0..m {
-                let factor = match order[..k].contains(&i) {
+                let factor = match chosen.iter().any(|&(row, _)| row == i) {
                     true => 0.0,
                     false => decay.sqrt(),
                 };
@@ -104,8 +111,107 @@ impl Oracle {
     }
 }
 
-/// The first word of Philox4x32-10 for the counter `(row, 0, step low, step high)`.
-fn philox([row, zero, step]: [u64; 3], seed: u64) -> u64 {
+fn norm(row: &[f64]) -> f64 {
+    row.iter().map(|value| value * value).sum::<f64>().sqrt()
+}
+
+/// The chosen rows and their weights, by the formulas of the policies, for `|x^| |g^|` and a
+/// random word of every row.
+pub fn choose(policy: Policy, sizes: &[f64], words: &[u64], k: usize) -> Vec<(usize, f64)> {
+    let m = sizes.len();
+    let uniform = |i: usize| (words[i] as f64 + 0.5) / 4_294_967_296.0;
+    let best = |keys: Vec<f64>| -> Vec<usize> {
+        let mut order: Vec<usize> = (0..m).collect();
+        order.sort_by(|&a, &b| keys[b].total_cmp(&keys[a]));
+        order[..k].to_vec()
+    };
+    let gumbel = |i: usize| {
+        let uniform = ((words[i] / 512) as f64 + 0.5) / 8_388_608.0;
+        -(-uniform.ln()).ln()
+    };
+    let random = || best(words[..m].iter().map(|&word| word as f64).collect());
+    let total: f64 = sizes.iter().sum();
+    match policy {
+        Policy::TopK => best(sizes.to_vec()).into_iter().map(|i| (i, 1.0)).collect(),
+        Policy::RandK => random().into_iter().map(|i| (i, 1.0)).collect(),
+        Policy::WeightedK => {
+            let keys = (0..m).map(|i| (sizes[i] * sizes[i]).ln() + gumbel(i));
+            best(keys.collect()).into_iter().map(|i| (i, 1.0)).collect()
+        }
+        Policy::ScaledRandK => {
+            let rows = random().into_iter();
+            rows.map(|i| (i, m as f64 / k as f64)).collect()
+        }
+        Policy::Systematic => {
+            let p = inclusion_probabilities(sizes, k);
+            let mut chosen = Vec::new();
+            for point in 1..=k {
+                let mut reached = uniform(0);
+                let row = (0..m).find(|&i| {
+                    reached += p[i];
+                    reached >= point as f64
+                });
+                chosen.extend(row.map(|i| (i, 1.0 / p[i])));
+            }
+            chosen
+        }
+        Policy::Bernoulli => {
+            let p = inclusion_probabilities(sizes, k);
+            let drawn = (0..m).filter(|&i| uniform(i) < p[i]);
+            drawn.map(|i| (i, 1.0 / p[i])).collect()
+        }
+        Policy::ColumnRow => draws(sizes, k, uniform),
+        Policy::WinnerTakeAll => {
+            let mut order: Vec<usize> = (0..m).collect();
+            order.sort_by(|&a, &b| sizes[b].total_cmp(&sizes[a]));
+            let factor = |count: usize| {
+                let won: f64 = order[..count].iter().map(|&i| sizes[i] / total).sum();
+                (1.0 - won) / (k - count) as f64
+            };
+            let count = (0..k).fold(0, |best, count| {
+                if factor(count) < factor(best) {
+                    count
+                } else {
+                    best
+                }
+            });
+            let mut rest = sizes.to_vec();
+            order[..count].iter().for_each(|&i| rest[i] = 0.0);
+            let mut chosen: Vec<_> = order[..count].iter().map(|&i| (i, 1.0)).collect();
+            chosen.extend(draws(&rest, k - count, uniform));
+            chosen
+        }
+    }
+}
+
+/// Draws with replacement in proportion to the sizes.
+fn draws(sizes: &[f64], count: usize, uniform: impl Fn(usize) -> f64) -> Vec<(usize, f64)> {
+    let total: f64 = sizes.iter().sum();
+    let draw = |index: usize| {
+        let mut left = uniform(index) * total;
+        let row = (0..sizes.len()).find(|&i| {
+            left -= sizes[i];
+            left < 0.0
+        })?;
+        Some((row, total / (count as f64 * sizes[row])))
+    };
+    (0..count).filter_map(draw).collect()
+}
+
+/// `min(1, c size)`, with c found by bisection so that they sum to K.
+pub fn inclusion_probabilities(sizes: &[f64], k: usize) -> Vec<f64> {
+    let least = sizes.iter().copied().fold(f64::INFINITY, f64::min);
+    let (mut low, mut high) = (0.0, 1.0 / least);
+    for _ in 0..200 {
+        let c = 0.5 * (low + high);
+        let sum: f64 = sizes.iter().map(|size| (c * size).min(1.0)).sum();
+        if sum < k as f64 { low = c } else { high = c }
+    }
+    sizes.iter().map(|size| (low * size).min(1.0)).collect()
+}
+
+/// The words of Philox4x32-10 for the counter `(row, 0, step low, step high)`.
+pub fn philox([row, zero, step]: [u64; 3], seed: u64) -> [u64; 4] {
     const MASK: u64 = 0xFFFF_FFFF;
     let mut c = [row, zero, step & MASK, step >> 32];
     let mut key = [seed & MASK, seed >> 32];
@@ -121,5 +227,5 @@ fn philox([row, zero, step]: [u64; 3], seed: u64) -> u64 {
         key[0] = (key[0] + 0x9E37_79B9) & MASK;
         key[1] = (key[1] + 0xBB67_AE85) & MASK;
     }
-    c[0]
+    c
 }

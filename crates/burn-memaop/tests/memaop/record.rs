@@ -7,7 +7,9 @@ use burn::{
     store::ModuleRecord,
     tensor::{DType, Device, activation::relu},
 };
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, OuterProducts, Policy};
+use burn_memaop::{
+    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
+};
 
 use crate::support::{Matrix, Random, bits};
 
@@ -24,7 +26,13 @@ fn device() -> Device {
 fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(4))
-        .with_policy(Policy::WeightedK);
+        .with_policy(Policy::WeightedK)
+        .with_memory(Memory::Balanced { decay: 0.9 })
+        // Measured before the stop, adjusted after it.
+        .with_schedule(Schedule::Adaptive {
+            share: 0.9,
+            interval: 2,
+        });
     MemAopLinearConfig::new(d_input, d_output)
         .with_aop(aop)
         .init(&device())
