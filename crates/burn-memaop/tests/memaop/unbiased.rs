@@ -319,14 +319,28 @@ fn zero_rows_and_extreme_norms_are_folded_in_without_harm() {
     let (a, b) = kept(&[(0.0, 5.0), (2.0, 3.0)]);
     assert_eq!((a[0].abs(), b[0].abs()), (2.0, 3.0));
 
+    // Of directions of their own, so that they cannot cancel.
+    let along = |axis: usize, size: f64, width: usize| {
+        let mut row = vec![0.0; width];
+        row[axis] = size;
+        row
+    };
     for (first, second) in [
         ((1e-15, 1e15), (1e15, 1e-15)),
         ((1e15, 1e-15), (1e-15, 1e15)),
         ((1e-15, 1e-15), (1e15, 1e-12)),
-        ((1e2, 1e-2), (1e-12, 1e-12)),
+        ((1e2, 1e-2), (1e-15, 1e-15)),
     ] {
-        let (a, b) = kept(&[first, second]);
-        let finite = a.iter().chain(&b).all(|value| value.is_finite());
-        assert!(finite && a[0] != 0.0 && b[0] != 0.0, "{a:?} {b:?}");
+        let mut batches = [pair(first.0, first.1), pair(second.0, second.1)];
+        for (axis, (x, g)) in batches.iter_mut().enumerate() {
+            x.0[0] = along(axis, x.0[0][0], 3);
+            g.0[0] = along(axis, g.0[0][0], 2);
+        }
+        let (a, b) = balanced(&batches, 1.0, 3);
+        for axis in 0..2 {
+            let product = (a.0[0][axis] * b.0[0][axis]).abs();
+            let (x, g) = [first, second][axis];
+            assert!((product / (x * g) - 1.0).abs() < 1e-5, "{a:?} {b:?}");
+        }
     }
 }
