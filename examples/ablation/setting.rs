@@ -54,6 +54,7 @@ impl Setting {
             })
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.decay))
+            .with_cost_rule(false)
             .with_seed(seed)
     }
 

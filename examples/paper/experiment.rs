@@ -122,6 +122,7 @@ impl Setting {
                 .with_outer_products(OuterProducts::Count(self.k))
                 .with_policy(policy)
                 .with_memory(memory)
+                .with_cost_rule(false)
                 .with_seed(seed),
         )
     }

@@ -31,7 +31,10 @@ impl Dense for MemAopLinear {
     }
 
     fn outer_products(&self, rows: usize) -> usize {
-        self.aop().outer_products.k(rows).min(rows)
+        match self.is_exact(rows, &self.weight.device()) {
+            true => rows,
+            false => self.aop().outer_products.k(rows),
+        }
     }
 }
 

@@ -1,6 +1,16 @@
-//! The backends that supply [`MemAopOps`], all by its default bodies so far.
+//! The backends that supply [`MemAopOps`]: CPU backends by the code of `cpu.rs`, for the types that
+//! they keep a memory in, all others by its default bodies.
 
 use burn::backend::DispatchDevice;
+#[cfg(feature = "ndarray")]
+use burn::backend::ndarray::NdArrayTensor;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use burn::{
+    backend::{TensorMetadata, tensor::FloatTensor},
+    tensor::DType,
+};
+#[cfg(feature = "flex")]
+use {burn::tensor::Element, bytemuck::Pod};
 
 #[cfg(any(
     feature = "flex",
@@ -9,12 +19,94 @@ use burn::backend::DispatchDevice;
     feature = "cubecl-backend"
 ))]
 use crate::ops::MemAopOps;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use crate::{
+    cpu::{self, HostTensors},
+    gradient,
+    ops::{AopStep, RowMemory, WeightGradient},
+};
+
+macro_rules! cpu_backend {
+    ($backend:ty) => {
+        impl MemAopOps for $backend {
+            fn memaop_weight_gradient(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                memory: RowMemory<Self>,
+                step: AopStep,
+            ) -> WeightGradient<Self> {
+                match input.dtype() {
+                    DType::F32 => cpu::weight_gradient::<Self, f32>(input, grad, memory, step),
+                    DType::F64 => cpu::weight_gradient::<Self, f64>(input, grad, memory, step),
+                    _ => gradient::weight_gradient::<Self>(input, grad, memory, step),
+                }
+            }
+        }
+    };
+}
 
 #[cfg(feature = "flex")]
-impl MemAopOps for burn::backend::Flex {}
+cpu_backend!(burn::backend::Flex);
+
+#[cfg(feature = "flex")]
+impl<E: Element + Pod> HostTensors<E> for burn::backend::Flex {
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+        match tensor.is_contiguous() {
+            true => tensor,
+            false => tensor.to_contiguous(),
+        }
+    }
+
+    fn values(tensor: &FloatTensor<Self>) -> &[E] {
+        tensor.as_slice().expect("a contiguous tensor of this type")
+    }
+
+    fn values_mut(tensor: &mut FloatTensor<Self>) -> &mut [E] {
+        let range = tensor.layout().contiguous_offsets();
+        let (start, end) = range.expect("a contiguous tensor");
+        &mut tensor.storage_mut()[start..end]
+    }
+}
 
 #[cfg(feature = "ndarray")]
-impl MemAopOps for burn::backend::NdArray {}
+cpu_backend!(burn::backend::NdArray);
+
+#[cfg(feature = "ndarray")]
+macro_rules! ndarray_tensors {
+    ($element:ty, $variant:ident) => {
+        impl HostTensors<$element> for burn::backend::NdArray {
+            fn contiguous(mut tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+                if let NdArrayTensor::$variant(storage) = &mut tensor
+                    && !storage.view().is_standard_layout()
+                {
+                    let array = storage.ensure_owned();
+                    *array = array.as_standard_layout().into_owned().into_shared();
+                }
+                tensor
+            }
+
+            fn values(tensor: &FloatTensor<Self>) -> &[$element] {
+                let NdArrayTensor::$variant(storage) = tensor else {
+                    unreachable!("a tensor of this type");
+                };
+                storage.view().to_slice().expect("a contiguous tensor")
+            }
+
+            fn values_mut(tensor: &mut FloatTensor<Self>) -> &mut [$element] {
+                let NdArrayTensor::$variant(storage) = tensor else {
+                    unreachable!("a tensor of this type");
+                };
+                let values = storage.ensure_owned().as_slice_mut();
+                values.expect("a contiguous tensor")
+            }
+        }
+    };
+}
+
+#[cfg(feature = "ndarray")]
+ndarray_tensors!(f32, F32);
+#[cfg(feature = "ndarray")]
+ndarray_tensors!(f64, F64);
 
 #[cfg(feature = "tch")]
 impl MemAopOps for burn::backend::LibTorch {}

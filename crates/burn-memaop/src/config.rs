@@ -30,6 +30,11 @@ pub struct AopConfig {
     /// How K changes from step to step.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
+    /// Whether a layer takes the exact path where the approximation would take longer: on CPUs,
+    /// layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs behind
+    /// it). Off for research, where K rows are to be evaluated whatever it costs.
+    #[config(default = true)]
+    pub cost_rule: bool,
     /// The seed of the noise of random policies and of [`Memory::Balanced`].
     ///
     /// The noise of a row depends only on the seed, the layer's step counter and the row's

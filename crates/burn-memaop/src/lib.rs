@@ -61,6 +61,9 @@ mod backends;
 #[cfg(feature = "autodiff")]
 mod backward;
 mod config;
+mod cost;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod cpu;
 mod gradient;
 mod linear;
 mod memory;

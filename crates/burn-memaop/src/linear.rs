@@ -9,6 +9,7 @@ use burn::{
 use crate::{
     backends::assert_supported,
     config::AopConfig,
+    cost,
     memory::{MemoryStats, RowMemoryModule},
     ops::{AopLayer, Bias, MemAopOps},
 };
@@ -157,10 +158,11 @@ impl MemAopLinear {
         );
         let bias = self.bias.as_ref().map(Param::val);
 
-        assert_supported(input.device().as_dispatch());
+        let device = input.device();
+        assert_supported(device.as_dispatch());
 
         let rows = shape.num_elements() / d_input;
-        let exact = self.aop.is_exact(rows);
+        let exact = self.is_exact(rows, &device);
         // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
         if exact || matches!(weight.dtype(), DType::QFloat(_)) {
             return linear(input, weight, bias);
@@ -184,6 +186,15 @@ impl MemAopLinear {
     /// How the weight gradient is approximated.
     pub fn aop(&self) -> AopConfig {
         self.aop
+    }
+
+    /// Whether the weight gradient of a batch of `rows` rows on `device` is exact at every step:
+    /// because K >= M, or by the [cost rule](AopConfig::cost_rule).
+    pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
+        let [d_input, d_output] = self.weight.lazy_shape().dims();
+        let device = device.as_dispatch();
+        self.aop.is_exact(rows)
+            || self.aop.cost_rule && !cost::pays(device, &self.aop, rows, d_input, d_output)
     }
 
     /// Reads the state of the memory. Waits for the device.

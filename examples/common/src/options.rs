@@ -89,6 +89,9 @@ pub struct AopOptions {
     /// balanced]
     #[arg(long)]
     pub decay: Option<f64>,
+    /// Approximates layers too for which the exact gradient takes less time
+    #[arg(long)]
+    pub no_cost_rule: bool,
 }
 
 impl AopOptions {
@@ -114,6 +117,7 @@ impl AopOptions {
             })
             .with_policy(policy)
             .with_memory(memory.memory(decay))
+            .with_cost_rule(!self.no_cost_rule)
             .with_seed(seed);
         config.validate()?;
         Ok(config)

@@ -22,7 +22,9 @@ fn device() -> Device {
 }
 
 fn aop() -> AopConfig {
-    AopConfig::new().with_outer_products(OuterProducts::Count(K))
+    AopConfig::new()
+        .with_cost_rule(false)
+        .with_outer_products(OuterProducts::Count(K))
 }
 
 fn layer() -> MemAopLinear {

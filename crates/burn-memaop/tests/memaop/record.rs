@@ -25,6 +25,7 @@ fn device() -> Device {
 
 fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
     let aop = AopConfig::new()
+        .with_cost_rule(false)
         .with_outer_products(OuterProducts::Count(4))
         .with_policy(Policy::WeightedK)
         .with_memory(Memory::Balanced { decay: 0.9 })
@@ -110,7 +111,9 @@ fn a_memory_in_double_precision_keeps_its_bits() {
     let linear = LinearConfig::new(5, 3).with_bias(false).init(&device);
     let mut layer = MemAopLinear::from_linear(
         linear,
-        AopConfig::new().with_outer_products(OuterProducts::Count(2)),
+        AopConfig::new()
+            .with_cost_rule(false)
+            .with_outer_products(OuterProducts::Count(2)),
     );
     layer.weight = layer
         .weight

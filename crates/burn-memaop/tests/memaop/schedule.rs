@@ -20,6 +20,7 @@ fn device() -> Device {
 
 fn aop(policy: Policy, schedule: Schedule) -> AopConfig {
     AopConfig::new()
+        .with_cost_rule(false)
         .with_outer_products(OuterProducts::Ratio {
             ratio: 0.1,
             minimum: 1,

@@ -1,0 +1,51 @@
+//! When the approximation pays.
+
+use burn::backend::DispatchDevice;
+
+use crate::config::{AopConfig, Memory};
+
+/// Whether the approximate weight gradient of a layer is expected to take less time than the exact
+/// one on this device.
+///
+/// Leaving out M - K of the M outer products saves `2 (M - K) N P` floating-point operations of a
+/// matrix product; the price is a pass over `M (N + P)` values, once or, with a memory, three
+/// times. On CPUs the rule compares the two per row, by the measured cost of a value in the pass
+/// in operations of the product. On other devices the approximation is always taken.
+pub(crate) fn pays(
+    device: &DispatchDevice,
+    config: &AopConfig,
+    rows: usize,
+    d_input: usize,
+    d_output: usize,
+) -> bool {
+    if !is_cpu(device) {
+        return true;
+    }
+    let k = config.outer_products.k(rows).min(rows);
+    let saved = 2.0 * (1.0 - k as f64 / rows as f64) * d_input as f64 * d_output as f64;
+    let price = match config.memory {
+        Memory::None => READ,
+        Memory::Published { .. } | Memory::Balanced { .. } => FOLD_IN,
+    };
+    saved > price * (d_input + d_output) as f64 + ROW
+}
+
+/// The cost of a value in the pass without a memory, in operations of a matrix product.
+const READ: f64 = 25.0;
+/// The cost of a value in the pass with a memory.
+const FOLD_IN: f64 = 80.0;
+/// The cost of a row, whatever its width: its noise, its key.
+const ROW: f64 = 2000.0;
+
+fn is_cpu(device: &DispatchDevice) -> bool {
+    match device {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        #[cfg(feature = "autodiff")]
+        DispatchDevice::Autodiff(device) => is_cpu(device),
+        #[allow(unreachable_patterns)]
+        _ => false,
+    }
+}
