@@ -1,0 +1,284 @@
+//! One layer: its weight gradient, and forward and backward together, exact and approximate.
+//!
+//! ```text
+//! cargo bench --bench layer -- --m 4096 --n 1024 --p 1024 --k 512 --policy topk --memory balanced
+//! ```
+
+use std::hint::black_box;
+
+use anyhow::{Result, bail, ensure};
+use burn::{
+    backend::Dispatch,
+    nn::LinearConfig,
+    tensor::{Device, Tensor},
+};
+use burn_memaop::{AopStep, MemAopLinear, MemAopOps, OuterProducts, RowMemory};
+use clap::Parser;
+use memaop_benches::{Common, Method, interleaved, random};
+use memaop_examples::{Backend, MemoryOption, PolicyOption};
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// One layer, exact and approximate; without sizes, a table of several
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Rows of the batch
+    #[arg(long, requires_all = ["n", "p"])]
+    m: Option<usize>,
+    /// Inputs
+    #[arg(long, requires = "m")]
+    n: Option<usize>,
+    /// Outputs
+    #[arg(long, requires = "m")]
+    p: Option<usize>,
+    /// Outer products; without it M/4, M/8 and M/16
+    #[arg(long, requires = "m")]
+    k: Option<usize>,
+    /// Without it topk with balanced memory, topk without memory, and systematic
+    #[arg(long, value_enum)]
+    policy: Option<PolicyOption>,
+    #[arg(long, value_enum, requires = "policy")]
+    memory: Option<MemoryOption>,
+}
+
+const SIZES: [(usize, usize, usize); 5] = [
+    (64, 784, 10),
+    (512, 784, 512),
+    (1024, 1024, 1024),
+    (4096, 1024, 1024),
+    (2048, 4096, 1024),
+];
+
+#[derive(Serialize)]
+struct Row {
+    backend: Backend,
+    m: usize,
+    n: usize,
+    p: usize,
+    k: usize,
+    policy: PolicyOption,
+    memory: MemoryOption,
+    /// Whether the layer took the exact path by the cost rule.
+    exact_by_rule: bool,
+    exact_dw_ms: f64,
+    aop_dw_ms: f64,
+    exact_step_ms: f64,
+    aop_step_ms: f64,
+    limit_dw_ms: f64,
+    dw_ratio: f64,
+    step_ratio: f64,
+    limit_ratio: f64,
+    /// The measured bandwidth of copying, reads and writes together.
+    copy_gb_per_s: f64,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let device = options.common.device()?;
+    let sizes = match (options.m, options.n, options.p) {
+        (Some(m), Some(n), Some(p)) => vec![(m, n, p)],
+        _ => SIZES.to_vec(),
+    };
+
+    println!(
+        "{:>5} {:>5} {:>5} {:>5}  {:<20} {:>9} {:>9} {:>9} {:>6} {:>6} {:>9} {:>9} {:>6}",
+        "M",
+        "N",
+        "P",
+        "K",
+        "method",
+        "exact dW",
+        "aop dW",
+        "limit dW",
+        "ratio",
+        "limit",
+        "exact",
+        "aop",
+        "ratio"
+    );
+    let mut rows = Vec::new();
+    for (m, n, p) in sizes {
+        ensure!(
+            m > 1 && n > 0 && p > 0,
+            "--m must be at least 2, --n and --p at least 1"
+        );
+        let ks = match options.k {
+            Some(k) => vec![k],
+            None => vec![m / 4, m / 8, m / 16],
+        };
+        for k in ks {
+            ensure!(
+                (1..m).contains(&k),
+                "--k must be from 1 to below {m}, but got {k}"
+            );
+            for method in Method::selected(options.policy, options.memory) {
+                let row = measure(&options.common, &device, (m, n, p), k, method)?;
+                print(&row, method);
+                rows.push(row);
+            }
+        }
+    }
+    println!("\nMilliseconds; limit: K-row product and one pass over memory at copy bandwidth.");
+    println!("*: the layer takes the exact path by the cost rule (--no-cost-rule turns it off).");
+    options.common.save(&rows)
+}
+
+fn print(row: &Row, method: Method) {
+    println!(
+        "{:>5} {:>5} {:>5} {:>5}  {:<20} {:>9.3} {:>9.3} {:>9.3} {:>6.3} {:>6.2} {:>9.3} {:>9.3} \
+         {:>6.3}{}",
+        row.m,
+        row.n,
+        row.p,
+        row.k,
+        method.name(),
+        row.exact_dw_ms,
+        row.aop_dw_ms,
+        row.limit_dw_ms,
+        row.dw_ratio,
+        row.limit_ratio,
+        row.exact_step_ms,
+        row.aop_step_ms,
+        row.step_ratio,
+        if row.exact_by_rule { " *" } else { "" }
+    );
+}
+
+fn measure(
+    common: &Common,
+    device: &Device,
+    (m, n, p): (usize, usize, usize),
+    k: usize,
+    method: Method,
+) -> Result<Row> {
+    let config = method.config(OuterProducts::Count(k), common)?;
+    let autodiff = device.clone().autodiff();
+    let linear = LinearConfig::new(n, p).init(&autodiff);
+    let layer = MemAopLinear::from_linear(linear.clone(), config);
+    let exact_by_rule = layer.is_exact(m, &autodiff);
+
+    let (x, g) = (random(m, n, device), random(m, p, device));
+    let chosen = (random(k, n, device), random(k, p, device));
+    let product = |x: &Tensor<2>, g: &Tensor<2>| {
+        black_box(x.clone().transpose().matmul(g.clone()));
+    };
+    let mut exact_dw = || product(&x, &g);
+    let mut limit_dw = || product(&chosen.0, &chosen.1);
+
+    let mut memory = RowMemory::<Dispatch>::Empty;
+    let mut step = 0;
+    let mut aop_dw = || {
+        if exact_by_rule {
+            return product(&x, &g);
+        }
+        let settings = AopStep {
+            k,
+            policy: config.policy,
+            memory: config.memory,
+            seed: config.seed,
+            step,
+            measure: false,
+        };
+        step += 1;
+        let kept = std::mem::replace(&mut memory, RowMemory::Empty);
+        let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
+        let gradient = Dispatch::memaop_weight_gradient(x, g, kept, settings);
+        memory = gradient.memory;
+        black_box(gradient.weight);
+    };
+
+    // With dX, and a gradient of ones from above: what comes from there is no part of the layer.
+    let input = x.clone().autodiff();
+    let mut exact_step = || {
+        let input = input.clone().require_grad();
+        black_box(linear.forward(input).backward());
+    };
+    let mut aop_step = || {
+        let input = input.clone().require_grad();
+        black_box(layer.forward(input).backward());
+    };
+
+    let mut buffers = Buffers::new(common.backend, m * (n + p), device);
+    let mut copy = || buffers.copy();
+
+    let times = interleaved(
+        device,
+        common.repeats,
+        &mut [
+            &mut exact_dw,
+            &mut aop_dw,
+            &mut limit_dw,
+            &mut copy,
+            &mut exact_step,
+            &mut aop_step,
+        ],
+    )?;
+    let [
+        exact_dw_ms,
+        aop_dw_ms,
+        product_ms,
+        copy_ms,
+        exact_step_ms,
+        aop_step_ms,
+    ] = times[..]
+    else {
+        bail!("six sides were timed");
+    };
+    // A copy reads and writes as many bytes as the batch has. Without a memory the pass reads the
+    // batch; with one it also reads and writes the memory.
+    let passes = match method.memory {
+        MemoryOption::None => 1.0,
+        _ => 3.0,
+    };
+    let limit_dw_ms = product_ms + passes * copy_ms / 2.0;
+    Ok(Row {
+        backend: common.backend,
+        m,
+        n,
+        p,
+        k,
+        policy: method.policy,
+        memory: method.memory,
+        exact_by_rule,
+        exact_dw_ms,
+        aop_dw_ms,
+        exact_step_ms,
+        aop_step_ms,
+        limit_dw_ms,
+        dw_ratio: aop_dw_ms / exact_dw_ms,
+        step_ratio: aop_step_ms / exact_step_ms,
+        limit_ratio: aop_dw_ms / limit_dw_ms,
+        copy_gb_per_s: 2.0 * 4.0 * (m * (n + p)) as f64 / copy_ms / 1e6,
+    })
+}
+
+/// As many values as the batch has, to be copied as fast as the machine can.
+enum Buffers {
+    Host(Vec<f32>, Vec<f32>),
+    Device(Tensor<1>),
+}
+
+impl Buffers {
+    fn new(backend: Backend, values: usize, device: &Device) -> Self {
+        match backend {
+            Backend::Flex | Backend::Ndarray => Self::Host(vec![1.0; values], vec![0.0; values]),
+            _ => Self::Device(Tensor::ones([values], device)),
+        }
+    }
+
+    fn copy(&mut self) {
+        match self {
+            Self::Host(from, to) => {
+                let block = from.len().div_ceil(rayon::current_num_threads());
+                let blocks = to.par_chunks_mut(block).zip(from.par_chunks(block));
+                blocks.for_each(|(to, from)| to.copy_from_slice(from));
+                black_box(to);
+            }
+            Self::Device(values) => {
+                black_box(values.clone() * 2.0);
+            }
+        }
+    }
+}

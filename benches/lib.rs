@@ -1,0 +1,175 @@
+//! What the benchmarks share: their options, interleaved timing, tables.
+
+use std::{fs, path::PathBuf, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_memaop::{AopConfig, OuterProducts};
+use clap::Args;
+use memaop_examples::{Backend, MemoryOption, PolicyOption};
+use serde::Serialize;
+
+/// What every benchmark can be told.
+#[derive(Args, Debug)]
+pub struct Common {
+    #[arg(long, value_enum, default_value_t = Backend::Flex)]
+    pub backend: Backend,
+    /// Approximates layers too for which the exact gradient takes less time
+    #[arg(long)]
+    pub no_cost_rule: bool,
+    /// How often each side is timed
+    #[arg(long, default_value_t = 15)]
+    pub repeats: usize,
+    /// Writes the rows to this file
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Given by `cargo bench`
+    #[arg(long, hide = true)]
+    pub bench: bool,
+}
+
+impl Common {
+    /// The device of the backend, with what is random seeded.
+    ///
+    /// # Errors
+    ///
+    /// A backend that is not built in, and no repeats.
+    pub fn device(&self) -> Result<Device> {
+        ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
+        let device = self.backend.device()?;
+        device.seed(0);
+        Ok(device)
+    }
+
+    /// Writes the rows as JSON, if that is asked for.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written.
+    pub fn save<R: Serialize>(&self, rows: &[R]) -> Result<()> {
+        match &self.json {
+            None => Ok(()),
+            Some(path) => fs::write(path, serde_json::to_string_pretty(rows)?)
+                .with_context(|| format!("--json {}", path.display())),
+        }
+    }
+}
+
+/// An approximation to measure.
+#[derive(Debug, Clone, Copy)]
+pub struct Method {
+    /// The policy.
+    pub policy: PolicyOption,
+    /// The memory, with its usual decay.
+    pub memory: MemoryOption,
+}
+
+impl Method {
+    /// The method of the options, or those that the issue of speed is about.
+    pub fn selected(policy: Option<PolicyOption>, memory: Option<MemoryOption>) -> Vec<Self> {
+        let Some(policy) = policy else {
+            let pairs = [
+                (PolicyOption::TopK, MemoryOption::Balanced),
+                (PolicyOption::TopK, MemoryOption::None),
+                (PolicyOption::Systematic, MemoryOption::None),
+            ];
+            return pairs
+                .map(|(policy, memory)| Self { policy, memory })
+                .to_vec();
+        };
+        let memory = memory.unwrap_or(match policy.policy().is_unbiased() {
+            true => MemoryOption::None,
+            false => MemoryOption::Balanced,
+        });
+        vec![Self { policy, memory }]
+    }
+
+    /// The policy, and the memory if there is one.
+    pub fn name(&self) -> String {
+        let policy = format!("{:?}", self.policy).to_lowercase();
+        match self.memory {
+            MemoryOption::None => policy,
+            memory => format!("{policy}, {memory:?}").to_lowercase(),
+        }
+    }
+
+    /// The configuration of a layer.
+    ///
+    /// # Errors
+    ///
+    /// Values that break their rule.
+    pub fn config(&self, outer_products: OuterProducts, common: &Common) -> Result<AopConfig> {
+        let config = AopConfig::new()
+            .with_outer_products(outer_products)
+            .with_policy(self.policy.policy())
+            .with_memory(self.memory.memory(self.memory.default_decay()))
+            .with_cost_rule(!common.no_cost_rule);
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// A matrix whose rows differ in size.
+pub fn random(rows: usize, columns: usize, device: &Device) -> Tensor<2> {
+    let normal = Distribution::Normal(0.0, 1.0);
+    let sizes = Tensor::<2>::random([rows, 1], normal, device).exp();
+    Tensor::<2>::random([rows, columns], normal, device) * sizes
+}
+
+/// Times of the sides in milliseconds, taken in turns: A B C A B C ... Each side is run twice
+/// before, and ends with the device idle.
+///
+/// # Errors
+///
+/// A device that fails.
+pub fn interleaved(
+    device: &Device,
+    repeats: usize,
+    sides: &mut [&mut dyn FnMut()],
+) -> Result<Vec<f64>> {
+    let mut times = vec![Vec::with_capacity(repeats); sides.len()];
+    for repeat in 0..repeats + 2 {
+        for (side, times) in sides.iter_mut().zip(&mut times) {
+            device.sync()?;
+            let start = Instant::now();
+            side();
+            device.sync()?;
+            if repeat >= 2 {
+                times.push(start.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+    }
+    Ok(times.into_iter().map(median).collect())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() % 2 {
+        0 => 0.5 * (values[middle - 1] + values[middle]),
+        _ => values[middle],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn sides_take_turns() {
+        let order = std::cell::RefCell::new(String::new());
+        let (mut a, mut b) = (
+            || order.borrow_mut().push('a'),
+            || order.borrow_mut().push('b'),
+        );
+        let times = interleaved(&Device::flex(), 3, &mut [&mut a, &mut b]).unwrap();
+        assert_eq!(times.len(), 2);
+        assert_eq!(order.into_inner(), "ababababab");
+    }
+}
