@@ -257,14 +257,14 @@ fn measure(
 /// As many values as the batch has, to be copied as fast as the machine can.
 enum Buffers {
     Host(Vec<f32>, Vec<f32>),
-    Device(Tensor<1>),
+    Device(Box<Tensor<1>>),
 }
 
 impl Buffers {
     fn new(backend: Backend, values: usize, device: &Device) -> Self {
         match backend {
             Backend::Flex | Backend::Ndarray => Self::Host(vec![1.0; values], vec![0.0; values]),
-            _ => Self::Device(Tensor::ones([values], device)),
+            _ => Self::Device(Box::new(Tensor::ones([values], device))),
         }
     }
 
@@ -277,7 +277,7 @@ impl Buffers {
                 black_box(to);
             }
             Self::Device(values) => {
-                black_box(values.clone() * 2.0);
+                black_box(*values.clone() * 2.0);
             }
         }
     }

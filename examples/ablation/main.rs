@@ -70,6 +70,9 @@ struct Grid {
     /// balanced]
     #[arg(long, value_delimiter = ',')]
     decay: Vec<f64>,
+    /// Approximates layers too for which the exact gradient takes less time: the one to the classes
+    #[arg(long)]
+    no_cost_rule: bool,
     #[command(flatten)]
     common: Common,
     /// Writes the runs to this file
@@ -186,6 +189,7 @@ impl Grid {
             policy,
             memory,
             decay,
+            cost_rule: !self.no_cost_rule,
         }
     }
 }

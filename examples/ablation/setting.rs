@@ -27,6 +27,8 @@ pub struct Setting {
     pub policy: PolicyOption,
     pub memory: MemoryOption,
     pub decay: f64,
+    /// Whether layers for which the exact gradient takes less time are exact.
+    pub cost_rule: bool,
 }
 
 impl Setting {
@@ -37,6 +39,7 @@ impl Setting {
             policy: PolicyOption::TopK,
             memory: MemoryOption::None,
             decay: 1.0,
+            cost_rule: true,
             ..self.clone()
         }
     }
@@ -54,7 +57,7 @@ impl Setting {
             })
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.decay))
-            .with_cost_rule(false)
+            .with_cost_rule(self.cost_rule)
             .with_seed(seed)
     }
 
@@ -113,10 +116,14 @@ impl Setting {
         }
         let policy = self.policy.to_possible_value().expect("none is skipped");
         let policy = policy.get_name();
-        match self.memory {
+        let method = match self.memory {
             MemoryOption::None => policy.to_string(),
             MemoryOption::Published => format!("{policy}, published {}", self.decay),
             MemoryOption::Balanced => format!("{policy}, balanced {}", self.decay),
+        };
+        match self.cost_rule {
+            true => method,
+            false => format!("{method}, every layer"),
         }
     }
 

@@ -20,12 +20,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use memaop_examples::{parallel, statistics::mean_and_error};
 
 use crate::{
     data::{Data, Dataset},
     experiment::{MemoryName, PolicyName, Setting},
-    report::{Reference, mean_and_error},
-    series::{Plan, Results, Series, run_all, write},
+    report::Reference,
+    series::{Plan, Results, Series, run_all},
 };
 
 /// The experiments of the Mem-AOP-GD paper
@@ -190,7 +191,7 @@ fn run_paper(options: &All) -> Result<()> {
         settings.len()
     );
     run_all(&missing, |series| {
-        write(&file(&series.setting), &serde_json::to_string(&series)?)
+        parallel::write(&file(&series.setting), &serde_json::to_string(&series)?)
     })?;
 
     let series = settings
@@ -202,7 +203,7 @@ fn run_paper(options: &All) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let table = report::table(&series, &reference)?;
     println!("\n{table}");
-    write(&options.out.join("table.md"), &table)?;
+    parallel::write(&options.out.join("table.md"), &table)?;
     report::figures(&series, &reference, &options.out)?;
     Results { series }.save(&options.out.join("results.json"))?;
     println!(

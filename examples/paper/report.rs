@@ -1,7 +1,10 @@
 use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
 
 use anyhow::{Context, Result};
-use memaop_examples::chart::{self, Chart};
+use memaop_examples::{
+    chart::{self, Chart},
+    statistics::mean_and_error,
+};
 use serde::Deserialize;
 
 use crate::{
@@ -44,15 +47,6 @@ impl Reference {
             &self.0.get(&setting.name())?.loss_val.final_runs,
         ))
     }
-}
-
-/// The mean and its standard error.
-pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let squares = values.iter().map(|value| (value - mean).powi(2));
-    let variance = squares.sum::<f64>() / (count - 1.0).max(1.0);
-    (mean, (variance / count).sqrt())
 }
 
 /// How many combined standard errors `ours` lies above `published`.
@@ -147,7 +141,7 @@ fn figure<'a>(
         .iter()
         .map(|(name, values, color, dashed)| chart::Series {
             name,
-            values,
+            points: chart::numbered(values),
             color: *color,
             dashed: *dashed,
         })

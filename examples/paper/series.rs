@@ -1,14 +1,7 @@
-use std::{
-    collections::VecDeque,
-    fs,
-    path::Path,
-    sync::Mutex,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::Mutex, time::Instant};
 
-use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::Result;
+use memaop_examples::parallel;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -49,16 +42,8 @@ pub struct Results {
 
 impl Results {
     pub fn save(&self, path: &Path) -> Result<()> {
-        write(path, &serde_json::to_string(self)?)
+        parallel::write(path, &serde_json::to_string(self)?)
     }
-}
-
-/// Writes a file at once: a stop leaves the old one or the new one behind.
-pub fn write(path: &Path, content: &str) -> Result<()> {
-    let partial = path.with_extension("partial");
-    fs::write(&partial, content)
-        .and_then(|()| fs::rename(&partial, path))
-        .with_context(|| format!("{}", path.display()))
 }
 
 /// How long and how often a series is run.
@@ -84,15 +69,13 @@ pub fn run_all(
     let total = work
         .iter()
         .map(|(data, _, plan)| steps(data) * (plan.epochs * plan.runs) as u64);
-    let style = "{wide_bar} {percent:>3} % of {len} steps, {elapsed} gone, {eta} left";
-    let bar = ProgressBar::new(total.sum()).with_style(ProgressStyle::with_template(style)?);
-    bar.enable_steady_tick(Duration::from_secs(1));
+    let bar = parallel::progress_bar(total.sum())?;
 
-    let jobs = work
+    let jobs: Vec<_> = work
         .iter()
         .enumerate()
-        .flat_map(|(series, (_, _, plan))| (0..plan.runs).map(move |run| (series, run)));
-    let jobs: Mutex<VecDeque<_>> = Mutex::new(jobs.collect());
+        .flat_map(|(series, (_, _, plan))| (0..plan.runs).map(move |run| (series, run)))
+        .collect();
     let progress = Mutex::new(Progress {
         missing: work.iter().map(|(_, _, plan)| plan.runs).collect(),
         curves: work
@@ -101,41 +84,26 @@ pub fn run_all(
             .collect(),
         seconds: vec![0.0; work.len()],
     });
+    parallel::for_each(&jobs, |&(index, number)| {
+        let (data, setting, plan) = &work[index];
+        let start = Instant::now();
+        let seed = plan.seed + number as u64;
+        let curves = run(data, setting, plan.epochs, seed, || bar.inc(steps(data)));
 
-    let worker = || -> Result<()> {
-        loop {
-            let job = jobs.lock().expect("no worker panics").pop_front();
-            let Some((index, number)) = job else {
-                return Ok(());
-            };
-            let (data, setting, plan) = &work[index];
-            let start = Instant::now();
-            let seed = plan.seed + number as u64;
-            let curves = run(data, setting, plan.epochs, seed, || bar.inc(steps(data)));
-
-            let mut progress = progress.lock().expect("no worker panics");
-            progress.curves[index][number] = Some(curves);
-            progress.seconds[index] += start.elapsed().as_secs_f64();
-            progress.missing[index] -= 1;
-            if progress.missing[index] == 0 {
-                let curves = std::mem::take(&mut progress.curves[index]);
-                let seconds = progress.seconds[index];
-                drop(progress);
-                finished(collect(*setting, *plan, seconds, curves))?;
-            }
+        let mut progress = progress.lock().expect("no run panics");
+        progress.curves[index][number] = Some(curves);
+        progress.seconds[index] += start.elapsed().as_secs_f64();
+        progress.missing[index] -= 1;
+        if progress.missing[index] > 0 {
+            return Ok(());
         }
-    };
-    let workers = thread::available_parallelism().map_or(1, usize::from);
-    let outcome = thread::scope(|scope| {
-        let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-        let outcomes = handles.into_iter().map(|handle| match handle.join() {
-            Ok(outcome) => outcome,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        outcomes.collect::<Result<Vec<()>>>()
-    });
+        let curves = std::mem::take(&mut progress.curves[index]);
+        let seconds = progress.seconds[index];
+        drop(progress);
+        finished(collect(*setting, *plan, seconds, curves))
+    })?;
     bar.finish();
-    outcome.map(|_| ())
+    Ok(())
 }
 
 fn collect(setting: Setting, plan: Plan, seconds: f64, curves: Vec<Option<Curves>>) -> Series {

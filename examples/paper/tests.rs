@@ -8,7 +8,7 @@ use std::{env, path::PathBuf};
 use crate::{
     data::{Data, Dataset},
     experiment::{MemoryName, PolicyName, Setting, run},
-    report::{Reference, distance, mean_and_error},
+    report::{Reference, distance},
 };
 
 fn folder() -> Option<PathBuf> {

@@ -18,7 +18,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use memaop_examples::{
     AopOptions, Backend,
-    chart::{Chart, Series},
+    chart::{self, Chart, Series},
 };
 use serde::Serialize;
 
@@ -140,7 +140,7 @@ fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
         .enumerate()
         .map(|(color, run)| Series {
             name: run.layer,
-            values: &run.losses,
+            points: chart::numbered(&run.losses),
             color,
             dashed: false,
         })

@@ -60,7 +60,9 @@ pub struct Run {
 /// A training in progress. Two of them can take turns, so that the times of their steps compare.
 pub struct Training<L: Dense> {
     layer: &'static str,
-    model: Mlp<L>,
+    /// Moved through the optimizer by each step: a clone that lived beside it would share its
+    /// memory, which then could not be updated in place.
+    model: Option<Mlp<L>>,
     lr: f64,
     optimizer: ModuleOptimizer,
     loss: CrossEntropyLoss,
@@ -75,7 +77,7 @@ impl<L: Dense> Training<L> {
     pub fn new(layer: &'static str, model: Mlp<L>, lr: f64, device: &Device) -> Self {
         Self {
             layer,
-            model,
+            model: Some(model),
             lr,
             optimizer: SgdConfig::new().init(),
             loss: CrossEntropyLossConfig::new().init(device),
@@ -89,16 +91,16 @@ impl<L: Dense> Training<L> {
     /// Forward, backward, optimizer.
     pub fn step(&mut self, batch: &Batch) -> Result<()> {
         let rows = batch.images.dims()[0];
-        self.outer_products += self.model.outer_products(rows) as u64;
+        let model = self.model.take().expect("put back by every step");
+        self.outer_products += model.outer_products(rows) as u64;
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
         let device = images.device();
-        let model = self.model.clone();
 
         device.sync()?;
         let start = Instant::now();
         let loss = self.loss.forward(model.forward(images), labels);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        self.model = self.optimizer.step(self.lr, model, grads);
+        self.model = Some(self.optimizer.step(self.lr, model, grads));
         device.sync()?;
         self.times.push(start.elapsed().as_secs_f64() * 1e3);
 
@@ -112,10 +114,11 @@ impl<L: Dense> Training<L> {
     }
 
     pub fn finish(mut self, test: Batch) -> Run {
+        let model = self.model.expect("put back by every step");
         self.times.sort_by(f64::total_cmp);
         Run {
             layer: self.layer,
-            test_accuracy: accuracy(&self.model, test),
+            test_accuracy: accuracy(&model, test),
             loss: *self.losses.last().expect("at least one epoch"),
             outer_products: self.outer_products,
             step_ms: self.times[self.times.len() / 2],

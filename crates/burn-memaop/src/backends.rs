@@ -26,6 +26,7 @@ use crate::{
     ops::{AopStep, RowMemory, WeightGradient},
 };
 
+#[cfg(any(feature = "flex", feature = "ndarray"))]
 macro_rules! cpu_backend {
     ($backend:ty) => {
         impl MemAopOps for $backend {
@@ -35,7 +36,7 @@ macro_rules! cpu_backend {
                 memory: RowMemory<Self>,
                 step: AopStep,
             ) -> WeightGradient<Self> {
-                match input.dtype() {
+                match TensorMetadata::dtype(&input) {
                     DType::F32 => cpu::weight_gradient::<Self, f32>(input, grad, memory, step),
                     DType::F64 => cpu::weight_gradient::<Self, f64>(input, grad, memory, step),
                     _ => gradient::weight_gradient::<Self>(input, grad, memory, step),

@@ -314,6 +314,7 @@ fn in_parallel<W: RowWork>(work: W) {
 /// Runs the work compiled for the widest registers that the processor has.
 #[cfg(feature = "simd")]
 #[macerator::with_simd]
+#[allow(clippy::extra_unused_type_parameters)] // The macro goes by it.
 fn on_this_processor<S: macerator::Simd, W: RowWork>(work: W) {
     work.run();
 }

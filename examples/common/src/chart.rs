@@ -9,16 +9,21 @@ use plotters::{
     style::register_font,
 };
 
-/// A line: its values at 1, 2, 3, ...
+/// A line.
 pub struct Series<'a> {
     /// The name in the legend.
     pub name: &'a str,
-    /// The values.
-    pub values: &'a [f64],
+    /// Where it goes through.
+    pub points: Vec<(f64, f64)>,
     /// Which of the colors.
     pub color: usize,
     /// Dashes in place of a line.
     pub dashed: bool,
+}
+
+/// Values at 1, 2, 3, ...
+pub fn numbered(values: &[f64]) -> Vec<(f64, f64)> {
+    (1..).map(f64::from).zip(values.iter().copied()).collect()
 }
 
 /// What a chart shows.
@@ -62,19 +67,23 @@ impl Chart<'_> {
     }
 
     fn draw<B: DrawingBackend>(&self, root: DrawingArea<B, Shift>) -> Result<()> {
-        let values = self.series.iter().flat_map(|series| series.values);
-        let values = values.copied().filter(|value| value.is_finite());
-        let values: Vec<_> = match self.logarithmic {
-            true => values.filter(|&value| value > 0.0).collect(),
-            false => values.collect(),
+        let points = self.series.iter().flat_map(|series| &series.points);
+        let drawn = |&&(x, y): &&(f64, f64)| {
+            x.is_finite() && y.is_finite() && (y > 0.0 || !self.logarithmic)
         };
-        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let points: Vec<_> = points.filter(drawn).collect();
+        let range = |value: fn(&(f64, f64)) -> f64| {
+            let values = points.iter().map(|point| value(point));
+            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+                (low.min(value), high.max(value))
+            })
+        };
+        let (low, high) = range(|point| point.1);
         if low > high {
             bail!("no value can be drawn");
         }
-        let longest = self.series.iter().map(|series| series.values.len()).max();
-        let x_range = 1.0..longest.unwrap_or(1).max(2) as f64;
+        let (first, last) = range(|point| point.0);
+        let x_range = first..last.max(first + 1e-9);
 
         let failed = |error: DrawingAreaErrorKind<B::ErrorType>| anyhow!("{error}");
         root.fill(&WHITE).map_err(failed)?;
@@ -108,13 +117,13 @@ impl Chart<'_> {
             .x_desc(self.x)
             .y_desc(self.y)
             .label_style(("sans-serif", 13))
-            .x_label_formatter(&|x| format!("{x:.0}"))
+            .x_label_formatter(&|x| format!("{}", (x * 1e2).round() / 1e2))
             .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4))
             .light_line_style(WHITE)
             .draw()?;
         for series in self.series {
             let style = Palette99::pick(series.color).stroke_width(2);
-            let points = (1..).map(f64::from).zip(series.values.iter().copied());
+            let points = series.points.iter().copied();
             let drawn = match series.dashed {
                 true => chart.draw_series(DashedLineSeries::new(points, 6, 5, style))?,
                 false => chart.draw_series(LineSeries::new(points, style))?,
@@ -144,7 +153,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let series = [Series {
             name: "loss",
-            values: &[3.0, 1.0, 0.1],
+            points: numbered(&[3.0, 1.0, 0.1]),
             color: 0,
             dashed: true,
         }];

@@ -5,6 +5,7 @@ pub mod chart;
 pub mod mnist;
 mod options;
 pub mod parallel;
+pub mod statistics;
 
 pub use backend::Backend;
 pub use options::{AopOptions, MemoryOption, PolicyOption};

@@ -1,0 +1,139 @@
+//! After its first step a layer allocates nothing of the size of batch or memory that `Linear` does
+//! not allocate too.
+
+#![cfg(all(feature = "flex", feature = "autodiff"))]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use burn::{
+    backend::Dispatch,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    optim::{GradientsParams, SgdConfig},
+    tensor::{Device, Distribution, Tensor},
+};
+use burn_memaop::{
+    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, OuterProducts, Policy, RowMemory,
+};
+
+/// The system's allocator, counting requests of at least [`LARGE`] bytes.
+struct Counting;
+
+static LARGE_REQUESTS: AtomicUsize = AtomicUsize::new(0);
+
+fn count(size: usize) {
+    if size >= LARGE {
+        LARGE_REQUESTS.fetch_add(1, Relaxed);
+    }
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(size);
+        unsafe { System.realloc(block, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const M: usize = 2048;
+const N: usize = 64;
+const P: usize = 48;
+/// A quarter of the smaller factor: far above what selection and the panels of K rows take.
+const LARGE: usize = 4 * M * P / 4;
+
+fn large_requests(run: impl FnOnce()) -> usize {
+    let before = LARGE_REQUESTS.load(Relaxed);
+    run();
+    LARGE_REQUESTS.load(Relaxed) - before
+}
+
+fn random(columns: usize, device: &Device) -> Tensor<2> {
+    Tensor::random([M, columns], Distribution::Default, device)
+}
+
+fn operation(memory: Memory) -> Vec<usize> {
+    let device = Device::flex();
+    let (x, g) = (random(N, &device), random(P, &device));
+    let mut kept = RowMemory::<Dispatch>::Empty;
+    let mut step = |number| {
+        let settings = AopStep {
+            k: 32,
+            policy: Policy::TopK,
+            memory,
+            seed: 0,
+            step: number,
+            measure: false,
+        };
+        let old = std::mem::replace(&mut kept, RowMemory::Empty);
+        let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
+        kept = Dispatch::memaop_weight_gradient(x, g, old, settings).memory;
+    };
+    (0..4)
+        .map(|number| large_requests(|| step(number)))
+        .collect()
+}
+
+fn training<L: Module>(mut layer: L, forward: fn(&L, Tensor<2>) -> Tensor<2>) -> Vec<usize> {
+    let device = Device::flex().autodiff();
+    let mut optimizer = SgdConfig::new().init();
+    let x = random(N, &device);
+    (0..4)
+        .map(|_| {
+            let mut next = None;
+            let requests = large_requests(|| {
+                let loss = forward(&layer, x.clone().require_grad()).square().mean();
+                let grads = GradientsParams::from_grads(loss.backward(), &layer);
+                next = Some(optimizer.step(0.1, layer.clone(), grads));
+            });
+            layer = next.expect("the step has run");
+            requests
+        })
+        .collect()
+}
+
+// One test, because the allocator counts for the whole process.
+#[test]
+fn nothing_large_is_allocated_after_the_first_step() {
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(32))
+        .with_policy(Policy::TopK)
+        .with_cost_rule(false);
+    let linear = LinearConfig::new(N, P).init(&Device::flex().autodiff());
+    let exact = training(linear.clone(), Linear::forward::<2>);
+    assert!(exact[3] > 0, "the output and its gradient are large");
+
+    for memory in [
+        Memory::Published { decay: 1.0 },
+        Memory::Balanced { decay: 0.9 },
+    ] {
+        let requests = operation(memory);
+        assert!(requests[0] > 0, "the memory is allocated: {requests:?}");
+        assert_eq!(requests[1..], [0, 0, 0], "{memory:?}");
+
+        let layer = MemAopLinear::from_linear(linear.clone(), aop.with_memory(memory));
+        let ours = training(layer, MemAopLinear::forward::<2>);
+        assert!(ours[1] <= exact[1], "{memory:?}: {ours:?} {exact:?}");
+        assert!(ours[3] <= exact[3], "{memory:?}: {ours:?} {exact:?}");
+    }
+    assert_eq!(operation(Memory::None), [0; 4]);
+}
