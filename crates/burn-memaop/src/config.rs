@@ -12,7 +12,7 @@ use thiserror::Error;
 /// let aop = AopConfig::new()
 ///     .with_outer_products(OuterProducts::Count(32))
 ///     .with_policy(Policy::WeightedK)
-///     .with_memory(Memory::Published { decay: 1.0 })
+///     .with_memory(Memory::Balanced { decay: 0.9 })
 ///     .with_seed(7);
 /// assert_eq!(aop.outer_products.k(64), 32);
 /// ```
@@ -22,10 +22,10 @@ pub struct AopConfig {
     #[config(default = "OuterProducts::Ratio { ratio: 0.25, minimum: 1 }")]
     pub outer_products: OuterProducts,
     /// The rule that chooses the K rows.
-    #[config(default = "Policy::TopK")]
+    #[config(default = "Policy::Systematic")]
     pub policy: Policy,
     /// What becomes of the rows that are not chosen.
-    #[config(default = "Memory::Published { decay: 1.0 }")]
+    #[config(default = "Memory::None")]
     pub memory: Memory,
     /// How K changes from step to step.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]

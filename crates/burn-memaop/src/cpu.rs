@@ -293,8 +293,9 @@ trait RowWork: Sized + Send {
     fn run(self);
 }
 
-/// Values below which handing work to another core costs more than it saves.
-const GRAIN: usize = 32 * 1024;
+/// Values below which handing work to another core costs more than it saves (Flex splits its own
+/// passes at a like size).
+const GRAIN: usize = 128 * 1024;
 
 fn in_parallel<W: RowWork>(work: W) {
     let rows = work.rows();

@@ -8,6 +8,8 @@ use burn_memaop::{
     AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
 };
 
+use crate::support::published;
+
 fn init(aop: AopConfig) -> MemAopLinear {
     MemAopLinearConfig::new(4, 2)
         .with_aop(aop)
@@ -54,13 +56,13 @@ fn minimum_of_zero() {
 #[test]
 #[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got -0.1")]
 fn negative_decay() {
-    init(AopConfig::new().with_memory(Memory::Published { decay: -0.1 }));
+    init(published().with_memory(Memory::Published { decay: -0.1 }));
 }
 
 #[test]
 #[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got 1.1")]
 fn decay_above_one() {
-    init(AopConfig::new().with_memory(Memory::Published { decay: 1.1 }));
+    init(published().with_memory(Memory::Balanced { decay: 1.1 }));
 }
 
 #[test]
@@ -125,7 +127,7 @@ fn empty_batch() {
 fn bad_input_loses_no_memory() {
     let device = Device::flex().autodiff();
     let layer = MemAopLinearConfig::new(4, 2)
-        .with_aop(AopConfig::new().with_cost_rule(false))
+        .with_aop(published())
         .init(&device);
     layer
         .forward(Tensor::<2>::ones([8, 4], &device))

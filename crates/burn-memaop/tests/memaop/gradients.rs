@@ -12,7 +12,7 @@ use burn_memaop::{
 
 use crate::{
     oracle::Oracle,
-    support::{Matrix, Random, bits},
+    support::{Matrix, Random, bits, published},
 };
 
 const BIASED: [Policy; 3] = [Policy::TopK, Policy::RandK, Policy::WeightedK];
@@ -296,8 +296,7 @@ pub fn layer_equals_the_oracle(device: &Device) {
             let (n, p) = (7, 5);
             let linear = LinearConfig::new(n, p).init(device);
             let seed = index as u64;
-            let aop = AopConfig::new()
-                .with_cost_rule(false)
+            let aop = published()
                 .with_outer_products(OuterProducts::Ratio {
                     ratio: 0.3,
                     minimum: 2,
@@ -357,12 +356,7 @@ pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
             minimum: 1,
         },
     ] {
-        let layer = layer(
-            &linear,
-            AopConfig::new()
-                .with_cost_rule(false)
-                .with_outer_products(outer_products),
-        );
+        let layer = layer(&linear, published().with_outer_products(outer_products));
         let (x, g) = (random.matrix(m, n), random.matrix(m, p));
         let (weight, bias) = (&layer.weight, layer.bias.as_ref().unwrap());
         let ours = backward(|x| layer.forward(x), weight, bias, [m, n], &x, &g);
@@ -389,9 +383,7 @@ pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
 pub fn non_contiguous_input_is_handled(device: &Device) {
     let mut random = Random(6);
     let (m, n, p, k) = (10, 7, 3, 4);
-    let aop = AopConfig::new()
-        .with_cost_rule(false)
-        .with_outer_products(OuterProducts::Count(k));
+    let aop = published().with_outer_products(OuterProducts::Count(k));
     let linear = LinearConfig::new(n, p).with_bias(false).init(device);
     let layer = layer(&linear, aop);
     let mut oracle = Oracle::new(Policy::TopK, aop.memory, 0, n, p);
@@ -420,7 +412,7 @@ pub fn frozen_weight_takes_no_step(device: &Device) {
     let (m, n, p) = (8, 4, 3);
     let linear = LinearConfig::new(n, p).init(device);
     let exact = linear.clone();
-    let mut layer = layer(&linear, AopConfig::new().with_cost_rule(false));
+    let mut layer = layer(&linear, published());
     layer.weight = layer.weight.set_require_grad(false);
 
     let (x, g) = (random.matrix(m, n), random.matrix(m, p));
@@ -449,9 +441,7 @@ pub fn frozen_weight_takes_no_step(device: &Device) {
 pub fn recomputation_takes_no_step_of_its_own(device: &Device) {
     let mut random = Random(8);
     let (m, n, k) = (10, 6, 3);
-    let aop = AopConfig::new()
-        .with_cost_rule(false)
-        .with_outer_products(OuterProducts::Count(k));
+    let aop = published().with_outer_products(OuterProducts::Count(k));
     let first = layer(&LinearConfig::new(n, n).init(device), aop);
     let second = layer(&LinearConfig::new(n, n).init(device), aop);
     for step in 1..=3 {
@@ -470,9 +460,7 @@ fn input_gradient_equals_finite_differences() {
     let device = Device::flex().autodiff();
     let mut random = Random(9);
     let (m, n, p) = (5, 4, 3);
-    let aop = AopConfig::new()
-        .with_cost_rule(false)
-        .with_outer_products(OuterProducts::Count(1));
+    let aop = published().with_outer_products(OuterProducts::Count(1));
     let layer = layer(&LinearConfig::new(n, p).init(&device), aop);
     let x = random.matrix(m, n);
     let loss = |x: &Matrix| {
@@ -506,7 +494,7 @@ fn input_gradient_equals_finite_differences() {
 fn the_layer_is_linear_in_inference() {
     let device = Device::flex();
     let linear = LinearConfig::new(6, 4).init(&device);
-    let layer = layer(&linear, AopConfig::new().with_cost_rule(false));
+    let layer = layer(&linear, published());
     let mut random = Random(10);
     let input = random.matrix(12, 6).tensor(&device, DType::F32);
     assert_eq!(

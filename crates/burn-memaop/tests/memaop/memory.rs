@@ -10,7 +10,7 @@ use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProd
 
 use crate::{
     oracle::Oracle,
-    support::{Matrix, Random, bits},
+    support::{Matrix, Random, bits, published},
 };
 
 const N: usize = 6;
@@ -22,9 +22,7 @@ fn device() -> Device {
 }
 
 fn aop() -> AopConfig {
-    AopConfig::new()
-        .with_cost_rule(false)
-        .with_outer_products(OuterProducts::Count(K))
+    published().with_outer_products(OuterProducts::Count(K))
 }
 
 fn layer() -> MemAopLinear {
@@ -222,9 +220,11 @@ fn forks_of_a_worker_find_the_memory_of_the_step_before() {
 #[test]
 fn workers_on_one_device_do_not_disturb_each_other() {
     let model = layer();
+    // Both live until both are done: a worker may take over from one that has ended.
+    let barrier = std::sync::Arc::new(std::sync::Barrier::new(2));
     let workers: Vec<_> = (0..2)
         .map(|worker| {
-            let model = model.clone();
+            let (model, barrier) = (model.clone(), barrier.clone());
             std::thread::spawn(move || {
                 let mut random = Random(30 + worker);
                 let mut oracle = oracle();
@@ -233,6 +233,7 @@ fn workers_on_one_device_do_not_disturb_each_other() {
                     let (x, g) = batch(&mut random, 10);
                     assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
                 }
+                barrier.wait();
             })
         })
         .collect();
@@ -344,7 +345,8 @@ fn display_names_the_settings() {
     assert_eq!(
         format!("{layer}"),
         "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Ratio { ratio: 0.25, \
-         minimum: 1 }, policy: TopK, memory: Published { decay: 1.0 }, schedule: Constant { exact_steps: 0 }, params: 20}"
+         minimum: 1 }, policy: Systematic, memory: None, schedule: Constant { exact_steps: 0 }, \
+         params: 20}"
     );
 }
 

@@ -7,11 +7,9 @@ use burn::{
     store::ModuleRecord,
     tensor::{DType, Device, activation::relu},
 };
-use burn_memaop::{
-    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
-};
+use burn_memaop::{MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule};
 
-use crate::support::{Matrix, Random, bits};
+use crate::support::{Matrix, Random, bits, published};
 
 #[derive(Module, Debug)]
 struct Mlp {
@@ -24,8 +22,7 @@ fn device() -> Device {
 }
 
 fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
-    let aop = AopConfig::new()
-        .with_cost_rule(false)
+    let aop = published()
         .with_outer_products(OuterProducts::Count(4))
         .with_policy(Policy::WeightedK)
         .with_memory(Memory::Balanced { decay: 0.9 })
@@ -111,9 +108,7 @@ fn a_memory_in_double_precision_keeps_its_bits() {
     let linear = LinearConfig::new(5, 3).with_bias(false).init(&device);
     let mut layer = MemAopLinear::from_linear(
         linear,
-        AopConfig::new()
-            .with_cost_rule(false)
-            .with_outer_products(OuterProducts::Count(2)),
+        published().with_outer_products(OuterProducts::Count(2)),
     );
     layer.weight = layer
         .weight

@@ -8,7 +8,7 @@ use burn::{
 };
 use burn_memaop::{AopConfig, MemAopLinear, Memory, OuterProducts, Policy, Schedule};
 
-use crate::support::{Matrix, Random, bits};
+use crate::support::{Matrix, Random, bits, published};
 
 const M: usize = 40;
 const N: usize = 6;
@@ -19,8 +19,7 @@ fn device() -> Device {
 }
 
 fn aop(policy: Policy, schedule: Schedule) -> AopConfig {
-    AopConfig::new()
-        .with_cost_rule(false)
+    published()
         .with_outer_products(OuterProducts::Ratio {
             ratio: 0.1,
             minimum: 1,

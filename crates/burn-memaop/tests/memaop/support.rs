@@ -1,6 +1,15 @@
 //! Random data, and tensors of it.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_memaop::{AopConfig, Memory, Policy};
+
+/// The method of the paper, in layers of any size.
+pub fn published() -> AopConfig {
+    AopConfig::new()
+        .with_policy(Policy::TopK)
+        .with_memory(Memory::Published { decay: 1.0 })
+        .with_cost_rule(false)
+}
 
 /// A small generator of its own (SplitMix64), so that tests do not depend on a backend's.
 pub struct Random(pub u64);
