@@ -9,6 +9,8 @@ mod grid;
 mod report;
 mod setting;
 mod study;
+#[cfg(test)]
+mod tests;
 mod training;
 
 use std::path::PathBuf;

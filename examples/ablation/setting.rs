@@ -130,7 +130,8 @@ impl Setting {
     /// A name for files.
     pub fn slug(&self) -> String {
         let name = format!("{} {} k {}", self.regime(), self.method(), self.k_ratio);
-        let plain = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-");
-        plain.replace("--", "-").to_lowercase()
+        let words = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.');
+        let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+        words.join("-").to_lowercase()
     }
 }
