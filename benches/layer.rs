@@ -179,6 +179,7 @@ fn measure(
             memory: config.memory,
             seed: config.seed,
             step,
+            bias: false,
             measure: false,
         };
         step += 1;

@@ -25,6 +25,8 @@ pub enum PolicyName {
     TopK,
     RandK,
     WeightedK,
+    /// Not in the paper.
+    Systematic,
 }
 
 impl PolicyName {
@@ -34,6 +36,7 @@ impl PolicyName {
             Self::TopK => "topk",
             Self::RandK => "randk",
             Self::WeightedK => "weightedk",
+            Self::Systematic => "systematic",
         }
     }
 }
@@ -43,6 +46,8 @@ impl PolicyName {
 pub enum MemoryName {
     None,
     Published,
+    /// Not in the paper.
+    Balanced,
 }
 
 /// A series of the paper: the same training, run several times.
@@ -88,6 +93,7 @@ impl Setting {
         let memory = match self.memory {
             MemoryName::None => "",
             MemoryName::Published => "-mem",
+            MemoryName::Balanced => "-balanced",
         };
         let (dataset, policy) = (self.dataset.name(), self.policy.name());
         format!("{dataset}-{policy}{memory}-k{}", self.k)
@@ -103,6 +109,9 @@ impl Setting {
         if self.policy == PolicyName::Exact && self.memory != MemoryName::None {
             bail!("--policy exact leaves no rows out, so it has --memory none");
         }
+        if let Some(aop) = self.aop(0) {
+            aop.validate()?;
+        }
         Ok(())
     }
 
@@ -112,10 +121,12 @@ impl Setting {
             PolicyName::TopK => Policy::TopK,
             PolicyName::RandK => Policy::RandK,
             PolicyName::WeightedK => Policy::WeightedK,
+            PolicyName::Systematic => Policy::Systematic,
         };
         let memory = match self.memory {
             MemoryName::None => Memory::None,
             MemoryName::Published => Memory::Published { decay: 1.0 },
+            MemoryName::Balanced => Memory::Balanced { decay: 0.9 },
         };
         Some(
             AopConfig::new()

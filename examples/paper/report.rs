@@ -72,6 +72,7 @@ pub fn table(series: &[Series], reference: &Reference) -> Result<String> {
         let memory = match setting.memory {
             MemoryName::None => "none",
             MemoryName::Published => "published",
+            MemoryName::Balanced => "balanced",
         };
         writeln!(
             table,
@@ -126,6 +127,7 @@ fn figure<'a>(
         let memory = match setting.memory {
             MemoryName::None => "",
             MemoryName::Published => " with memory",
+            MemoryName::Balanced => " with balanced memory",
         };
         let name = format!("{}{memory}", setting.policy.name());
         lines.push((name, mean_curve(&series.loss_val), color, false));

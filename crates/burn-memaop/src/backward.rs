@@ -97,12 +97,9 @@ where
     type State = State;
 
     fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let [input, weight, bias] = ops.parents.map(|parent| parent.map(|node| node.id));
+        let parents = ops.parents.map(|parent| parent.map(|node| node.id));
         let grad = grads.consume::<B>(&ops.node);
-        if let Some(bias) = bias {
-            grads.register::<B>(bias, B::linear_bias_backward(grad.clone()));
-        }
-        propagate::<B>(ops.state, [input, weight], grad, grads, checkpointer);
+        propagate::<B>(ops.state, parents, grad, grads, checkpointer);
     }
 }
 
@@ -114,16 +111,17 @@ where
     type State = State;
 
     fn backward(self, ops: Ops<State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let parents = ops.parents.map(|parent| parent.map(|node| node.id));
+        let [input, weight] = ops.parents.map(|parent| parent.map(|node| node.id));
         let grad = grads.consume::<B>(&ops.node);
+        let parents = [input, weight, None];
         propagate::<B>(ops.state, parents, grad, grads, checkpointer);
     }
 }
 
-/// The exact gradient of the input, and the approximate one of the weight.
+/// The exact gradients of the input and the bias, and the approximate one of the weight.
 fn propagate<B>(
     state: State,
-    [input_node, weight_node]: [Option<NodeId>; 2],
+    [input_node, weight_node, bias_node]: [Option<NodeId>; 3],
     grad: FloatTensor<B>,
     grads: &mut Gradients,
     checkpointer: &mut Checkpointer,
@@ -143,18 +141,32 @@ fn propagate<B>(
         let gradient = B::float_matmul(grad.clone(), B::float_transpose(weight));
         grads.register::<B>(node, B::float_reshape(gradient, shape));
     }
-    if let Some(node) = weight_node {
-        let gradient = weight_gradient::<B>(flatten::<B>(input), grad, &state.layer);
+    let sums = match weight_node {
+        None => Bias::None,
+        Some(node) => {
+            let input = flatten::<B>(input);
+            let with_bias = bias_node.is_some();
+            let (gradient, sums) =
+                weight_gradient::<B>(input, grad.clone(), with_bias, &state.layer);
+            grads.register::<B>(node, gradient);
+            sums
+        }
+    };
+    if let Some(node) = bias_node {
+        let gradient = sums.into_option();
+        let gradient = gradient.unwrap_or_else(|| B::linear_bias_backward(grad));
         grads.register::<B>(node, gradient);
     }
 }
 
-/// Takes the layer's memory out, computes the gradient with it, and puts the new memory back.
+/// Takes the layer's memory out, computes the gradient with it, and puts the new memory back. The
+/// gradient of the bias comes along where the pass over the batch has it at hand.
 fn weight_gradient<B>(
     input: FloatTensor<B>,
     grad: FloatTensor<B>,
+    bias: bool,
     layer: &AopLayer,
-) -> FloatTensor<B>
+) -> (FloatTensor<B>, Bias<B>)
 where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
@@ -177,12 +189,13 @@ where
         memory: config.memory,
         seed: config.seed,
         step: state.progress.step,
+        bias,
         measure,
     };
     state.progress.step += 1;
     state.progress.k = k;
     if k >= rows {
-        return B::linear_weight_backward(input, grad);
+        return (B::linear_weight_backward(input, grad), Bias::None);
     }
 
     let kept = match (config.memory, state.rows.take()) {
@@ -210,7 +223,7 @@ where
             share: from_primitive::<B, 1>(share),
         });
     }
-    gradient.weight
+    (gradient.weight, gradient.bias)
 }
 
 /// `[..., width]` as a matrix.

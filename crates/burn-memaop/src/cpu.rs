@@ -13,7 +13,7 @@ use crate::{
     config::Memory,
     gradient,
     noise::StepNoise,
-    ops::{AopStep, RowMemory, Share, WeightGradient},
+    ops::{AopStep, Bias, RowMemory, Share, WeightGradient},
     selection::{self, Selection},
 };
 
@@ -58,15 +58,16 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     };
     let mut scores = vec![E::zero(); rows];
 
-    let (chosen, memory) = match step.memory.decay() {
+    let (chosen, memory, sums) = match step.memory.decay() {
         None => {
-            in_parallel(Score {
+            let sums = in_parallel(Score {
                 batch,
                 scores: &mut scores,
+                sum: step.bias,
             });
             let selection = select(&scores, &step);
             let panels = gather(batch, &scores, &selection, 1.0);
-            (Chosen { selection, panels }, RowMemory::Empty)
+            (Chosen { selection, panels }, RowMemory::Empty, sums)
         }
         Some(decay) => {
             let (kept_input, kept_grad) = match memory {
@@ -79,11 +80,12 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
                 &mut B::values_mut(&mut kept_input)[..rows * d_input],
                 &mut B::values_mut(&mut kept_grad)[..rows * d_output],
             );
-            in_parallel(FoldIn {
+            let sums = in_parallel(FoldIn {
                 batch,
                 input: RowsMut::new(a, d_input),
                 grad: RowsMut::new(b, d_output),
                 scores: &mut scores,
+                sum: step.bias,
                 first: 0,
                 balanced: matches!(step.memory, Memory::Balanced { .. }),
                 noise: StepNoise {
@@ -110,7 +112,7 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
                 input: kept_input,
                 grad: kept_grad,
             };
-            (Chosen { selection, panels }, memory)
+            (Chosen { selection, panels }, memory, sums)
         }
     };
 
@@ -130,6 +132,13 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
             from_values::<B, E>(panel_grad, [k, d_output], &device),
         ),
         memory,
+        bias: match step.bias {
+            true => {
+                let data = TensorData::new(sums, [d_output]);
+                Bias::Some(B::float_from_data(data, &device))
+            }
+            false => Bias::None,
+        },
         share,
     }
 }
@@ -285,53 +294,71 @@ impl<E> Batch<'_, E> {
 
 /// Work on rows that do not depend on each other.
 trait RowWork: Sized + Send {
+    type Output: Send;
     fn rows(&self) -> usize;
     /// The values that a row touches.
     fn width(&self) -> usize;
     fn split_at(self, row: usize) -> (Self, Self);
     /// Always inlined, so that it is compiled for the processor that [`on_this_processor`] finds.
-    fn run(self);
+    fn run(self) -> Self::Output;
+    fn join(first: Self::Output, second: Self::Output) -> Self::Output;
 }
 
 /// Values below which handing work to another core costs more than it saves (Flex splits its own
 /// passes at a like size).
 const GRAIN: usize = 128 * 1024;
 
-fn in_parallel<W: RowWork>(work: W) {
+/// Splits work in halves down to the grain. Where it is split depends on nothing but its size, and
+/// so neither does the result.
+fn in_parallel<W: RowWork>(work: W) -> W::Output {
     let rows = work.rows();
     if rows < 2 || rows * work.width() < 2 * GRAIN {
         return on_this_processor(work);
     }
     let (first, second) = work.split_at(rows / 2);
     #[cfg(feature = "rayon")]
-    rayon::join(|| in_parallel(first), || in_parallel(second));
+    let (first, second) = rayon::join(|| in_parallel(first), || in_parallel(second));
     #[cfg(not(feature = "rayon"))]
-    {
-        in_parallel(first);
-        in_parallel(second);
-    }
+    let (first, second) = (in_parallel(first), in_parallel(second));
+    W::join(first, second)
 }
 
 /// Runs the work compiled for the widest registers that the processor has.
 #[cfg(feature = "simd")]
 #[macerator::with_simd]
 #[allow(clippy::extra_unused_type_parameters)] // The macro goes by it.
-fn on_this_processor<S: macerator::Simd, W: RowWork>(work: W) {
-    work.run();
+fn on_this_processor<S: macerator::Simd, W: RowWork>(work: W) -> W::Output {
+    work.run()
 }
 
 #[cfg(not(feature = "simd"))]
-fn on_this_processor<W: RowWork>(work: W) {
-    work.run();
+fn on_this_processor<W: RowWork>(work: W) -> W::Output {
+    work.run()
 }
 
-/// Writes `|x| |g|` of every row.
+/// The sums of the columns of some rows, or nothing where they are not asked for.
+fn columns<E: Real>(sum: bool, width: usize) -> Vec<E> {
+    vec![E::zero(); if sum { width } else { 0 }]
+}
+
+#[inline(always)]
+fn add_up<E: Real>(sums: &mut [E], row: &[E]) {
+    for (sum, &value) in sums.iter_mut().zip(row) {
+        *sum = *sum + value;
+    }
+}
+
+/// Writes `|x| |g|` of every row; returns the sum of the rows `g`.
 struct Score<'a, E> {
     batch: Batch<'a, E>,
     scores: &'a mut [E],
+    /// Whether to add up the rows of the gradient.
+    sum: bool,
 }
 
 impl<E: Real> RowWork for Score<'_, E> {
+    type Output = Vec<E>;
+
     fn rows(&self) -> usize {
         self.scores.len()
     }
@@ -343,26 +370,36 @@ impl<E: Real> RowWork for Score<'_, E> {
     fn split_at(self, row: usize) -> (Self, Self) {
         let (first, second) = self.batch.split_at(row);
         let scores = self.scores.split_at_mut(row);
-        let work = |batch, scores| Self { batch, scores };
+        let sum = self.sum;
+        let work = |batch, scores| Self { batch, scores, sum };
         (work(first, scores.0), work(second, scores.1))
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self) -> Vec<E> {
+        let mut sums = columns(self.sum, self.batch.grad.width);
         for (row, score) in self.scores.iter_mut().enumerate() {
-            let x = square_sum(self.batch.input.row(row)).sqrt();
-            *score = x * square_sum(self.batch.grad.row(row)).sqrt();
+            let (x, g) = (self.batch.input.row(row), self.batch.grad.row(row));
+            *score = square_sum(x).sqrt() * square_sum(g).sqrt();
+            add_up(&mut sums, g);
         }
+        sums
+    }
+
+    fn join(mut first: Vec<E>, second: Vec<E>) -> Vec<E> {
+        add_up(&mut first, &second);
+        first
     }
 }
 
 /// Folds the batch into the memory, which then holds `x^` and `g^` times `decay`, and writes
-/// `|x^| |g^|` of every row.
+/// `|x^| |g^|` of every row; returns the sum of the rows `g`.
 struct FoldIn<'a, E> {
     batch: Batch<'a, E>,
     input: RowsMut<'a, E>,
     grad: RowsMut<'a, E>,
     scores: &'a mut [E],
+    sum: bool,
     /// The position of the first of these rows in the batch.
     first: usize,
     balanced: bool,
@@ -371,6 +408,8 @@ struct FoldIn<'a, E> {
 }
 
 impl<E: Real> RowWork for FoldIn<'_, E> {
+    type Output = Vec<E>;
+
     fn rows(&self) -> usize {
         self.scores.len()
     }
@@ -398,7 +437,8 @@ impl<E: Real> RowWork for FoldIn<'_, E> {
     }
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run(mut self) -> Vec<E> {
+        let mut sums = columns(self.sum, self.batch.grad.width);
         for row in 0..self.scores.len() {
             let (x, g) = (self.batch.input.row(row), self.batch.grad.row(row));
             let (a, b) = (self.input.row(row), self.grad.row(row));
@@ -413,7 +453,14 @@ impl<E: Real> RowWork for FoldIn<'_, E> {
             };
             let input = add(a, x, input_scale, self.decay).sqrt();
             self.scores[row] = input * add(b, g, grad_scale, self.decay).sqrt();
+            add_up(&mut sums, g);
         }
+        sums
+    }
+
+    fn join(mut first: Vec<E>, second: Vec<E>) -> Vec<E> {
+        add_up(&mut first, &second);
+        first
     }
 }
 
@@ -441,6 +488,8 @@ struct Gather<'a, E> {
 }
 
 impl<E: Real> RowWork for Gather<'_, E> {
+    type Output = ();
+
     fn rows(&self) -> usize {
         self.rows.len()
     }
@@ -475,6 +524,8 @@ impl<E: Real> RowWork for Gather<'_, E> {
             }
         }
     }
+
+    fn join((): (), (): ()) {}
 }
 
 /// Fills rows with zeros.
@@ -484,6 +535,8 @@ struct Clear<'a, E> {
 }
 
 impl<E: Real> RowWork for Clear<'_, E> {
+    type Output = ();
+
     fn rows(&self) -> usize {
         self.cleared.len()
     }
@@ -509,6 +562,8 @@ impl<E: Real> RowWork for Clear<'_, E> {
             self.rows.row(row).fill(E::zero());
         }
     }
+
+    fn join((): (), (): ()) {}
 }
 
 /// Sums that are added up side by side: enough for the widest registers, and several of them.

@@ -10,7 +10,7 @@ use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData
 use crate::{
     config::Memory,
     noise::StepNoise,
-    ops::{AopStep, RowMemory, Share, WeightGradient},
+    ops::{AopStep, Bias, RowMemory, Share, WeightGradient},
     selection,
 };
 
@@ -38,6 +38,10 @@ pub(crate) fn weight_gradient<B: Backend>(
 ) -> WeightGradient<B> {
     let dtype: FloatDType = input.dtype().into();
     let rows = input.shape()[0];
+    let bias = match step.bias {
+        true => Bias::Some(B::linear_bias_backward(grad.clone())),
+        false => Bias::None,
+    };
 
     let (factors, idle) = fold_in::<B>(Factors { input, grad }, memory, &step);
     let scores = scores::<B>(&factors);
@@ -56,6 +60,7 @@ pub(crate) fn weight_gradient<B: Backend>(
     WeightGradient {
         weight: B::linear_weight_backward(gathered.input, gathered.grad),
         memory,
+        bias,
         share,
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     memory::MemoryHandle,
 };
 
-/// The bias of a [`MemAopOps::memaop_linear`], or none.
+/// The bias of a [`MemAopOps::memaop_linear`] or its gradient, or none.
 #[derive(ExtensionType, Debug)]
 pub enum Bias<B: Backend> {
     /// Shape `[d_output]`.
@@ -58,6 +58,9 @@ pub struct WeightGradient<B: Backend> {
     /// The memory for the next step.
     #[extension_type]
     pub memory: RowMemory<B>,
+    /// The exact gradient of the bias, shape `[d_output]`, as [`AopStep::bias`] asks.
+    #[extension_type]
+    pub bias: Bias<B>,
     /// As [`AopStep::measure`] asks.
     #[extension_type]
     pub share: Share<B>,
@@ -76,6 +79,8 @@ pub struct AopStep {
     pub seed: u64,
     /// The number of gradients the layer has computed before this one.
     pub step: u64,
+    /// Whether to compute the gradient of the bias too, which a pass over the batch has at hand.
+    pub bias: bool,
     /// Whether to measure the [`Share`].
     pub measure: bool,
 }

@@ -82,6 +82,7 @@ fn operation(memory: Memory) -> Vec<usize> {
             memory,
             seed: 0,
             step: number,
+            bias: false,
             measure: false,
         };
         let old = std::mem::replace(&mut kept, RowMemory::Empty);

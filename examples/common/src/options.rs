@@ -80,7 +80,7 @@ pub struct AopOptions {
     #[arg(long, default_value_t = 0.25)]
     pub k_ratio: f64,
     /// The rule that chooses the rows
-    #[arg(long, value_enum, default_value_t = PolicyOption::TopK)]
+    #[arg(long, value_enum, default_value_t = PolicyOption::Systematic)]
     pub policy: PolicyOption,
     /// What becomes of the rows left out [default: balanced, none with unbiased policies]
     #[arg(long, value_enum)]

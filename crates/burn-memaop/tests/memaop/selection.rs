@@ -25,6 +25,7 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
             memory: Memory::Published { decay: 1.0 },
             seed: 99,
             step,
+            bias: false,
             measure: false,
         },
     );

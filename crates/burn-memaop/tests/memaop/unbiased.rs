@@ -96,6 +96,7 @@ fn measure(policy: Policy) -> Measured {
             memory: Memory::None,
             seed: 77,
             step,
+            bias: false,
             measure: false,
         };
         let drawn = gradient(&x, &g, None, step).0.0.concat();
@@ -217,6 +218,7 @@ fn balanced(batches: &[(Matrix, Matrix)], decay: f64, seed: u64) -> (Matrix, Mat
             memory: Memory::Balanced { decay },
             seed,
             step: step as u64,
+            bias: false,
             measure: false,
         };
         memory = gradient(x, g, memory, step).1;
