@@ -5,6 +5,8 @@
 
 use std::{env, path::PathBuf};
 
+use memaop_examples::statistics::mean_and_error;
+
 use crate::{
     data::{Data, Dataset},
     experiment::{MemoryName, PolicyName, Setting, run},

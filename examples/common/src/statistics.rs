@@ -29,7 +29,7 @@ mod tests {
     fn five_values_have_the_interval_of_the_textbook() {
         let values = [1.0, 2.0, 3.0, 4.0, 5.0];
         let (mean, error) = mean_and_error(&values);
-        assert!((mean - 3.0).abs() < 1e-12 && (error - 0.707_107).abs() < 1e-6);
+        assert!((mean - 3.0).abs() < 1e-12 && (error - 0.5f64.sqrt()).abs() < 1e-12);
         assert!((confidence(&values).unwrap() - 1.963).abs() < 1e-3);
         assert_eq!(confidence(&[1.0]), None);
     }
