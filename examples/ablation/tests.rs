@@ -137,7 +137,9 @@ fn a_grid_learns_is_written_and_goes_on_where_it_was_interrupted() {
         again[0].runs[1].test_accuracy,
         outcomes[0].runs[1].test_accuracy
     );
-    assert_eq!(again[1], outcomes[1]);
+    for (again, before) in again[1].runs.iter().zip(&outcomes[1].runs) {
+        assert_eq!(again.test_accuracy, before.test_accuracy);
+    }
 
     let table = report::table(&outcomes);
     assert!(
