@@ -170,7 +170,8 @@ mod tests {
                 minimum: 1,
             })
             .with_policy(Policy::TopK)
-            .with_memory(Memory::Published { decay: 1.0 });
+            .with_memory(Memory::Published { decay: 1.0 })
+            .with_cost_rule(false);
         let mut difference = 0.0;
         for seed in 0..3 {
             let settings = Settings {
