@@ -6,6 +6,10 @@ use thiserror::Error;
 /// The exact gradient `dW = X^T G` is a sum of M outer products, one for each row of the batch
 /// (all leading dimensions of the input flattened). K of them are evaluated.
 ///
+/// The defaults lost no accuracy that could be told from noise in the study of `docs/choosing.md`,
+/// which has the figures that the options below refer to: MNIST, a perceptron 784-512-512-10, five
+/// seeds, SGD and Adam, batches of 128 and 512.
+///
 /// ```
 /// use burn_memaop::{AopConfig, Memory, OuterProducts, Policy};
 ///
