@@ -83,7 +83,8 @@ impl OuterProducts {
 /// [`Memory::None`], since a weighted row leaves nothing that a memory could keep.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Policy {
-    /// The K highest scores.
+    /// The K highest scores. Measured without a memory: no loss at M/8, up to 2 points and single
+    /// collapses at M/16.
     TopK,
     /// K rows uniformly at random, without replacement and without rescaling.
     RandK,
@@ -91,11 +92,13 @@ pub enum Policy {
     /// to the paper's score among those left, without rescaling. Drawn as the top K of
     /// `log(score) + Gumbel noise`, which has the same distribution.
     WeightedK,
-    /// [`RandK`](Self::RandK), each outer product times M / K. Unbiased.
+    /// [`RandK`](Self::RandK), each outer product times M / K. Unbiased. Measured: 2.5 to 4 points
+    /// lost at M/16.
     ScaledRandK,
     /// Systematic sampling: K rows, row m with probability `p_m = min(1, c |x_m| |g_m|)`, where c
     /// makes the `p_m` sum to K, from one random number; each outer product times `1 / p_m`.
-    /// Unbiased (Madow, 1949; Horvitz and Thompson, 1952).
+    /// Unbiased (Madow, 1949; Horvitz and Thompson, 1952). Measured: at most 0.15 points lost at
+    /// M/8, 0.3 at M/16.
     Systematic,
     /// Every row on its own, with the `p_m` of [`Systematic`](Self::Systematic), and the same
     /// weights: K rows on average, not always. Unbiased (Adelman, Levy, Hakimi, Silberstein,
@@ -137,7 +140,8 @@ pub enum Memory {
     /// the same positions of the next batch.
     ///
     /// In deep networks at working learning rates the products of factors of different steps
-    /// that it creates can make training collapse when K is a small share of M.
+    /// that it creates make training collapse when K is a small share of M. Measured with
+    /// [`Policy::TopK`]: 2 to 83 points lost at M/8.
     Published {
         /// The decay; 1 in the paper.
         decay: f64,
@@ -148,7 +152,8 @@ pub enum Memory {
     /// to the variance smallest: the rank-one trick of NoBackTrack and UORO (Ollivier, Tallec,
     /// Charpiat, 2015; Tallec, Ollivier, 2017).
     ///
-    /// r is 1 where a norm of the memory is 0; a pair with `|x| |g| = 0` adds nothing.
+    /// r is 1 where a norm of the memory is 0; a pair with `|x| |g| = 0` adds nothing. Measured
+    /// with [`Policy::TopK`] and a decay of 0.9: at most 0.1 points lost at M/8, 0.5 at M/16.
     Balanced {
         /// The decay.
         decay: f64,
