@@ -75,6 +75,9 @@ struct Grid {
     /// Approximates layers too for which the exact gradient takes less time: the one to the classes
     #[arg(long)]
     no_cost_rule: bool,
+    /// Steps with exact gradients at the start
+    #[arg(long, default_value_t = 0)]
+    exact_steps: usize,
     #[command(flatten)]
     common: Common,
     /// Writes the runs to this file
@@ -192,6 +195,7 @@ impl Grid {
             memory,
             decay,
             cost_rule: !self.no_cost_rule,
+            exact_steps: self.exact_steps,
         }
     }
 }

@@ -1,5 +1,5 @@
 use anyhow::{Result, ensure};
-use burn_memaop::{AopConfig, OuterProducts};
+use burn_memaop::{AopConfig, OuterProducts, Schedule};
 use clap::ValueEnum;
 use memaop_examples::{MemoryOption, PolicyOption};
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,9 @@ pub struct Setting {
     pub decay: f64,
     /// Whether layers for which the exact gradient takes less time are exact.
     pub cost_rule: bool,
+    /// Steps with exact gradients at the start.
+    #[serde(default)]
+    pub exact_steps: usize,
 }
 
 impl Setting {
@@ -40,6 +43,7 @@ impl Setting {
             memory: MemoryOption::None,
             decay: 1.0,
             cost_rule: true,
+            exact_steps: 0,
             ..self.clone()
         }
     }
@@ -58,6 +62,9 @@ impl Setting {
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.decay))
             .with_cost_rule(self.cost_rule)
+            .with_schedule(Schedule::Constant {
+                exact_steps: self.exact_steps,
+            })
             .with_seed(seed)
     }
 
@@ -121,9 +128,13 @@ impl Setting {
             MemoryOption::Published => format!("{policy}, published {}", self.decay),
             MemoryOption::Balanced => format!("{policy}, balanced {}", self.decay),
         };
-        match self.cost_rule {
+        let method = match self.cost_rule {
             true => method,
             false => format!("{method}, every layer"),
+        };
+        match self.exact_steps {
+            0 => method,
+            steps => format!("{method}, after {steps} exact steps"),
         }
     }
 

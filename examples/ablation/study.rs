@@ -65,6 +65,7 @@ pub fn settings() -> Vec<Setting> {
             memory: None,
             decay: 1.0,
             cost_rule: true,
+            exact_steps: 0,
         };
         settings.push(exact.clone());
         for &(policy, memory, decay, exponents) in methods {
