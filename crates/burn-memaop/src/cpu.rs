@@ -149,7 +149,7 @@ struct Chosen<E> {
     panels: [Vec<E>; 2],
 }
 
-/// The memory as a contiguous matrix of at least `rows` rows, new ones being zero.
+/// The memory as a contiguous matrix of type `E` with at least `rows` rows, new ones being zero.
 fn at_least<B: HostTensors<E>, E: Real>(
     memory: Option<FloatTensor<B>>,
     rows: usize,
@@ -159,7 +159,11 @@ fn at_least<B: HostTensors<E>, E: Real>(
     let mut values = match memory {
         None => Vec::new(),
         Some(memory) => {
-            let memory = B::contiguous(memory);
+            // A layer can have been cast since its last step.
+            let memory = match memory.dtype() == E::dtype() {
+                true => B::contiguous(memory),
+                false => B::contiguous(B::float_cast(memory, E::dtype().into())),
+            };
             if memory.shape()[0] >= rows {
                 return memory;
             }

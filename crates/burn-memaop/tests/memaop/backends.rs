@@ -26,6 +26,7 @@ macro_rules! suite {
             checks!($device;
                 operation_equals_the_oracle,
                 large_batches_equal_the_oracle,
+                a_change_of_precision_keeps_the_memory,
                 half_and_double_precision_equal_the_oracle,
                 rows_that_are_not_finite_are_left_out,
                 equal_seeds_draw_the_rows_of_the_oracle,

@@ -185,6 +185,30 @@ fn compare(
     }
 }
 
+/// As after a cast of the module: the memory of the steps before has the other dtype.
+pub fn a_change_of_precision_keeps_the_memory(device: &Device) {
+    if !device.supports_dtype(DType::F64) {
+        eprintln!("skipped: {device:?} does not support F64");
+        return;
+    }
+    let mut random = Random(12);
+    let (m, n, p, k) = (20, 7, 5, 4);
+    for memory in [
+        Memory::Published { decay: 1.0 },
+        Memory::Balanced { decay: 0.9 },
+    ] {
+        let mut operation = Operation::new(Policy::TopK, memory, 3);
+        let mut oracle = Oracle::new(Policy::TopK, memory, 3, n, p);
+        for dtype in [DType::F32, DType::F64, DType::F32] {
+            let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+            let gradient = operation.step(x.tensor(device, dtype), g.tensor(device, dtype), k);
+            assert_eq!(gradient.dtype(), dtype);
+            let error = Matrix::from_tensor(gradient).relative_error(&oracle.step(&x, &g, k));
+            assert!(error < 1e-5, "{memory:?} {dtype:?}: {error:e}");
+        }
+    }
+}
+
 /// Large enough to be split among cores.
 pub fn large_batches_equal_the_oracle(device: &Device) {
     let mut random = Random(11);
