@@ -177,6 +177,7 @@ fn measure(
             k,
             policy: config.policy,
             memory: config.memory,
+            memory_precision: config.memory_precision,
             seed: config.seed,
             step,
             bias: false,

@@ -4,11 +4,10 @@
 use burn::backend::DispatchDevice;
 #[cfg(feature = "ndarray")]
 use burn::backend::ndarray::NdArrayTensor;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use burn::backend::tensor::FloatTensor;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-use burn::{
-    backend::{TensorMetadata, tensor::FloatTensor},
-    tensor::DType,
-};
+use burn::{backend::TensorMetadata, tensor::DType};
 #[cfg(feature = "flex")]
 use {burn::tensor::Element, bytemuck::Pod};
 
@@ -19,12 +18,15 @@ use {burn::tensor::Element, bytemuck::Pod};
     feature = "cubecl-backend"
 ))]
 use crate::ops::MemAopOps;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use crate::ops::{AopStep, RowMemory, WeightGradient};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::{
     cpu::{self, HostTensors},
     gradient,
-    ops::{AopStep, RowMemory, WeightGradient},
 };
+#[cfg(feature = "cubecl-backend")]
+use crate::{cube, fusion};
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 macro_rules! cpu_backend {
@@ -113,12 +115,29 @@ ndarray_tensors!(f64, F64);
 impl MemAopOps for burn::backend::LibTorch {}
 
 #[cfg(feature = "cubecl-backend")]
-impl MemAopOps for burn_cubecl::CubeBackend {}
+impl MemAopOps for burn_cubecl::CubeBackend {
+    fn memaop_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        memory: RowMemory<Self>,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        cube::weight_gradient(input, grad, memory, step)
+    }
+}
 
-// The default bodies compose lazy operations, so nothing is flushed. Implemented with and without
-// the feature `fusion` of this crate: Burn's own features can turn Fusion on as well.
+// With and without the feature `fusion` of this crate: Burn's own features can turn Fusion on too.
 #[cfg(feature = "cubecl-backend")]
-impl<B: burn_fusion::FusionBackend> MemAopOps for burn_fusion::Fusion<B> {}
+impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusion<B> {
+    fn memaop_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        memory: RowMemory<Self>,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        fusion::weight_gradient::<B>(input, grad, memory, step)
+    }
+}
 
 /// Stops with the feature to enable when the device's backend is compiled into Burn, but not into
 /// this crate.

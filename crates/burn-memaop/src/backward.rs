@@ -187,6 +187,7 @@ where
         k,
         policy: config.policy,
         memory: config.memory,
+        memory_precision: config.memory_precision,
         seed: config.seed,
         step: state.progress.step,
         bias,

@@ -31,6 +31,9 @@ pub struct AopConfig {
     /// What becomes of the rows that are not chosen.
     #[config(default = "Memory::None")]
     pub memory: Memory,
+    /// The precision in which the memory is kept.
+    #[config(default = "MemoryPrecision::Full")]
+    pub memory_precision: MemoryPrecision,
     /// How K changes from step to step.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
@@ -168,6 +171,23 @@ impl Memory {
             Self::Published { decay } | Self::Balanced { decay } => Some(decay),
         }
     }
+}
+
+/// The precision in which a [`Memory`] is kept.
+///
+/// A memory is as large as input and output of the layer together. In half precision it takes half
+/// of that, and a pass over it moves fewer bytes; the rows of the gradient are then rounded to that
+/// precision too, and on CPUs the gradient takes longer. Scores and norms are always computed in
+/// single precision at least.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum MemoryPrecision {
+    /// Single precision; double where the input has it.
+    Full,
+    /// `f16`: 11 significant bits, from 6e-8 to 65504. Values outside that range are lost or
+    /// infinite (a row with such a value is dropped): scale the loss where gradients are small.
+    F16,
+    /// `bf16`: 8 significant bits, and the range of `f32`. Not every device has it.
+    BF16,
 }
 
 /// How the number K of outer products changes from step to step.

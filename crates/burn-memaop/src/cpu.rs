@@ -12,8 +12,8 @@ mod rows;
 
 use self::rows::{Batch, Clear, FoldIn, Gather, Real, Rows, RowsMut, Score, in_parallel};
 use crate::{
-    config::Memory,
-    gradient,
+    config::{Memory, MemoryPrecision},
+    gradient::{self, LEAST_DECAY},
     noise::StepNoise,
     ops::{AopStep, Bias, RowMemory, Share, WeightGradient},
     selection::{self, Selection},
@@ -37,17 +37,14 @@ fn from_values<B: Backend, E: Real>(
     B::float_from_data(TensorData::new(values, shape), device)
 }
 
-/// A memory that shrinks more than this from step to step is left to the default body: here the
-/// chosen rows are read back from it after it has shrunk.
-const LEAST_DECAY: f64 = 1e-6;
-
 pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     input: FloatTensor<B>,
     grad: FloatTensor<B>,
     memory: RowMemory<B>,
     step: AopStep,
 ) -> WeightGradient<B> {
-    if step.memory.decay().is_some_and(|decay| decay < LEAST_DECAY) {
+    let full = step.memory_precision == MemoryPrecision::Full;
+    if step.memory.decay().is_some_and(|decay| decay < LEAST_DECAY || !full) {
         return gradient::weight_gradient::<B>(input, grad, memory, step);
     }
     let device = input.device();

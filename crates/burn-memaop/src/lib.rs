@@ -64,6 +64,10 @@ mod config;
 mod cost;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod cpu;
+#[cfg(feature = "cubecl-backend")]
+mod cube;
+#[cfg(feature = "cubecl-backend")]
+mod fusion;
 mod gradient;
 mod linear;
 mod memory;
@@ -74,7 +78,9 @@ mod record;
 mod schedule;
 mod selection;
 
-pub use config::{AopConfig, AopConfigError, Memory, OuterProducts, Policy, Schedule};
+pub use config::{
+    AopConfig, AopConfigError, Memory, MemoryPrecision, OuterProducts, Policy, Schedule,
+};
 pub use linear::{MemAopLinear, MemAopLinearConfig};
 pub use memory::MemoryStats;
 pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient};

@@ -1,11 +1,11 @@
 //! Counter-based noise: the value for a row is a pure function of seed, step and position, so it
 //! needs no state but the step counter and can be computed on any device.
 
+pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
 /// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011).
 pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-    const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-
     let wide = |a: u32, b: u32| {
         let product = u64::from(a) * u64::from(b);
         ((product >> 32) as u32, product as u32)
@@ -33,10 +33,14 @@ pub(crate) struct StepNoise {
 }
 
 impl StepNoise {
+    /// Seed and step, the lower half of each first.
+    pub(crate) fn halves(&self) -> [[u32; 2]; 2] {
+        [self.seed, self.step].map(|value| [value as u32, (value >> 32) as u32])
+    }
+
     fn block(&self, row: usize) -> [u32; 4] {
-        let halves = |value: u64| [value as u32, (value >> 32) as u32];
-        let [low, high] = halves(self.step);
-        philox4x32([row as u32, 0, low, high], halves(self.seed))
+        let [seed, [low, high]] = self.halves();
+        philox4x32([row as u32, 0, low, high], seed)
     }
 
     /// A uniform 32-bit word for `row`.

@@ -3,7 +3,7 @@ use burn::backend::{
 };
 
 use crate::{
-    config::{AopConfig, Memory, Policy},
+    config::{AopConfig, Memory, MemoryPrecision, Policy},
     gradient,
     memory::MemoryHandle,
 };
@@ -75,6 +75,8 @@ pub struct AopStep {
     pub policy: Policy,
     /// What becomes of the other rows.
     pub memory: Memory,
+    /// The precision in which they are kept.
+    pub memory_precision: MemoryPrecision,
     /// The seed of the noise.
     pub seed: u64,
     /// The number of gradients the layer has computed before this one.

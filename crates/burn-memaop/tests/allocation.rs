@@ -16,7 +16,7 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, OuterProducts, Policy, RowMemory,
+    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, MemoryPrecision, OuterProducts, Policy, RowMemory,
 };
 
 /// The system's allocator, counting requests of at least [`LARGE`] bytes.
@@ -80,6 +80,7 @@ fn operation(memory: Memory) -> Vec<usize> {
             k: 32,
             policy: Policy::TopK,
             memory,
+            memory_precision: MemoryPrecision::Full,
             seed: 0,
             step: number,
             bias: false,

@@ -7,7 +7,7 @@ use burn::{
     tensor::{DType, Device, Tensor, activation::relu},
 };
 use burn_memaop::{
-    AopConfig, AopStep, Bias, MemAopLinear, MemAopOps, Memory, OuterProducts, Policy, RowMemory,
+    AopConfig, AopStep, Bias, MemAopLinear, MemAopOps, Memory, MemoryPrecision, OuterProducts, Policy, RowMemory,
 };
 
 use crate::{
@@ -43,6 +43,7 @@ fn methods() -> impl Iterator<Item = (Policy, Memory)> {
 struct Operation {
     policy: Policy,
     memory: Memory,
+    precision: MemoryPrecision,
     seed: u64,
     step: u64,
     rows: Option<(Tensor<2>, Tensor<2>)>,
@@ -55,6 +56,7 @@ impl Operation {
         Self {
             policy,
             memory,
+            precision: MemoryPrecision::Full,
             seed,
             step: 0,
             rows: None,
@@ -74,6 +76,7 @@ impl Operation {
             k,
             policy: self.policy,
             memory: self.memory,
+            memory_precision: self.precision,
             seed: self.seed,
             step: self.step,
             bias: true,

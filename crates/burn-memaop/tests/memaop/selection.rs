@@ -4,7 +4,7 @@ use burn::{
     backend::Dispatch,
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopStep, MemAopOps, Memory, Policy, RowMemory};
+use burn_memaop::{AopStep, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
 
 use crate::support::Matrix;
 
@@ -23,6 +23,7 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
             k,
             policy,
             memory: Memory::Published { decay: 1.0 },
+            memory_precision: MemoryPrecision::Full,
             seed: 99,
             step,
             bias: false,

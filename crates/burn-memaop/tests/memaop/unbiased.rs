@@ -5,7 +5,7 @@ use burn::{
     backend::Dispatch,
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopStep, MemAopOps, Memory, Policy, RowMemory};
+use burn_memaop::{AopStep, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
 
 use crate::{
     oracle::{choose, inclusion_probabilities},
@@ -94,6 +94,7 @@ fn measure(policy: Policy) -> Measured {
             k: K,
             policy,
             memory: Memory::None,
+            memory_precision: MemoryPrecision::Full,
             seed: 77,
             step,
             bias: false,
@@ -216,6 +217,7 @@ fn balanced(batches: &[(Matrix, Matrix)], decay: f64, seed: u64) -> (Matrix, Mat
             k: 1,
             policy: Policy::TopK,
             memory: Memory::Balanced { decay },
+            memory_precision: MemoryPrecision::Full,
             seed,
             step: step as u64,
             bias: false,

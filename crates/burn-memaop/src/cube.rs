@@ -1,0 +1,208 @@
+//! The approximate weight gradient on CubeCL backends: the same result as the default body of
+//! `gradient.rs`, in three launches and a matrix product, none of which waits for the host.
+
+use std::sync::Once;
+
+use burn::{
+    backend::{TensorMetadata, ops::{FloatTensorOps, ModuleOps}},
+    tensor::{DType, Shape},
+};
+use burn_cubecl::{
+    CubeBackend, cubecl, kernel::into_contiguous, ops::numeric::empty_device_dtype,
+    tensor::CubeTensor,
+};
+use cubecl::{
+    calculate_cube_count_elemwise,
+    ir::{FloatKind, VectorSize},
+    prelude::*,
+    tensor_vector_size_parallel,
+};
+
+mod fold;
+mod gather;
+mod noise;
+mod select;
+mod units;
+
+use crate::{
+    gradient::{self, LEAST_DECAY},
+    ops::{AopStep, Bias, RowMemory, WeightGradient},
+};
+
+pub(crate) fn weight_gradient(
+    input: CubeTensor,
+    grad: CubeTensor,
+    memory: RowMemory<CubeBackend>,
+    step: AopStep,
+) -> WeightGradient<CubeBackend> {
+    if let Err(reason) = supported(&input, &step) {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            log::warn!(
+                "burn-memaop: the weight gradient takes primitive operations, which are slower \
+                 than kernels and may wait for the device: {reason}"
+            );
+        });
+        return gradient::weight_gradient::<CubeBackend>(input, grad, memory, step);
+    }
+    let dtype = input.dtype;
+    let bias = match step.bias {
+        true => Bias::Some(CubeBackend::linear_bias_backward(grad.clone())),
+        false => Bias::None,
+    };
+    let batch = [input, grad].map(row_major);
+
+    let (chosen, panels, memory) = match step.memory.decay() {
+        None => {
+            let [input, grad] = &batch;
+            let scores = fold::score(input, grad);
+            let chosen = select::choose(&scores, &step);
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, 1.0, false);
+            (chosen, panels, RowMemory::Empty)
+        }
+        Some(decay) => {
+            let kept = at_least(memory, &batch, &step);
+            let [input, grad] = &kept;
+            let scores = fold::fold_in(&batch, &kept, &step);
+            let chosen = select::choose(&scores, &step);
+            let scale = 1.0 / decay.sqrt();
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, scale as f32, true);
+            let [input, grad] = kept;
+            (chosen, panels, RowMemory::Rows { input, grad })
+        }
+    };
+    let [input, grad] = panels;
+    WeightGradient {
+        weight: CubeBackend::linear_weight_backward(input, grad),
+        memory,
+        bias,
+        share: chosen.share,
+    }
+}
+
+/// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.
+const LEAST_UNITS: u32 = 256;
+/// The most rows, whose numbers the kernels keep in 32 bits.
+const MOST_ROWS: usize = 1 << 31;
+
+/// Whether the kernels can compute the gradient, or why not.
+fn supported(input: &CubeTensor, step: &AopStep) -> Result<(), String> {
+    let units = input.client.properties().hardware.max_units_per_cube;
+    let rows = input.shape()[0];
+    if !matches!(input.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(format!("they score rows in single precision, and the input is {:?}", input.dtype));
+    }
+    if units < LEAST_UNITS {
+        return Err(format!("they need cubes of {LEAST_UNITS} units, and the device has {units}"));
+    }
+    if rows > MOST_ROWS {
+        return Err(format!("they take at most {MOST_ROWS} rows, and the input has {rows}"));
+    }
+    match step.memory.decay() {
+        Some(decay) if decay < LEAST_DECAY => Err(format!(
+            "they need a decay of at least {LEAST_DECAY}, and that of the memory is {decay}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A matrix whose rows have no gaps between their values.
+fn row_major(matrix: CubeTensor) -> CubeTensor {
+    match matrix.meta.strides()[1] == 1 && !matrix.meta.is_tiled() {
+        true => matrix,
+        false => into_contiguous(matrix),
+    }
+}
+
+/// The memory with at least as many rows as the batch, new ones being zero, in buffers that no
+/// other tensor shares.
+fn at_least(
+    memory: RowMemory<CubeBackend>,
+    batch: &[CubeTensor; 2],
+    step: &AopStep,
+) -> [CubeTensor; 2] {
+    let dtype = gradient::memory_dtype(batch[0].dtype, step);
+    let kept = match memory {
+        RowMemory::Empty => [None, None],
+        RowMemory::Rows { input, grad } => [Some(input), Some(grad)],
+    };
+    let mut kept = kept.into_iter();
+    batch.each_ref().map(|batch| {
+        let [rows, width] = batch.shape().dims();
+        let kept = match kept.next().flatten() {
+            None => {
+                let shape = Shape::new([rows, width]);
+                CubeBackend::float_zeros(shape, &batch.device(), dtype)
+            }
+            Some(kept) => {
+                // A layer can have been cast since its last step.
+                let kept = gradient::cast::<CubeBackend>(kept, dtype);
+                match kept.shape()[0] < rows {
+                    true => gradient::resize_rows::<CubeBackend>(kept, rows),
+                    false => kept,
+                }
+            }
+        };
+        let kept = row_major(kept);
+        match kept.can_mut() && kept.is_nonoverlapping() {
+            true => kept,
+            false => kept.copy(),
+        }
+    })
+}
+
+/// The extent of a matrix in memory, in vectors.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct RowLayout {
+    width: usize,
+    stride: usize,
+}
+
+fn layout(matrix: &CubeTensor, size: VectorSize) -> RowLayoutLaunch {
+    let width = matrix.meta.shape()[1];
+    RowLayoutLaunch::new(width / size, matrix.meta.strides()[0] / size)
+}
+
+/// The widest vectors in which the rows of all these matrices can be read and written.
+fn vector_size(matrices: &[&CubeTensor]) -> VectorSize {
+    let sizes = matrices.iter().map(|matrix| {
+        let (shape, strides) = (matrix.meta.shape(), matrix.meta.strides());
+        // As in single precision: wider vectors of it than of half precision do not exist.
+        let sizes = matrix.client.io_optimized_vector_sizes(size_of::<f32>());
+        tensor_vector_size_parallel(sizes, shape, strides, 1)
+    });
+    sizes.min().unwrap_or(1)
+}
+
+/// The units that share a row: enough to have work for each.
+fn row_units(matrices: [&CubeTensor; 2], sizes: [VectorSize; 2]) -> u32 {
+    let vectors = |i: usize| matrices[i].meta.shape()[1] / sizes[i];
+    let most = vectors(0).max(vectors(1)).min(LEAST_UNITS as usize);
+    (most as u32).next_power_of_two().max(32)
+}
+
+/// `count` cubes of `units` units.
+fn cubes(like: &CubeTensor, count: usize, units: u32) -> (CubeCount, CubeDim) {
+    let dim = CubeDim::new_1d(units);
+    let count = calculate_cube_count_elemwise(&like.client, count * units as usize, dim);
+    (count, dim)
+}
+
+fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_dtype(client, device, Shape::new(shape), dtype)
+}
+
+fn address_type(tensors: &[&CubeTensor]) -> AddressType {
+    let types = tensors.iter().map(|tensor| tensor.required_address_type());
+    types.max().unwrap_or_default()
+}
+
+fn elem_type(dtype: DType) -> ElemType {
+    match dtype {
+        DType::F32 => ElemType::Float(FloatKind::F32),
+        DType::F16 => ElemType::Float(FloatKind::F16),
+        DType::BF16 => ElemType::Float(FloatKind::BF16),
+        dtype => unreachable!("{dtype:?} is left to the default body"),
+    }
+}

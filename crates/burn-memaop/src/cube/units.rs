@@ -1,0 +1,138 @@
+//! What the units of a cube compute together, by shared memory alone: not every device has planes.
+
+use burn_cubecl::cubecl;
+use cubecl::prelude::*;
+
+/// The sum of the values of all units, to each of them.
+#[cube]
+pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    let unit = UNIT_POS as usize;
+    // What an earlier call left there has been read.
+    sync_cube();
+    shared[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 1..comptime!(units.ilog2() + 1) {
+        let half = comptime!((units >> level) as usize);
+        if unit < half {
+            shared[unit] = shared[unit] + shared[unit + half];
+        }
+        sync_cube();
+    }
+    shared[0]
+}
+
+/// The largest of the values of all units, to each of them.
+#[cube]
+pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    let unit = UNIT_POS as usize;
+    sync_cube();
+    shared[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 1..comptime!(units.ilog2() + 1) {
+        let half = comptime!((units >> level) as usize);
+        if unit < half {
+            shared[unit] = f32::max(shared[unit], shared[unit + half]);
+        }
+        sync_cube();
+    }
+    shared[0]
+}
+
+/// The sum of the values of the units up to each, its own included.
+#[cube]
+pub(super) fn prefix_sum(value: u32, shared: &mut Shared<[u32]>, #[comptime] units: u32) -> u32 {
+    let unit = UNIT_POS as usize;
+    sync_cube();
+    shared[unit] = value;
+    sync_cube();
+    let mut sum = value;
+    #[unroll]
+    for level in 0..comptime!(units.ilog2()) {
+        let offset = comptime!(1usize << level);
+        if unit >= offset {
+            sum += shared[unit - offset];
+        }
+        sync_cube();
+        shared[unit] = sum;
+        sync_cube();
+    }
+    sum
+}
+
+/// A number from 0 in units of 2^-32, with an integer part: sums of such numbers are exact,
+/// whatever their order.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Fixed {
+    pub(super) whole: u32,
+    pub(super) fraction: u32,
+}
+
+#[cube]
+impl Fixed {
+    pub(super) fn new(whole: u32, fraction: u32) -> Fixed {
+        Fixed { whole, fraction }
+    }
+
+    pub(super) fn plus(&self, other: &Fixed) -> Fixed {
+        let fraction = self.fraction + other.fraction;
+        let carry = select(fraction < self.fraction, 1u32, 0u32);
+        Fixed::new(self.whole + other.whole + carry, fraction)
+    }
+
+    pub(super) fn minus(&self, other: &Fixed) -> Fixed {
+        let borrow = select(self.fraction < other.fraction, 1u32, 0u32);
+        Fixed::new(
+            self.whole - other.whole - borrow,
+            self.fraction - other.fraction,
+        )
+    }
+
+    /// The nearest float, in units of 1.
+    pub(super) fn float(&self) -> f32 {
+        f32::cast_from(self.whole) + f32::cast_from(self.fraction) * INVERSE_2_32
+    }
+}
+
+pub(super) const TWO_32: f32 = 4_294_967_296.0;
+pub(super) const INVERSE_2_32: f32 = 1.0 / TWO_32;
+
+/// As [`prefix_sum`], of fixed-point numbers.
+#[cube]
+pub(super) fn fixed_prefix_sum(
+    value: &Fixed,
+    wholes: &mut Shared<[u32]>,
+    fractions: &mut Shared<[u32]>,
+    #[comptime] units: u32,
+) -> Fixed {
+    let unit = UNIT_POS as usize;
+    sync_cube();
+    wholes[unit] = value.whole;
+    fractions[unit] = value.fraction;
+    sync_cube();
+    let mut whole = value.whole;
+    let mut fraction = value.fraction;
+    #[unroll]
+    for level in 0..comptime!(units.ilog2()) {
+        let offset = comptime!(1usize << level);
+        if unit >= offset {
+            let before = Fixed::new(wholes[unit - offset], fractions[unit - offset]);
+            let sum = before.plus(&Fixed::new(whole, fraction));
+            whole = sum.whole;
+            fraction = sum.fraction;
+        }
+        sync_cube();
+        wholes[unit] = whole;
+        fractions[unit] = fraction;
+        sync_cube();
+    }
+    Fixed::new(whole, fraction)
+}
+
+/// Whether a number is neither infinite nor NaN. By its bits, because a shader compiler may assume
+/// that all are.
+#[cube]
+pub(super) fn is_finite(value: f32) -> bool {
+    u32::reinterpret(value) & 0x7F80_0000 != 0x7F80_0000
+}

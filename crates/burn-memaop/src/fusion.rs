@@ -1,0 +1,126 @@
+//! The approximate weight gradient under Fusion: one operation in the stream, executed by the inner
+//! backend when the stream is, so that nothing is flushed for it.
+
+use burn::tensor::{DType, Shape};
+use burn_fusion::{
+    ExecutionError, Fusion, FusionBackend, FusionRuntime, FusionTensor,
+    custom::{CustomOpIr, HandleContainer, Operation, OperationIr, StreamId, TensorIr},
+};
+
+use crate::{
+    gradient,
+    ops::{AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient},
+};
+
+type Handles<B> =
+    HandleContainer<<<B as FusionBackend>::FusionRuntime as FusionRuntime>::FusionHandle>;
+
+pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
+    input: FusionTensor<B::FusionRuntime>,
+    grad: FusionTensor<B::FusionRuntime>,
+    memory: RowMemory<Fusion<B>>,
+    step: AopStep,
+) -> WeightGradient<Fusion<B>> {
+    let client = input.client.clone();
+    let dtype = input.dtype;
+    let [rows, d_input] = input.shape.dims();
+    let [_, d_output] = grad.shape.dims();
+    let kept = match &memory {
+        RowMemory::Empty => 0,
+        RowMemory::Rows { input, .. } => input.shape[0],
+    };
+
+    let mut inputs = vec![input.into_ir(), grad.into_ir()];
+    if let RowMemory::Rows { input, grad } = memory {
+        inputs.extend([input.into_ir(), grad.into_ir()]);
+    }
+    // In the order in which `Outputs` takes them out again.
+    let mut outputs = vec![(Shape::new([d_input, d_output]), dtype)];
+    if step.memory.decay().is_some() {
+        let memory = DType::from(gradient::memory_dtype(dtype, &step));
+        let rows = rows.max(kept);
+        outputs.push((Shape::new([rows, d_input]), memory));
+        outputs.push((Shape::new([rows, d_output]), memory));
+    }
+    if step.bias {
+        outputs.push((Shape::new([d_output]), dtype));
+    }
+    if step.measure {
+        outputs.push((Shape::new([1]), DType::F32));
+    }
+    let outputs: Vec<_> = outputs
+        .into_iter()
+        .map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype))
+        .collect();
+
+    let description = CustomOpIr::new("memaop_weight_gradient", &inputs, &outputs);
+    let operation = Execute::<B> {
+        description: description.clone(),
+        step,
+        backend: core::marker::PhantomData,
+    };
+    let mut outputs = client
+        .register(
+            StreamId::current(),
+            OperationIr::Custom(description),
+            operation,
+        )
+        .into_iter();
+    let mut next = || outputs.next().expect("as many outputs as were described");
+    WeightGradient {
+        weight: next(),
+        memory: match step.memory.decay() {
+            None => RowMemory::Empty,
+            Some(_) => RowMemory::Rows {
+                input: next(),
+                grad: next(),
+            },
+        },
+        bias: match step.bias {
+            true => Bias::Some(next()),
+            false => Bias::None,
+        },
+        share: match step.measure {
+            true => Share::Measured(next()),
+            false => Share::Skipped,
+        },
+    }
+}
+
+#[derive(Debug)]
+struct Execute<B> {
+    description: CustomOpIr,
+    step: AopStep,
+    backend: core::marker::PhantomData<B>,
+}
+
+impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for Execute<B> {
+    fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
+        let inputs = &self.description.inputs;
+        let mut inputs = inputs.iter().map(|ir| handles.get_float_tensor::<B>(ir));
+        let (Some(input), Some(grad)) = (inputs.next(), inputs.next()) else {
+            unreachable!("a batch was described");
+        };
+        let memory = match (inputs.next(), inputs.next()) {
+            (Some(input), Some(grad)) => RowMemory::Rows { input, grad },
+            _ => RowMemory::Empty,
+        };
+        drop(inputs);
+
+        let gradient = B::memaop_weight_gradient(input, grad, memory, self.step);
+        let mut results = vec![gradient.weight];
+        if let RowMemory::Rows { input, grad } = gradient.memory {
+            results.extend([input, grad]);
+        }
+        results.extend(gradient.bias.into_option());
+        if let Share::Measured(share) = gradient.share {
+            results.push(share);
+        }
+        let outputs = &self.description.outputs;
+        debug_assert_eq!(results.len(), outputs.len());
+        for (output, result) in outputs.iter().zip(results) {
+            handles.register_float_tensor::<B>(&output.id, result);
+        }
+        Ok(())
+    }
+}
