@@ -14,7 +14,7 @@ use burn::{
 };
 use burn_memaop::{AopStep, MemAopLinear, MemAopOps, OuterProducts, RowMemory};
 use clap::Parser;
-use memaop_benches::{Common, Method, interleaved, random};
+use memaop_benches::{Common, Method, Observed, Precision, interleaved, observe, random};
 use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -43,6 +43,9 @@ struct Options {
     memory: Option<MemoryOption>,
 }
 
+const GPU_SIZES: [(usize, usize, usize); 3] =
+    [(4096, 1024, 1024), (16384, 1024, 4096), (8192, 4096, 4096)];
+
 const SIZES: [(usize, usize, usize); 5] = [
     (64, 784, 10),
     (512, 784, 512),
@@ -54,6 +57,8 @@ const SIZES: [(usize, usize, usize); 5] = [
 #[derive(Serialize)]
 struct Row {
     backend: Backend,
+    dtype: Precision,
+    memory_dtype: Option<Precision>,
     m: usize,
     n: usize,
     p: usize,
@@ -72,6 +77,9 @@ struct Row {
     limit_ratio: f64,
     /// The measured bandwidth of copying, reads and writes together.
     copy_gb_per_s: f64,
+    /// What one weight gradient asks of a GPU, the product included.
+    exact_dw: Option<Observed>,
+    aop_dw: Option<Observed>,
 }
 
 fn main() -> Result<()> {
@@ -79,7 +87,8 @@ fn main() -> Result<()> {
     let device = options.common.device()?;
     let sizes = match (options.m, options.n, options.p) {
         (Some(m), Some(n), Some(p)) => vec![(m, n, p)],
-        _ => SIZES.to_vec(),
+        _ if options.common.backend.is_cpu() => SIZES.to_vec(),
+        _ => GPU_SIZES.to_vec(),
     };
 
     println!(
@@ -122,13 +131,16 @@ fn main() -> Result<()> {
     }
     println!("\nMilliseconds; limit: K-row product and one pass over memory at copy bandwidth.");
     println!("*: the layer takes the exact path by the cost rule (--no-cost-rule turns it off).");
+    if rows.iter().any(|row| row.aop_dw.is_some()) {
+        println!("Kernels and read-backs of one weight gradient follow the ratios: exact; aop.");
+    }
     options.common.save(&rows)
 }
 
 fn print(row: &Row, method: Method) {
     println!(
         "{:>5} {:>5} {:>5} {:>5}  {:<20} {:>9.3} {:>9.3} {:>9.3} {:>6.3} {:>6.2} {:>9.3} {:>9.3} \
-         {:>6.3}{}",
+         {:>6.3}{}{}",
         row.m,
         row.n,
         row.p,
@@ -142,7 +154,11 @@ fn print(row: &Row, method: Method) {
         row.exact_step_ms,
         row.aop_step_ms,
         row.step_ratio,
-        if row.exact_by_rule { " *" } else { "" }
+        if row.exact_by_rule { " *" } else { "" },
+        match (row.exact_dw, row.aop_dw) {
+            (Some(exact), Some(aop)) => format!("  {exact}; {aop}"),
+            _ => String::new(),
+        }
     );
 }
 
@@ -155,12 +171,13 @@ fn measure(
 ) -> Result<Row> {
     let config = method.config(OuterProducts::Count(k), common)?;
     let autodiff = device.clone().autodiff();
-    let linear = LinearConfig::new(n, p).init(&autodiff);
+    let linear = common.dtype.cast(LinearConfig::new(n, p).init(&autodiff));
     let layer = MemAopLinear::from_linear(linear.clone(), config);
     let exact_by_rule = layer.is_exact(m, &autodiff);
 
-    let (x, g) = (random(m, n, device), random(m, p, device));
-    let chosen = (random(k, n, device), random(k, p, device));
+    let random = |rows, columns| random(rows, columns, device, common.dtype);
+    let (x, g) = (random(m, n), random(m, p));
+    let chosen = (random(k, n), random(k, p));
     let product = |x: &Tensor<2>, g: &Tensor<2>| {
         black_box(x.clone().transpose().matmul(g.clone()));
     };
@@ -202,7 +219,7 @@ fn measure(
         black_box(layer.forward(input).backward());
     };
 
-    let mut buffers = Buffers::new(common.backend, m * (n + p), device);
+    let mut buffers = Buffers::new(common.backend, m * (n + p), device, common.dtype);
     let mut copy = || buffers.copy();
 
     let times = interleaved(
@@ -217,6 +234,8 @@ fn measure(
             &mut aop_step,
         ],
     )?;
+    let exact_dw = observe(device, &mut exact_dw)?;
+    let aop_dw = observe(device, &mut aop_dw)?;
     let [
         exact_dw_ms,
         aop_dw_ms,
@@ -229,14 +248,18 @@ fn measure(
         bail!("six sides were timed");
     };
     // A copy reads and writes as many bytes as the batch has. Without a memory the pass reads the
-    // batch; with one it also reads and writes the memory.
+    // batch; with one it also reads and writes the memory, which can have wider values.
+    let size = |precision: Precision| precision.dtype().size() as f64;
+    let wider = size(common.memory_dtype.unwrap_or(Precision::F32)) / size(common.dtype);
     let passes = match method.memory {
         MemoryOption::None => 1.0,
-        _ => 3.0,
+        _ => 1.0 + 2.0 * wider,
     };
     let limit_dw_ms = product_ms + passes * copy_ms / 2.0;
     Ok(Row {
         backend: common.backend,
+        dtype: common.dtype,
+        memory_dtype: common.memory_dtype,
         m,
         n,
         p,
@@ -252,7 +275,9 @@ fn measure(
         dw_ratio: aop_dw_ms / exact_dw_ms,
         step_ratio: aop_step_ms / exact_step_ms,
         limit_ratio: aop_dw_ms / limit_dw_ms,
-        copy_gb_per_s: 2.0 * 4.0 * (m * (n + p)) as f64 / copy_ms / 1e6,
+        copy_gb_per_s: 2.0 * size(common.dtype) * (m * (n + p)) as f64 / copy_ms / 1e6,
+        exact_dw,
+        aop_dw,
     })
 }
 
@@ -263,11 +288,13 @@ enum Buffers {
 }
 
 impl Buffers {
-    fn new(backend: Backend, values: usize, device: &Device) -> Self {
-        match backend {
-            Backend::Flex | Backend::Ndarray => Self::Host(vec![1.0; values], vec![0.0; values]),
-            _ => Self::Device(Box::new(Tensor::ones([values], device))),
+    fn new(backend: Backend, values: usize, device: &Device, precision: Precision) -> Self {
+        if !backend.is_cpu() {
+            let values = Tensor::ones([values], (device, precision.dtype()));
+            return Self::Device(Box::new(values));
         }
+        let values = values * precision.dtype().size() / size_of::<f32>();
+        Self::Host(vec![1.0; values], vec![0.0; values])
     }
 
     fn copy(&mut self) {

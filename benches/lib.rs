@@ -3,17 +3,30 @@
 use std::{fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_memaop::{AopConfig, OuterProducts};
-use clap::Args;
+use burn::{
+    module::{Module, ModuleMapper, Param},
+    tensor::{DType, Device, Distribution, Tensor},
+};
+use burn_memaop::{AopConfig, MemoryPrecision, OuterProducts};
+use clap::{Args, ValueEnum};
 use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
+
+mod observed;
+
+pub use observed::{Observed, observe};
 
 /// What every benchmark can be told.
 #[derive(Args, Debug)]
 pub struct Common {
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     pub backend: Backend,
+    /// Type of activations, weights and gradients
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    pub dtype: Precision,
+    /// Type of the memory; without it that of a layer by default
+    #[arg(long, value_enum)]
+    pub memory_dtype: Option<Precision>,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -33,12 +46,27 @@ impl Common {
     ///
     /// # Errors
     ///
-    /// A backend that is not built in, and no repeats.
+    /// A backend that is not built in, a type that the device does not have, and no repeats.
     pub fn device(&self) -> Result<Device> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
         let device = self.backend.device()?;
+        for precision in [Some(self.dtype), self.memory_dtype].into_iter().flatten() {
+            let dtype = precision.dtype();
+            ensure!(
+                device.supports_dtype(dtype),
+                "the device {device:?} does not have {dtype:?}"
+            );
+        }
         device.seed(0);
         Ok(device)
+    }
+
+    fn memory_precision(&self) -> MemoryPrecision {
+        match self.memory_dtype {
+            None | Some(Precision::F32) => MemoryPrecision::Full,
+            Some(Precision::F16) => MemoryPrecision::F16,
+            Some(Precision::Bf16) => MemoryPrecision::BF16,
+        }
     }
 
     /// Writes the rows as JSON, if that is asked for.
@@ -52,6 +80,38 @@ impl Common {
             Some(path) => fs::write(path, serde_json::to_string_pretty(rows)?)
                 .with_context(|| format!("--json {}", path.display())),
         }
+    }
+}
+
+/// A floating-point type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Precision {
+    /// The type as Burn names it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// A module with all of its parameters in this type.
+    pub fn cast<M: Module>(self, module: M) -> M {
+        struct Cast(DType);
+        impl ModuleMapper for Cast {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                param.map(|tensor| tensor.cast(self.0).detach().require_grad())
+            }
+        }
+        module.map(&mut Cast(self.dtype()))
     }
 }
 
@@ -103,6 +163,7 @@ impl Method {
             .with_outer_products(outer_products)
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.memory.default_decay()))
+            .with_memory_precision(common.memory_precision())
             .with_cost_rule(!common.no_cost_rule);
         config.validate()?;
         Ok(config)
@@ -110,10 +171,11 @@ impl Method {
 }
 
 /// A matrix whose rows differ in size.
-pub fn random(rows: usize, columns: usize, device: &Device) -> Tensor<2> {
+pub fn random(rows: usize, columns: usize, device: &Device, precision: Precision) -> Tensor<2> {
     let normal = Distribution::Normal(0.0, 1.0);
     let sizes = Tensor::<2>::random([rows, 1], normal, device).exp();
-    Tensor::<2>::random([rows, columns], normal, device) * sizes
+    let matrix = Tensor::<2>::random([rows, columns], normal, device) * sizes;
+    matrix.cast(precision.dtype())
 }
 
 /// Times of the sides in milliseconds, taken in turns: A B C A B C ... Each side is run twice

@@ -14,7 +14,7 @@ use burn::{
 };
 use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
 use clap::Parser;
-use memaop_benches::{Common, Method, interleaved, random};
+use memaop_benches::{Common, Method, Precision, interleaved, random};
 use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
 
@@ -44,6 +44,8 @@ struct Options {
 #[derive(Serialize)]
 struct Row {
     backend: Backend,
+    dtype: Precision,
+    memory_dtype: Option<Precision>,
     width: usize,
     m: usize,
     k_ratio: f64,
@@ -137,10 +139,11 @@ fn main() -> Result<()> {
         "--width must be at least 1, --m at least 2"
     );
 
-    let images = random(m, width, &device).autodiff();
+    let dtype = options.common.dtype;
+    let images = random(m, width, &device, dtype).autodiff();
     let labels = Distribution::Uniform(0.0, CLASSES as f64);
     let labels = Tensor::<1>::random([m], labels, &device).int().autodiff();
-    let linear = Mlp::new(width, &autodiff);
+    let linear = dtype.cast(Mlp::new(width, &autodiff));
 
     println!(
         "{:>6} {:>6} {:>7}  {:<20} {:>9} {:>9} {:>6}",
@@ -170,6 +173,8 @@ fn main() -> Result<()> {
             };
             let row = Row {
                 backend: options.common.backend,
+                dtype,
+                memory_dtype: options.common.memory_dtype,
                 width,
                 m,
                 k_ratio,

@@ -44,7 +44,11 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     step: AopStep,
 ) -> WeightGradient<B> {
     let full = step.memory_precision == MemoryPrecision::Full;
-    if step.memory.decay().is_some_and(|decay| decay < LEAST_DECAY || !full) {
+    if step
+        .memory
+        .decay()
+        .is_some_and(|decay| decay < LEAST_DECAY || !full)
+    {
         return gradient::weight_gradient::<B>(input, grad, memory, step);
     }
     let device = input.device();

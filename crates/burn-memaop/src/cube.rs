@@ -4,7 +4,10 @@
 use std::sync::Once;
 
 use burn::{
-    backend::{TensorMetadata, ops::{FloatTensorOps, ModuleOps}},
+    backend::{
+        TensorMetadata,
+        ops::{FloatTensorOps, ModuleOps},
+    },
     tensor::{DType, Shape},
 };
 use burn_cubecl::{
@@ -90,13 +93,20 @@ fn supported(input: &CubeTensor, step: &AopStep) -> Result<(), String> {
     let units = input.client.properties().hardware.max_units_per_cube;
     let rows = input.shape()[0];
     if !matches!(input.dtype, DType::F32 | DType::F16 | DType::BF16) {
-        return Err(format!("they score rows in single precision, and the input is {:?}", input.dtype));
+        return Err(format!(
+            "they score rows in single precision, and the input is {:?}",
+            input.dtype
+        ));
     }
     if units < LEAST_UNITS {
-        return Err(format!("they need cubes of {LEAST_UNITS} units, and the device has {units}"));
+        return Err(format!(
+            "they need cubes of {LEAST_UNITS} units, and the device has {units}"
+        ));
     }
     if rows > MOST_ROWS {
-        return Err(format!("they take at most {MOST_ROWS} rows, and the input has {rows}"));
+        return Err(format!(
+            "they take at most {MOST_ROWS} rows, and the input has {rows}"
+        ));
     }
     match step.memory.decay() {
         Some(decay) if decay < LEAST_DECAY => Err(format!(

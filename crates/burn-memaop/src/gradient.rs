@@ -196,7 +196,10 @@ fn select<B: Backend>(scores: &FloatTensor<B>, rows: usize, step: &AopStep) -> C
     }
 }
 
+/// The values on the host; waits for the device.
 pub(crate) fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {
+    #[cfg(feature = "cubecl-backend")]
+    log::debug!(target: "burn_memaop::read", "the scores are read back to select rows on the host");
     let data = try_read_sync(B::float_into_data(tensor));
     let data = data.expect("backends on which the weight gradient is approximated can be read");
     data.expect("the scores can be read")

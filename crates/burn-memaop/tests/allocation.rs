@@ -16,7 +16,8 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, MemoryPrecision, OuterProducts, Policy, RowMemory,
+    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, MemoryPrecision, OuterProducts, Policy,
+    RowMemory,
 };
 
 /// The system's allocator, counting requests of at least [`LARGE`] bytes.

@@ -21,6 +21,11 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// Whether its tensors are in main memory.
+    pub fn is_cpu(self) -> bool {
+        matches!(self, Self::Flex | Self::Ndarray | Self::Cpu | Self::Tch)
+    }
+
     /// The default device of the backend.
     ///
     /// # Errors

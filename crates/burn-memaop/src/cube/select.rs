@@ -17,9 +17,7 @@ use cubecl::prelude::*;
 use super::{
     LEAST_UNITS, empty,
     noise::{self, Noise, ln},
-    units::{
-        Fixed, TWO_32, cube_max, cube_sum, fixed_prefix_sum, is_finite, prefix_sum,
-    },
+    units::{Fixed, TWO_32, cube_max, cube_sum, fixed_prefix_sum, is_finite, prefix_sum},
 };
 use crate::{
     config::Policy,

@@ -15,7 +15,7 @@ pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units
     for level in 1..comptime!(units.ilog2() + 1) {
         let half = comptime!((units >> level) as usize);
         if unit < half {
-            shared[unit] = shared[unit] + shared[unit + half];
+            shared[unit] += shared[unit + half];
         }
         sync_cube();
     }

@@ -2,16 +2,15 @@
 
 use burn::tensor::Device;
 
-use crate::gradients;
+use crate::{layer, operation};
 
 macro_rules! checks {
-    ($device:expr; $($(#[$attribute:meta])* $check:ident),* $(,)?) => {
+    ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
         $(
-            $(#[$attribute])*
             #[test]
             fn $check() {
                 if let Some(device) = $device {
-                    gradients::$check(&device);
+                    $module::$check(&device);
                 }
             }
         )*
@@ -23,9 +22,12 @@ macro_rules! suite {
         mod $backend {
             use super::*;
 
-            checks!($device;
+            checks!($device; operation:
                 operation_equals_the_oracle,
+                batches_of_every_size_equal_the_oracle,
                 large_batches_equal_the_oracle,
+                ten_steps_leave_the_memory_of_the_oracle,
+                a_memory_in_half_precision_is_close_to_the_oracle,
                 a_change_of_precision_keeps_the_memory,
                 half_and_double_precision_equal_the_oracle,
                 rows_that_are_not_finite_are_left_out,
@@ -35,7 +37,7 @@ macro_rules! suite {
             mod autodiff {
                 use super::*;
 
-                checks!($device.map(Device::autodiff);
+                checks!($device.map(Device::autodiff); layer:
                     layer_equals_the_oracle,
                     k_equal_to_m_is_the_exact_gradient,
                     non_contiguous_input_is_handled,
@@ -46,7 +48,7 @@ macro_rules! suite {
             mod checkpointed {
                 use super::*;
 
-                checks!($device.map(|device| device.autodiff().gradient_checkpointing());
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); layer:
                     layer_equals_the_oracle,
                     k_equal_to_m_is_the_exact_gradient,
                     recomputation_takes_no_step_of_its_own,

@@ -5,8 +5,9 @@
 
 mod backends;
 mod errors;
-mod gradients;
+mod layer;
 mod memory;
+mod operation;
 mod oracle;
 mod record;
 mod schedule;

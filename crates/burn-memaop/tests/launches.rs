@@ -1,0 +1,205 @@
+//! What a weight gradient asks of a wgpu device, counted from outside the crate: kernels by
+//! CubeCL's observer of launches, read-backs by wgpu's own log.
+
+#![cfg(all(feature = "wgpu", feature = "autodiff"))]
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use burn::{
+    backend::Dispatch,
+    tensor::{DType, Device, Distribution, Tensor},
+};
+use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
+use burn_memaop::{
+    AopConfig, AopStep, MemAopLinearConfig, MemAopOps, Memory, MemoryPrecision, OuterProducts,
+    Policy, RowMemory,
+};
+use log::{LevelFilter, Log, Metadata, Record};
+
+#[derive(Default)]
+struct Kernels(Mutex<Vec<&'static str>>);
+
+impl LaunchObserver for Kernels {
+    fn launched(&self, kernel: &'static str) {
+        self.0.lock().unwrap().push(kernel);
+    }
+}
+
+/// Counts the buffers that are mapped for reading, and the read-backs that the crate reports.
+struct Reads {
+    mapped: AtomicUsize,
+    reported: AtomicUsize,
+}
+
+static READS: Reads = Reads {
+    mapped: AtomicUsize::new(0),
+    reported: AtomicUsize::new(0),
+};
+
+impl Log for Reads {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        metadata.target().starts_with("wgpu_core") || metadata.target() == "burn_memaop::read"
+    }
+
+    fn log(&self, record: &Record) {
+        if record.target() == "burn_memaop::read" {
+            self.reported.fetch_add(1, Ordering::Relaxed);
+        } else if self.enabled(record.metadata())
+            && record.args().to_string().starts_with("Buffer::map_async")
+        {
+            self.mapped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// The kernels launched and the buffers read while `work` ran.
+fn observe(device: &Device, work: impl FnOnce()) -> (Vec<&'static str>, usize) {
+    device.sync().unwrap();
+    let kernels = Arc::new(Kernels::default());
+    let before = READS.mapped.load(Ordering::Relaxed);
+    let observation = LaunchObservation::new(kernels.clone());
+    work();
+    device.sync().unwrap();
+    drop(observation);
+    let reads = READS.mapped.load(Ordering::Relaxed) - before;
+    let kernels = kernels.0.lock().unwrap().clone();
+    (kernels, reads)
+}
+
+fn random(shape: [usize; 2], device: &Device, dtype: DType) -> Tensor<2> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), (device, dtype))
+}
+
+/// One test, because what it counts is of the whole process.
+#[test]
+fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
+    let found = std::panic::catch_unwind(|| {
+        Tensor::<1>::ones([1], &Device::wgpu(Default::default())).into_data();
+    });
+    if found.is_err() {
+        assert!(std::env::var_os("CI").is_none(), "no wgpu adapter");
+        eprintln!("skipped: no wgpu adapter");
+        return;
+    }
+    log::set_logger(&READS).unwrap();
+    log::set_max_level(LevelFilter::Trace);
+    let device = Device::wgpu(Default::default());
+
+    // The counters count.
+    let (kernels, reads) = observe(&device, || {
+        let sum = Tensor::<1>::ones([3], &device) + 1.0;
+        assert_eq!(sum.into_data().iter::<f32>().sum::<f32>(), 6.0);
+    });
+    assert!(!kernels.is_empty() && reads == 1, "{kernels:?} {reads}");
+
+    operation(&device);
+    host_selection_is_reported(&device);
+    layer(&device);
+}
+
+fn operation(device: &Device) {
+    let methods = [
+        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
+        (Policy::TopK, Memory::None),
+        (Policy::RandK, Memory::Published { decay: 1.0 }),
+        (Policy::WeightedK, Memory::Published { decay: 0.9 }),
+        (Policy::ScaledRandK, Memory::None),
+        (Policy::Systematic, Memory::None),
+    ];
+    for dtype in [DType::F32, DType::F16] {
+        if !device.supports_dtype(dtype) {
+            continue;
+        }
+        let (x, g) = (
+            random([200, 40], device, dtype),
+            random([200, 24], device, dtype),
+        );
+        for (policy, memory) in methods {
+            let mut kept = RowMemory::<Dispatch>::Empty;
+            let mut step = 0;
+            let mut gradient = || {
+                let settings = AopStep {
+                    k: 25,
+                    policy,
+                    memory,
+                    memory_precision: MemoryPrecision::Full,
+                    seed: 1,
+                    step,
+                    bias: false,
+                    measure: false,
+                };
+                step += 1;
+                let memory = std::mem::replace(&mut kept, RowMemory::Empty);
+                let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
+                let gradient = Dispatch::memaop_weight_gradient(x, g, memory, settings);
+                kept = gradient.memory;
+                gradient.weight
+            };
+            // The first step makes a memory.
+            gradient();
+            let (kernels, reads) = observe(device, || drop(gradient()));
+            let context = format!("{policy:?} {memory:?} {dtype:?}: {kernels:?}");
+            let products = kernels.iter().filter(|name| name.contains("matmul"));
+            let products = products.count();
+            assert!(products >= 1, "{context}");
+            assert_eq!(kernels.len() - products, 3, "{context}");
+            assert_eq!(reads, 0, "{context}");
+        }
+    }
+}
+
+fn host_selection_is_reported(device: &Device) {
+    let (x, g) = (
+        random([64, 8], device, DType::F32),
+        random([64, 8], device, DType::F32),
+    );
+    let reported = READS.reported.load(Ordering::Relaxed);
+    let (_, reads) = observe(device, || {
+        Dispatch::memaop_weight_gradient(
+            x.into_dispatch(),
+            g.into_dispatch(),
+            RowMemory::<Dispatch>::Empty,
+            AopStep {
+                k: 8,
+                policy: Policy::Bernoulli,
+                memory: Memory::None,
+                memory_precision: MemoryPrecision::Full,
+                seed: 1,
+                step: 0,
+                bias: false,
+                measure: false,
+            },
+        );
+    });
+    assert_eq!(reads, 1);
+    assert_eq!(READS.reported.load(Ordering::Relaxed) - reported, 1);
+}
+
+/// Forward and backward of a layer, its update included.
+fn layer(device: &Device) {
+    let device = device.clone().autodiff();
+    for (policy, memory) in [
+        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
+        (Policy::Systematic, Memory::None),
+    ] {
+        let aop = AopConfig::new()
+            .with_outer_products(OuterProducts::Count(9))
+            .with_policy(policy)
+            .with_memory(memory);
+        let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+        let input = random([70, 20], &device, DType::F32);
+        let (kernels, reads) = observe(&device, || {
+            for _ in 0..3 {
+                let grads = layer.forward(input.clone()).sum().backward();
+                let gradient = layer.weight.grad(&grads).unwrap();
+                drop(layer.weight.val().inner() - gradient * 0.1);
+            }
+        });
+        assert_eq!(reads, 0, "{policy:?} {memory:?}: {kernels:?}");
+    }
+}

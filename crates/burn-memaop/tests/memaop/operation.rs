@@ -1,0 +1,424 @@
+//! The operation against the oracle.
+
+use burn::{
+    backend::Dispatch,
+    tensor::{DType, Device, Tensor},
+};
+use burn_memaop::{AopStep, Bias, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
+
+use crate::{
+    oracle::Oracle,
+    support::{Matrix, Random},
+};
+
+const BIASED: [Policy; 3] = [Policy::TopK, Policy::RandK, Policy::WeightedK];
+const UNBIASED: [Policy; 5] = [
+    Policy::ScaledRandK,
+    Policy::Systematic,
+    Policy::Bernoulli,
+    Policy::ColumnRow,
+    Policy::WinnerTakeAll,
+];
+const MEMORIES: [Memory; 5] = [
+    Memory::None,
+    Memory::Published { decay: 1.0 },
+    Memory::Published { decay: 0.7 },
+    Memory::Balanced { decay: 1.0 },
+    Memory::Balanced { decay: 0.9 },
+];
+
+/// Every policy with every memory that it takes.
+pub fn methods() -> impl Iterator<Item = (Policy, Memory)> {
+    let biased = BIASED
+        .into_iter()
+        .flat_map(|policy| MEMORIES.map(|memory| (policy, memory)));
+    biased.chain(UNBIASED.map(|policy| (policy, Memory::None)))
+}
+
+/// The operation of the crate, called on plain tensors, with its memory between steps.
+struct Operation {
+    policy: Policy,
+    memory: Memory,
+    precision: MemoryPrecision,
+    seed: u64,
+    step: u64,
+    rows: Option<(Tensor<2>, Tensor<2>)>,
+    /// The gradient of the bias from the last step.
+    bias: Option<Tensor<1>>,
+}
+
+impl Operation {
+    fn new(policy: Policy, memory: Memory, seed: u64) -> Self {
+        Self {
+            policy,
+            memory,
+            precision: MemoryPrecision::Full,
+            seed,
+            step: 0,
+            rows: None,
+            bias: None,
+        }
+    }
+
+    fn step(&mut self, input: Tensor<2>, grad: Tensor<2>, k: usize) -> Tensor<2> {
+        let memory = match self.rows.take() {
+            None => RowMemory::<Dispatch>::Empty,
+            Some((input, grad)) => RowMemory::Rows {
+                input: input.into_dispatch(),
+                grad: grad.into_dispatch(),
+            },
+        };
+        let step = AopStep {
+            k,
+            policy: self.policy,
+            memory: self.memory,
+            memory_precision: self.precision,
+            seed: self.seed,
+            step: self.step,
+            bias: true,
+            measure: false,
+        };
+        let gradient = Dispatch::memaop_weight_gradient(
+            input.into_dispatch(),
+            grad.into_dispatch(),
+            memory,
+            step,
+        );
+        self.step += 1;
+        if let RowMemory::Rows { input, grad } = gradient.memory {
+            self.rows = Some((Tensor::from_dispatch(input), Tensor::from_dispatch(grad)));
+        }
+        if let Bias::Some(bias) = gradient.bias {
+            self.bias = Some(Tensor::from_dispatch(bias));
+        }
+        Tensor::from_dispatch(gradient.weight)
+    }
+
+    fn memory(&self) -> Option<(Matrix, Matrix)> {
+        let (input, grad) = self.rows.clone()?;
+        Some((Matrix::from_tensor(input), Matrix::from_tensor(grad)))
+    }
+}
+
+/// The operation and the oracle, step by step.
+struct Comparison<'a> {
+    device: &'a Device,
+    dtype: DType,
+    tolerance: f64,
+    memory_tolerance: f64,
+    operation: Operation,
+    oracle: Oracle,
+}
+
+impl<'a> Comparison<'a> {
+    /// In single precision.
+    fn new(device: &'a Device, policy: Policy, memory: Memory, n: usize, p: usize) -> Self {
+        let seed = 3;
+        Self {
+            device,
+            dtype: DType::F32,
+            tolerance: 1e-5,
+            memory_tolerance: 1e-6,
+            operation: Operation::new(policy, memory, seed),
+            oracle: Oracle::new(policy, memory, seed, n, p),
+        }
+    }
+
+    fn step(&mut self, x: &Matrix, g: &Matrix, k: usize) {
+        let (device, dtype) = (self.device, self.dtype);
+        let (m, n, p) = (x.rows(), x.columns(), g.columns());
+        let Operation {
+            policy,
+            memory,
+            step,
+            ..
+        } = self.operation;
+        let context = format!("{policy:?} {memory:?} {dtype:?} step {step}: {m} {n} {p}, {k}");
+
+        let (input, grad) = (x.tensor(device, dtype), g.tensor(device, dtype));
+        let gradient = self.operation.step(input, grad, k);
+        assert_eq!(gradient.dtype(), dtype);
+        let error = Matrix::from_tensor(gradient).relative_error(&self.oracle.step(x, g, k));
+        assert!(error < self.tolerance, "gradient {error:e}: {context}");
+
+        let bias = self.operation.bias.take().expect("it was asked for");
+        assert_eq!(bias.dtype(), dtype);
+        // The Vulkan driver for CPUs ends loops, that of Burn's sum too, after 65,535 turns.
+        if m < 65_535 {
+            let sums = (0..p).map(|j| g.0.iter().map(|row| row[j]).sum::<f64>());
+            let bias = Matrix::from_tensor(bias.unsqueeze());
+            let error = bias.relative_error(&Matrix(vec![sums.collect()]));
+            assert!(error < 10.0 * self.tolerance, "bias {error:e}: {context}");
+        }
+
+        match self.operation.memory() {
+            None => assert_eq!(memory, Memory::None, "{context}"),
+            Some((input, grad)) => {
+                let errors = [
+                    input.relative_error(&self.oracle.input),
+                    grad.relative_error(&self.oracle.grad),
+                ];
+                assert!(
+                    errors.iter().all(|&error| error < self.memory_tolerance),
+                    "memory {errors:?}: {context}"
+                );
+            }
+        }
+    }
+}
+
+/// Several consecutive steps, with batches that shrink and grow.
+fn compare(
+    device: &Device,
+    dtype: DType,
+    tolerance: f64,
+    policy: Policy,
+    memory: Memory,
+    random: &mut Random,
+    largest: usize,
+) {
+    let (n, p) = (2 * random.range(0, 16) + 1, 2 * random.range(0, 16) + 1);
+    let seed = random.range(0, 1 << 40) as u64;
+    let mut comparison = Comparison::new(device, policy, memory, n, p);
+    comparison.dtype = dtype;
+    comparison.tolerance = tolerance;
+    // The memory is kept in single precision at least.
+    if dtype == DType::F64 {
+        comparison.memory_tolerance = 1e-13;
+    }
+    comparison.operation.seed = seed;
+    comparison.oracle.seed = seed;
+    for step in 0..4 {
+        let m = random.range(2, largest);
+        let k = match step {
+            0 => m - 1,
+            1 => 1,
+            _ => random.range(1, m - 1),
+        };
+        let x = random.matrix(m, n).rounded(dtype);
+        let g = random.matrix(m, p).rounded(dtype);
+        comparison.step(&x, &g, k);
+    }
+}
+
+/// As after a cast of the module: the memory of the steps before has the other dtype.
+pub fn a_change_of_precision_keeps_the_memory(device: &Device) {
+    if !device.supports_dtype(DType::F64) {
+        eprintln!("skipped: {device:?} does not support F64");
+        return;
+    }
+    let mut random = Random(12);
+    let (m, n, p, k) = (20, 7, 5, 4);
+    for memory in [
+        Memory::Published { decay: 1.0 },
+        Memory::Balanced { decay: 0.9 },
+    ] {
+        let mut operation = Operation::new(Policy::TopK, memory, 3);
+        let mut oracle = Oracle::new(Policy::TopK, memory, 3, n, p);
+        for dtype in [DType::F32, DType::F64, DType::F32] {
+            let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+            let gradient = operation.step(x.tensor(device, dtype), g.tensor(device, dtype), k);
+            assert_eq!(gradient.dtype(), dtype);
+            let error = Matrix::from_tensor(gradient).relative_error(&oracle.step(&x, &g, k));
+            assert!(error < 1e-5, "{memory:?} {dtype:?}: {error:e}");
+        }
+    }
+}
+
+/// Sizes around those at which kernels work in another way, K from 1 to M - 1.
+pub fn batches_of_every_size_equal_the_oracle(device: &Device) {
+    let mut random = Random(11);
+    for m in [1, 2, 63, 64, 65, 1000, 4097usize] {
+        // Odd widths, and widths that fit wide registers.
+        for (n, p) in [(5, 3), (8, 12)] {
+            for (policy, memory) in methods() {
+                let mut comparison = Comparison::new(device, policy, memory, n, p);
+                for k in [m.div_ceil(8), 1, (m - 1).max(1)] {
+                    // The oracle takes K M steps to choose rows with weights.
+                    if k * m > 1 << 20 && policy.is_unbiased() && policy != Policy::Systematic {
+                        continue;
+                    }
+                    comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
+                }
+            }
+        }
+    }
+}
+
+/// Large enough to be split among cores, wide enough for units to take turns.
+pub fn large_batches_equal_the_oracle(device: &Device) {
+    let mut random = Random(11);
+    let methods = [
+        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
+        (Policy::RandK, Memory::Published { decay: 1.0 }),
+        (Policy::WeightedK, Memory::Published { decay: 1.0 }),
+        (Policy::Systematic, Memory::None),
+    ];
+    for (policy, memory) in methods {
+        for (m, k, n, p, steps) in [
+            (2000, 250, 65, 33, 2),
+            (40, 9, 600, 1100, 2),
+            (100_000, 200, 3, 2, 1),
+        ] {
+            let mut comparison = Comparison::new(device, policy, memory, n, p);
+            for _ in 0..steps {
+                comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
+            }
+        }
+    }
+}
+
+pub fn ten_steps_leave_the_memory_of_the_oracle(device: &Device) {
+    let mut random = Random(13);
+    let (m, n, p, k) = (130, 33, 20, 17);
+    for (policy, memory) in methods() {
+        let mut comparison = Comparison::new(device, policy, memory, n, p);
+        for _ in 0..10 {
+            comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
+        }
+    }
+}
+
+pub fn a_memory_in_half_precision_is_close_to_the_oracle(device: &Device) {
+    let mut random = Random(14);
+    let (m, n, p, k) = (40, 8, 6, 9);
+    let precisions = [
+        (MemoryPrecision::F16, DType::F16, 2e-3),
+        (MemoryPrecision::BF16, DType::BF16, 2e-2),
+    ];
+    for (precision, dtype, tolerance) in precisions {
+        if !device.supports_dtype(dtype) {
+            eprintln!("skipped: {device:?} does not support {dtype:?}");
+            continue;
+        }
+        for memory in MEMORIES
+            .into_iter()
+            .filter(|&memory| memory != Memory::None)
+        {
+            let mut comparison = Comparison::new(device, Policy::RandK, memory, n, p);
+            comparison.operation.precision = precision;
+            comparison.tolerance = tolerance;
+            comparison.memory_tolerance = tolerance;
+            for _ in 0..4 {
+                comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
+                let (input, grad) = comparison.operation.rows.as_ref().unwrap();
+                assert_eq!((input.dtype(), grad.dtype()), (dtype, dtype));
+            }
+        }
+    }
+}
+
+pub fn operation_equals_the_oracle(device: &Device) {
+    let mut random = Random(1);
+    for (policy, memory) in methods() {
+        for largest in [2, 3, 65, 257] {
+            compare(
+                device,
+                DType::F32,
+                1e-5,
+                policy,
+                memory,
+                &mut random,
+                largest,
+            );
+        }
+    }
+}
+
+pub fn half_and_double_precision_equal_the_oracle(device: &Device) {
+    let mut random = Random(2);
+    for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+        if !device.supports_dtype(dtype) {
+            eprintln!("skipped: {device:?} does not support {dtype:?}");
+            continue;
+        }
+        for (policy, memory) in methods() {
+            compare(device, dtype, tolerance, policy, memory, &mut random, 65);
+        }
+    }
+}
+
+pub fn equal_seeds_draw_the_rows_of_the_oracle(device: &Device) {
+    // Equal factors: the scores are equal, and only the noise decides.
+    let (m, k) = (100, 7);
+    let ones = Matrix(vec![vec![1.0]; m]);
+    let numbered = Matrix((0..m).map(|row| vec![(row + 1) as f64]).collect());
+    let mut operation = Operation::new(Policy::RandK, Memory::Published { decay: 1.0 }, 11);
+    let mut oracle = Oracle::new(Policy::RandK, Memory::Published { decay: 1.0 }, 11, 1, 1);
+    for _ in 0..10 {
+        operation.step(
+            ones.tensor(device, DType::F32),
+            numbered.tensor(device, DType::F32),
+            k,
+        );
+        oracle.step(&ones, &numbered, k);
+        let (input, grad) = operation.memory().unwrap();
+        assert_eq!((input, grad), (oracle.input.clone(), oracle.grad.clone()));
+    }
+}
+
+pub fn rows_that_are_not_finite_are_left_out(device: &Device) {
+    let mut random = Random(3);
+    let (m, n, p) = (12, 5, 3);
+    let memories = [
+        Memory::Published { decay: 1.0 },
+        Memory::Balanced { decay: 1.0 },
+    ];
+    let methods = BIASED.map(|policy| memories.map(|memory| (policy, memory)));
+    for (policy, memory) in methods.concat() {
+        let mut operation = Operation::new(policy, memory, 5);
+        let clean = |random: &mut Random| (random.matrix(m, n), random.matrix(m, p));
+
+        let (mut x, mut g) = clean(&mut random);
+        x.0[2][1] = f64::NAN;
+        x.0[5][0] = f64::INFINITY;
+        g.0[7][2] = f64::NEG_INFINITY;
+        // All rows but one are asked for, so broken ones are among the chosen.
+        let gradient = operation.step(
+            x.tensor(device, DType::F32),
+            g.tensor(device, DType::F32),
+            m - 1,
+        );
+        let gradient = Matrix::from_tensor(gradient);
+        assert!(
+            gradient.0.iter().flatten().all(|value| value.is_finite()),
+            "{policy:?}"
+        );
+
+        let (input, grad) = operation.memory().unwrap();
+        let kept: Vec<_> = (0..m)
+            .filter(|&row| input.0[row].iter().any(|&value| value != 0.0))
+            .collect();
+        let broken = [2, 5, 7];
+        assert!(kept.iter().all(|row| !broken.contains(row)), "{policy:?}");
+        assert!(
+            input
+                .0
+                .iter()
+                .chain(&grad.0)
+                .flatten()
+                .all(|v| v.is_finite())
+        );
+
+        // What the gradient lacks of the exact one over the sound rows is what was kept.
+        let mut sound = Matrix::zeros(n, p);
+        for row in (0..m).filter(|row| !broken.contains(row) && !kept.contains(row)) {
+            for a in 0..n {
+                for b in 0..p {
+                    sound.0[a][b] += x.0[row][a] * g.0[row][b];
+                }
+            }
+        }
+        assert!(gradient.relative_error(&sound) < 1e-5, "{policy:?}");
+
+        // The next step is as sound as any.
+        let (x, g) = clean(&mut random);
+        let gradient = operation.step(
+            x.tensor(device, DType::F32),
+            g.tensor(device, DType::F32),
+            m / 2,
+        );
+        let gradient = Matrix::from_tensor(gradient);
+        assert!(gradient.0.iter().flatten().all(|value| value.is_finite()));
+    }
+}
