@@ -15,7 +15,7 @@ use burn::{
 use burn_memaop::{AopStep, MemAopLinear, MemAopOps, OuterProducts, RowMemory};
 use clap::Parser;
 use memaop_benches::{Common, Method, Observed, Precision, interleaved, observe, random};
-use memaop_examples::{Backend, MemoryOption, PolicyOption};
+use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -58,7 +58,7 @@ const SIZES: [(usize, usize, usize); 5] = [
 struct Row {
     backend: Backend,
     dtype: Precision,
-    memory_dtype: Option<Precision>,
+    memory_precision: MemoryPrecisionOption,
     m: usize,
     n: usize,
     p: usize,
@@ -234,8 +234,8 @@ fn measure(
             &mut aop_step,
         ],
     )?;
-    let exact_dw = observe(device, &mut exact_dw)?;
-    let aop_dw = observe(device, &mut aop_dw)?;
+    let exact_dw = observe(device, exact_dw)?;
+    let aop_dw = observe(device, aop_dw)?;
     let [
         exact_dw_ms,
         aop_dw_ms,
@@ -249,8 +249,8 @@ fn measure(
     };
     // A copy reads and writes as many bytes as the batch has. Without a memory the pass reads the
     // batch; with one it also reads and writes the memory, which can have wider values.
-    let size = |precision: Precision| precision.dtype().size() as f64;
-    let wider = size(common.memory_dtype.unwrap_or(Precision::F32)) / size(common.dtype);
+    let value_bytes = common.dtype.dtype().size() as f64;
+    let wider = common.memory_dtype().size() as f64 / value_bytes;
     let passes = match method.memory {
         MemoryOption::None => 1.0,
         _ => 1.0 + 2.0 * wider,
@@ -259,7 +259,7 @@ fn measure(
     Ok(Row {
         backend: common.backend,
         dtype: common.dtype,
-        memory_dtype: common.memory_dtype,
+        memory_precision: common.memory_precision,
         m,
         n,
         p,
@@ -275,7 +275,7 @@ fn measure(
         dw_ratio: aop_dw_ms / exact_dw_ms,
         step_ratio: aop_step_ms / exact_step_ms,
         limit_ratio: aop_dw_ms / limit_dw_ms,
-        copy_gb_per_s: 2.0 * size(common.dtype) * (m * (n + p)) as f64 / copy_ms / 1e6,
+        copy_gb_per_s: 2.0 * value_bytes * (m * (n + p)) as f64 / copy_ms / 1e6,
         exact_dw,
         aop_dw,
     })

@@ -7,9 +7,9 @@ use burn::{
     module::{Module, ModuleMapper, Param},
     tensor::{DType, Device, Distribution, Tensor},
 };
-use burn_memaop::{AopConfig, MemoryPrecision, OuterProducts};
+use burn_memaop::{AopConfig, OuterProducts};
 use clap::{Args, ValueEnum};
-use memaop_examples::{Backend, MemoryOption, PolicyOption};
+use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
 use serde::Serialize;
 
 mod observed;
@@ -24,9 +24,9 @@ pub struct Common {
     /// Type of activations, weights and gradients
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     pub dtype: Precision,
-    /// Type of the memory; without it that of a layer by default
-    #[arg(long, value_enum)]
-    pub memory_dtype: Option<Precision>,
+    /// The precision in which a memory is kept
+    #[arg(long, value_enum, default_value_t)]
+    pub memory_precision: MemoryPrecisionOption,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -50,8 +50,7 @@ impl Common {
     pub fn device(&self) -> Result<Device> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
         let device = self.backend.device()?;
-        for precision in [Some(self.dtype), self.memory_dtype].into_iter().flatten() {
-            let dtype = precision.dtype();
+        for dtype in [self.dtype.dtype(), self.memory_dtype()] {
             ensure!(
                 device.supports_dtype(dtype),
                 "the device {device:?} does not have {dtype:?}"
@@ -61,11 +60,12 @@ impl Common {
         Ok(device)
     }
 
-    fn memory_precision(&self) -> MemoryPrecision {
-        match self.memory_dtype {
-            None | Some(Precision::F32) => MemoryPrecision::Full,
-            Some(Precision::F16) => MemoryPrecision::F16,
-            Some(Precision::Bf16) => MemoryPrecision::BF16,
+    /// The type of a memory.
+    pub fn memory_dtype(&self) -> DType {
+        match self.memory_precision {
+            MemoryPrecisionOption::Full => DType::F32,
+            MemoryPrecisionOption::F16 => DType::F16,
+            MemoryPrecisionOption::Bf16 => DType::BF16,
         }
     }
 
@@ -163,7 +163,7 @@ impl Method {
             .with_outer_products(outer_products)
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.memory.default_decay()))
-            .with_memory_precision(common.memory_precision())
+            .with_memory_precision(common.memory_precision.precision())
             .with_cost_rule(!common.no_cost_rule);
         config.validate()?;
         Ok(config)

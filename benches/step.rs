@@ -15,7 +15,7 @@ use burn::{
 use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
 use clap::Parser;
 use memaop_benches::{Common, Method, Precision, interleaved, random};
-use memaop_examples::{Backend, MemoryOption, PolicyOption};
+use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
 use serde::Serialize;
 
 const CLASSES: usize = 10;
@@ -45,7 +45,7 @@ struct Options {
 struct Row {
     backend: Backend,
     dtype: Precision,
-    memory_dtype: Option<Precision>,
+    memory_precision: MemoryPrecisionOption,
     width: usize,
     m: usize,
     k_ratio: f64,
@@ -174,7 +174,7 @@ fn main() -> Result<()> {
             let row = Row {
                 backend: options.common.backend,
                 dtype,
-                memory_dtype: options.common.memory_dtype,
+                memory_precision: options.common.memory_precision,
                 width,
                 m,
                 k_ratio,

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 use burn_memaop::Memory;
 use clap::{Args, Parser, Subcommand};
-use memaop_examples::{MemoryOption, PolicyOption, parallel};
+use memaop_examples::{MemoryOption, MemoryPrecisionOption, PolicyOption, parallel};
 
 use crate::{
     setting::{Optimizer, Setting},
@@ -72,6 +72,9 @@ struct Grid {
     /// balanced]
     #[arg(long, value_delimiter = ',')]
     decay: Vec<f64>,
+    /// The precision in which the memory is kept
+    #[arg(long, value_enum, default_value_t)]
+    memory_precision: MemoryPrecisionOption,
     /// Approximates layers too for which the exact gradient takes less time: the one to the classes
     #[arg(long)]
     no_cost_rule: bool,
@@ -194,6 +197,7 @@ impl Grid {
             policy,
             memory,
             decay,
+            memory_precision: self.memory_precision,
             cost_rule: !self.no_cost_rule,
             exact_steps: self.exact_steps,
         }

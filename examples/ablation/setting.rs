@@ -1,7 +1,7 @@
 use anyhow::{Result, ensure};
 use burn_memaop::{AopConfig, OuterProducts, Schedule};
 use clap::ValueEnum;
-use memaop_examples::{MemoryOption, PolicyOption};
+use memaop_examples::{MemoryOption, MemoryPrecisionOption, PolicyOption};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub struct Setting {
     pub policy: PolicyOption,
     pub memory: MemoryOption,
     pub decay: f64,
+    #[serde(default)]
+    pub memory_precision: MemoryPrecisionOption,
     /// Whether layers for which the exact gradient takes less time are exact.
     pub cost_rule: bool,
     /// Steps with exact gradients at the start.
@@ -42,6 +44,7 @@ impl Setting {
             policy: PolicyOption::TopK,
             memory: MemoryOption::None,
             decay: 1.0,
+            memory_precision: MemoryPrecisionOption::Full,
             cost_rule: true,
             exact_steps: 0,
             ..self.clone()
@@ -61,6 +64,7 @@ impl Setting {
             })
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.decay))
+            .with_memory_precision(self.memory_precision.precision())
             .with_cost_rule(self.cost_rule)
             .with_schedule(Schedule::Constant {
                 exact_steps: self.exact_steps,
@@ -127,6 +131,10 @@ impl Setting {
             MemoryOption::None => policy.to_string(),
             MemoryOption::Published => format!("{policy}, published {}", self.decay),
             MemoryOption::Balanced => format!("{policy}, balanced {}", self.decay),
+        };
+        let method = match self.memory_precision {
+            MemoryPrecisionOption::Full => method,
+            precision => format!("{method} in {precision:?}").to_lowercase(),
         };
         let method = match self.cost_rule {
             true => method,

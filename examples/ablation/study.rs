@@ -2,6 +2,7 @@
 
 use memaop_examples::{
     MemoryOption::{self, Balanced, None, Published},
+    MemoryPrecisionOption,
     PolicyOption::{
         self, Bernoulli, ColumnRow, RandK, ScaledRandK, Systematic, TopK, WeightedK, WinnerTakeAll,
     },
@@ -64,6 +65,7 @@ pub fn settings() -> Vec<Setting> {
             policy: TopK,
             memory: None,
             decay: 1.0,
+            memory_precision: MemoryPrecisionOption::Full,
             cost_rule: true,
             exact_steps: 0,
         };

@@ -38,7 +38,8 @@ pub(crate) fn weight_gradient(
     memory: RowMemory<CubeBackend>,
     step: AopStep,
 ) -> WeightGradient<CubeBackend> {
-    if let Err(reason) = supported(&input, &step) {
+    let units = input.client.properties().hardware.max_units_per_cube;
+    if let Err(reason) = supported(input.dtype, input.shape()[0], units, &step) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
             log::warn!(
@@ -88,14 +89,12 @@ const LEAST_UNITS: u32 = 256;
 /// The most rows, whose numbers the kernels keep in 32 bits.
 const MOST_ROWS: usize = 1 << 31;
 
-/// Whether the kernels can compute the gradient, or why not.
-fn supported(input: &CubeTensor, step: &AopStep) -> Result<(), String> {
-    let units = input.client.properties().hardware.max_units_per_cube;
-    let rows = input.shape()[0];
-    if !matches!(input.dtype, DType::F32 | DType::F16 | DType::BF16) {
+/// Whether the kernels can compute the gradient on a device with so many units in a cube, or why
+/// not.
+fn supported(dtype: DType, rows: usize, units: u32, step: &AopStep) -> Result<(), String> {
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(format!(
-            "they score rows in single precision, and the input is {:?}",
-            input.dtype
+            "they score rows in single precision, and the input is {dtype:?}"
         ));
     }
     if units < LEAST_UNITS {
@@ -214,5 +213,37 @@ fn elem_type(dtype: DType) -> ElemType {
         DType::F16 => ElemType::Float(FloatKind::F16),
         DType::BF16 => ElemType::Float(FloatKind::BF16),
         dtype => unreachable!("{dtype:?} is left to the default body"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Memory, MemoryPrecision, Policy};
+
+    #[test]
+    fn what_the_kernels_cannot_do_is_told_with_the_reason() {
+        let step = |memory| AopStep {
+            k: 1,
+            policy: Policy::TopK,
+            memory,
+            memory_precision: MemoryPrecision::Full,
+            seed: 0,
+            step: 0,
+            bias: false,
+            measure: false,
+        };
+        let none = step(Memory::None);
+        assert_eq!(supported(DType::F16, 262_144, 256, &none), Ok(()));
+        let short = step(Memory::Published { decay: 0.0 });
+        for (found, reason) in [
+            (supported(DType::F64, 10, 256, &none), "F64"),
+            (supported(DType::F32, 10, 64, &none), "the device has 64"),
+            (supported(DType::F32, 1 << 32, 256, &none), "4294967296"),
+            (supported(DType::F32, 10, 256, &short), "decay"),
+        ] {
+            let message = found.unwrap_err();
+            assert!(message.contains(reason), "{message}");
+        }
     }
 }

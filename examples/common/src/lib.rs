@@ -8,4 +8,4 @@ pub mod parallel;
 pub mod statistics;
 
 pub use backend::Backend;
-pub use options::{AopOptions, MemoryOption, PolicyOption};
+pub use options::{AopOptions, MemoryOption, MemoryPrecisionOption, PolicyOption};

@@ -1,5 +1,5 @@
 use anyhow::Result;
-use burn_memaop::{AopConfig, Memory, OuterProducts, Policy};
+use burn_memaop::{AopConfig, Memory, MemoryPrecision, OuterProducts, Policy};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,29 @@ impl MemoryOption {
     }
 }
 
+/// The precision of a memory on the command line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+#[allow(missing_docs)]
+pub enum MemoryPrecisionOption {
+    #[default]
+    Full,
+    F16,
+    Bf16,
+}
+
+impl MemoryPrecisionOption {
+    /// The precision of that name.
+    pub fn precision(self) -> MemoryPrecision {
+        match self {
+            Self::Full => MemoryPrecision::Full,
+            Self::F16 => MemoryPrecision::F16,
+            Self::Bf16 => MemoryPrecision::BF16,
+        }
+    }
+}
+
 /// The options of a `MemAopLinear`.
 #[derive(Debug, Clone, Args)]
 pub struct AopOptions {
@@ -89,6 +112,9 @@ pub struct AopOptions {
     /// balanced]
     #[arg(long)]
     pub decay: Option<f64>,
+    /// The precision in which the memory is kept
+    #[arg(long, value_enum, default_value_t)]
+    pub memory_precision: MemoryPrecisionOption,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -117,6 +143,7 @@ impl AopOptions {
             })
             .with_policy(policy)
             .with_memory(memory.memory(decay))
+            .with_memory_precision(self.memory_precision.precision())
             .with_cost_rule(!self.no_cost_rule)
             .with_seed(seed);
         config.validate()?;
