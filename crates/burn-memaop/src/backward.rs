@@ -206,6 +206,7 @@ where
             RowMemory::Rows {
                 input: into_primitive::<B>(rows.input),
                 grad: into_primitive::<B>(rows.grad),
+                age: into_primitive::<B>(rows.age),
             }
         }
     };
@@ -213,9 +214,10 @@ where
 
     state.rows = match gradient.memory {
         RowMemory::Empty => None,
-        RowMemory::Rows { input, grad } => Some(RowTensors {
+        RowMemory::Rows { input, grad, age } => Some(RowTensors {
             input: from_primitive::<B, 2>(input),
             grad: from_primitive::<B, 2>(grad),
+            age: from_primitive::<B, 2>(age),
         }),
     };
     if let Share::Measured(share) = gradient.share {

@@ -73,12 +73,13 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
             (Chosen { selection, panels }, RowMemory::Empty, sums)
         }
         Some(decay) => {
-            let (kept_input, kept_grad) = match memory {
-                RowMemory::Empty => (None, None),
-                RowMemory::Rows { input, grad } => (Some(input), Some(grad)),
+            let (kept_input, kept_grad, age) = match memory {
+                RowMemory::Empty => (None, None, None),
+                RowMemory::Rows { input, grad, age } => (Some(input), Some(grad), Some(age)),
             };
             let mut kept_input = at_least::<B, E>(kept_input, rows, d_input, &device);
             let mut kept_grad = at_least::<B, E>(kept_grad, rows, d_output, &device);
+            let mut age = at_least::<B, E>(age, rows, 1, &device);
             let (a, b) = (
                 &mut B::values_mut(&mut kept_input)[..rows * d_input],
                 &mut B::values_mut(&mut kept_grad)[..rows * d_output],
@@ -105,6 +106,9 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
             let panels = gather(folded, &scores, &selection, 1.0 / decay.sqrt());
             let mut cleared: Vec<_> = scores.iter().map(|score| !score.is_finite()).collect();
             selection.rows.iter().for_each(|&row| cleared[row] = true);
+            for (age, &cleared) in B::values_mut(&mut age).iter_mut().zip(&cleared) {
+                *age = if cleared { E::zero() } else { *age + E::one() };
+            }
             for rows in [RowsMut::new(a, d_input), RowsMut::new(b, d_output)] {
                 in_parallel(Clear {
                     rows,
@@ -114,6 +118,7 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
             let memory = RowMemory::Rows {
                 input: kept_input,
                 grad: kept_grad,
+                age,
             };
             (Chosen { selection, panels }, memory, sums)
         }

@@ -8,7 +8,7 @@ use burn::{
         TensorMetadata,
         ops::{FloatTensorOps, ModuleOps},
     },
-    tensor::{DType, Shape},
+    tensor::{DType, FloatDType, Shape},
 };
 use burn_cubecl::{
     CubeBackend, cubecl, kernel::into_contiguous, ops::numeric::empty_device_dtype,
@@ -61,18 +61,18 @@ pub(crate) fn weight_gradient(
             let [input, grad] = &batch;
             let scores = fold::score(input, grad);
             let chosen = select::choose(&scores, &step);
-            let panels = gather::gather([input, grad], &scores, &chosen, dtype, 1.0, false);
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, 1.0, None);
             (chosen, panels, RowMemory::Empty)
         }
         Some(decay) => {
             let kept = at_least(memory, &batch, &step);
-            let [input, grad] = &kept;
+            let [input, grad, age] = &kept;
             let scores = fold::fold_in(&batch, &kept, &step);
             let chosen = select::choose(&scores, &step);
-            let scale = 1.0 / decay.sqrt();
-            let panels = gather::gather([input, grad], &scores, &chosen, dtype, scale as f32, true);
-            let [input, grad] = kept;
-            (chosen, panels, RowMemory::Rows { input, grad })
+            let scale = (1.0 / decay.sqrt()) as f32;
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, scale, Some(age));
+            let [input, grad, age] = kept;
+            (chosen, panels, RowMemory::Rows { input, grad, age })
         }
     };
     let [input, grad] = panels;
@@ -123,26 +123,25 @@ fn row_major(matrix: CubeTensor) -> CubeTensor {
     }
 }
 
-/// The memory with at least as many rows as the batch, new ones being zero, in buffers that no
-/// other tensor shares.
+/// The memory (`m^X`, `m^G`, ages) with at least as many rows as the batch, new ones being zero, in
+/// buffers that no other tensor shares.
 fn at_least(
     memory: RowMemory<CubeBackend>,
     batch: &[CubeTensor; 2],
     step: &AopStep,
-) -> [CubeTensor; 2] {
-    let dtype = gradient::memory_dtype(batch[0].dtype, step);
+) -> [CubeTensor; 3] {
+    let precision = gradient::memory_dtype(batch[0].dtype, step);
+    let [input, grad] = batch.each_ref().map(|batch| batch.shape()[1]);
+    let described = [(input, precision), (grad, precision), (1, FloatDType::F32)];
     let kept = match memory {
-        RowMemory::Empty => [None, None],
-        RowMemory::Rows { input, grad } => [Some(input), Some(grad)],
+        RowMemory::Empty => [None, None, None],
+        RowMemory::Rows { input, grad, age } => [Some(input), Some(grad), Some(age)],
     };
+    let (rows, device) = (batch[0].shape()[0], batch[0].device());
     let mut kept = kept.into_iter();
-    batch.each_ref().map(|batch| {
-        let [rows, width] = batch.shape().dims();
+    described.map(|(width, dtype)| {
         let kept = match kept.next().flatten() {
-            None => {
-                let shape = Shape::new([rows, width]);
-                CubeBackend::float_zeros(shape, &batch.device(), dtype)
-            }
+            None => CubeBackend::float_zeros(Shape::new([rows, width]), &device, dtype),
             Some(kept) => {
                 // A layer can have been cast since its last step.
                 let kept = gradient::cast::<CubeBackend>(kept, dtype);

@@ -31,16 +31,17 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     };
 
     let mut inputs = vec![input.into_ir(), grad.into_ir()];
-    if let RowMemory::Rows { input, grad } = memory {
-        inputs.extend([input.into_ir(), grad.into_ir()]);
+    if let RowMemory::Rows { input, grad, age } = memory {
+        inputs.extend([input.into_ir(), grad.into_ir(), age.into_ir()]);
     }
-    // In the order in which `Outputs` takes them out again.
+    // In the order in which they are taken out again below.
     let mut outputs = vec![(Shape::new([d_input, d_output]), dtype)];
     if step.memory.decay().is_some() {
         let memory = DType::from(gradient::memory_dtype(dtype, &step));
+        let age = DType::from(gradient::working_dtype(dtype));
         let rows = rows.max(kept);
-        outputs.push((Shape::new([rows, d_input]), memory));
-        outputs.push((Shape::new([rows, d_output]), memory));
+        let widths = [(d_input, memory), (d_output, memory), (1, age)];
+        outputs.extend(widths.map(|(width, dtype)| (Shape::new([rows, width]), dtype)));
     }
     if step.bias {
         outputs.push((Shape::new([d_output]), dtype));
@@ -74,6 +75,7 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
             Some(_) => RowMemory::Rows {
                 input: next(),
                 grad: next(),
+                age: next(),
             },
         },
         bias: match step.bias {
@@ -101,16 +103,16 @@ impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for Execute<B> {
         let (Some(input), Some(grad)) = (inputs.next(), inputs.next()) else {
             unreachable!("a batch was described");
         };
-        let memory = match (inputs.next(), inputs.next()) {
-            (Some(input), Some(grad)) => RowMemory::Rows { input, grad },
+        let memory = match (inputs.next(), inputs.next(), inputs.next()) {
+            (Some(input), Some(grad), Some(age)) => RowMemory::Rows { input, grad, age },
             _ => RowMemory::Empty,
         };
         drop(inputs);
 
         let gradient = B::memaop_weight_gradient(input, grad, memory, self.step);
         let mut results = vec![gradient.weight];
-        if let RowMemory::Rows { input, grad } = gradient.memory {
-            results.extend([input, grad]);
+        if let RowMemory::Rows { input, grad, age } = gradient.memory {
+            results.extend([input, grad, age]);
         }
         results.extend(gradient.bias.into_option());
         if let Share::Measured(share) = gradient.share {

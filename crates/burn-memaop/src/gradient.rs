@@ -48,7 +48,7 @@ pub(crate) fn weight_gradient<B: Backend>(
         false => Bias::None,
     };
 
-    let (factors, idle) = fold_in::<B>(Factors { input, grad }, memory, &step);
+    let (factors, age, idle) = fold_in::<B>(Factors { input, grad }, memory, &step);
     let scores = scores::<B>(&factors);
     let chosen = select::<B>(&scores, rows, &step);
     let share = match step.measure {
@@ -61,7 +61,8 @@ pub(crate) fn weight_gradient<B: Backend>(
         None => RowMemory::Empty,
         Some(decay) => {
             let precision = memory_dtype(DType::from(dtype), &step);
-            keep::<B>(factors, scores, chosen.rows, idle, decay, precision)
+            let kept = (factors, age);
+            keep::<B>(kept, scores, chosen.rows, idle, decay, precision)
         }
     };
 
@@ -73,30 +74,40 @@ pub(crate) fn weight_gradient<B: Backend>(
     }
 }
 
-/// `X^` and `G^` in at least single precision, and the rows of the memory beyond this batch, which
-/// take no part in the step.
+/// The factors of some positions of the memory, and their ages.
+type Kept<B> = (Factors<B>, FloatTensor<B>);
+
+/// `X^` and `G^` in at least single precision, the ages of their positions, and the rows of the
+/// memory beyond this batch, which take no part in the step.
 fn fold_in<B: Backend>(
     batch: Factors<B>,
     memory: RowMemory<B>,
     step: &AopStep,
-) -> (Factors<B>, Option<Factors<B>>) {
+) -> (Factors<B>, FloatTensor<B>, Option<Kept<B>>) {
     let rows = batch.input.shape()[0];
     let dtype = working_dtype(batch.input.dtype());
     let batch = batch.map(|factor| cast::<B>(factor, dtype));
 
-    let RowMemory::Rows { input, grad } = memory else {
+    let RowMemory::Rows { input, grad, age } = memory else {
+        let age = B::float_ones(Shape::new([rows, 1]), &batch.input.device(), dtype);
         return match step.memory {
-            Memory::None | Memory::Published { .. } => (batch, None),
-            Memory::Balanced { .. } => (balance::<B>(batch, None, step), None),
+            Memory::None | Memory::Published { .. } => (batch, age, None),
+            Memory::Balanced { .. } => (balance::<B>(batch, None, step), age, None),
         };
     };
+    let age = cast::<B>(age, dtype);
     let kept = input.shape()[0];
     let memory = Factors::<B> { input, grad }.map(|factor| cast::<B>(factor, dtype));
 
-    let idle = (kept > rows).then(|| Factors {
-        input: slice_rows::<B>(memory.input.clone(), rows, kept),
-        grad: slice_rows::<B>(memory.grad.clone(), rows, kept),
+    let idle = (kept > rows).then(|| {
+        let slice = |matrix: &FloatTensor<B>| slice_rows::<B>(matrix.clone(), rows, kept);
+        let factors = Factors {
+            input: slice(&memory.input),
+            grad: slice(&memory.grad),
+        };
+        (factors, slice(&age))
     });
+    let age = B::float_add_scalar(resize_rows::<B>(age, rows), Scalar::from(1.0));
     let memory = memory.map(|factor| resize_rows::<B>(factor, rows));
     let batch = match step.memory {
         Memory::None | Memory::Published { .. } => batch,
@@ -106,7 +117,7 @@ fn fold_in<B: Backend>(
         input: B::float_add(memory.input, batch.input),
         grad: B::float_add(memory.grad, batch.grad),
     };
-    (folded, idle)
+    (folded, age, idle)
 }
 
 /// `s r x` and `(s / r) g` of every row, with a random sign s and the r that makes the variance of
@@ -257,10 +268,10 @@ fn gather<B: Backend>(
 /// The memory of the next step: the rows that were neither chosen nor broken, times the square
 /// root of the decay, and after them the rows that took no part.
 fn keep<B: Backend>(
-    factors: Factors<B>,
+    (factors, age): Kept<B>,
     scores: FloatTensor<B>,
     chosen: IntTensor<B>,
-    idle: Option<Factors<B>>,
+    idle: Option<Kept<B>>,
     decay: f64,
     dtype: FloatDType,
 ) -> RowMemory<B> {
@@ -274,16 +285,19 @@ fn keep<B: Backend>(
             decay => B::float_mul_scalar(factor, Scalar::from(decay.sqrt())),
         }
     });
-    let (input, grad) = match idle {
-        None => (kept.input, kept.grad),
-        Some(idle) => (
+    let age = clear_rows::<B>(age, cleared);
+    let (input, grad, age) = match idle {
+        None => (kept.input, kept.grad, age),
+        Some((idle, idle_age)) => (
             B::float_cat(vec![kept.input, idle.input], 0),
             B::float_cat(vec![kept.grad, idle.grad], 0),
+            B::float_cat(vec![age, idle_age], 0),
         ),
     };
     RowMemory::Rows {
         input: cast::<B>(input, dtype),
         grad: cast::<B>(grad, dtype),
+        age,
     }
 }
 
@@ -308,7 +322,7 @@ pub(crate) fn memory_dtype(input: DType, step: &AopStep) -> FloatDType {
 
 /// The dtype of sums and scores: half-precision factors would overflow when squared and lose
 /// what they accumulate.
-fn working_dtype(dtype: DType) -> FloatDType {
+pub(crate) fn working_dtype(dtype: DType) -> FloatDType {
     match dtype {
         DType::F64 => FloatDType::F64,
         _ => FloatDType::F32,

@@ -20,11 +20,13 @@ use burn::{
 use crate::{record::MemoryRecord, schedule::Progress};
 
 /// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
-/// `[rows, d_output]`, both without autodiff.
+/// `[rows, d_output]`, and the number of steps that each holds something of, shape `[rows, 1]`; all
+/// without autodiff.
 #[derive(Debug, Clone)]
 pub(crate) struct RowTensors {
     pub(crate) input: Tensor<2>,
     pub(crate) grad: Tensor<2>,
+    pub(crate) age: Tensor<2>,
 }
 
 impl RowTensors {
@@ -32,6 +34,7 @@ impl RowTensors {
         Self {
             input: self.input.clone().to_device(device),
             grad: self.grad.clone().to_device(device),
+            age: self.age.clone().to_device(device),
         }
     }
 }
@@ -104,6 +107,8 @@ pub struct MemoryStats {
     pub rows: usize,
     /// The positions where something is pending.
     pub pending: usize,
+    /// The most steps that one of them holds something of, 0 if there is none.
+    pub oldest: usize,
     /// The Frobenius norm of `m^X`.
     pub input_norm: f64,
     /// The Frobenius norm of `m^G`.
@@ -159,23 +164,25 @@ impl RowMemoryModule {
                 k,
                 rows: 0,
                 pending: 0,
+                oldest: 0,
                 input_norm: 0.0,
                 grad_norm: 0.0,
             };
         };
-        let squares = |tensor: &Tensor<2>| -> Vec<f64> {
-            let sums = tensor.clone().square().sum_dim(1).into_data();
-            sums.iter::<f64>().collect()
+        // A memory in half precision could not hold its own sum of squares.
+        let norm = |tensor: &Tensor<2>| {
+            let data = tensor.clone().into_data();
+            data.iter::<f64>().map(|v| v * v).sum::<f64>().sqrt()
         };
-        let (input, grad) = (squares(&rows.input), squares(&rows.grad));
-        let pending = input.iter().zip(&grad).filter(|&(x, g)| x + g > 0.0);
+        let ages: Vec<f64> = rows.age.clone().into_data().iter::<f64>().collect();
         MemoryStats {
             step,
             k,
-            rows: input.len(),
-            pending: pending.count(),
-            input_norm: input.iter().sum::<f64>().sqrt(),
-            grad_norm: grad.iter().sum::<f64>().sqrt(),
+            rows: ages.len(),
+            pending: ages.iter().filter(|&&age| age > 0.0).count(),
+            oldest: ages.iter().fold(0.0, |a: f64, &b| a.max(b)) as usize,
+            input_norm: norm(&rows.input),
+            grad_norm: norm(&rows.grad),
         }
     }
 

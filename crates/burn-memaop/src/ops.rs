@@ -38,6 +38,9 @@ pub enum RowMemory<B: Backend> {
         input: FloatTensor<B>,
         /// `m^G`, shape `[rows, d_output]`.
         grad: FloatTensor<B>,
+        /// The number of steps that each pair holds something of, shape `[rows, 1]`, in single
+        /// precision at least.
+        age: FloatTensor<B>,
     },
 }
 

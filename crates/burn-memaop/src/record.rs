@@ -1,7 +1,7 @@
 //! The memory in a module's record.
 //!
 //! A record holds tensors of the shapes that the module being loaded expects, but a memory has as
-//! many rows as the batches it has seen. It is therefore saved as three integer tensors, and the
+//! many rows as the batches it has seen. It is therefore saved as four integer tensors, and the
 //! first of them tells the shapes of the others. Integers (the bits of the values) because what
 //! maps the float parameters of a model, such as LoRA, casts or quantization, must not touch them.
 
@@ -20,7 +20,7 @@ use crate::{
 /// Where in the module tree a memory is saved, and in which shapes.
 #[derive(Debug, Clone)]
 pub(crate) struct MemoryRecord {
-    ids: [ParamId; 3],
+    ids: [ParamId; 4],
     d_input: usize,
     d_output: usize,
     device: Device,
@@ -122,6 +122,7 @@ impl MemoryRecord {
         let fields = [
             ("input", self.ids[1], rows.input, self.d_input),
             ("grad", self.ids[2], rows.grad, self.d_output),
+            ("age", self.ids[3], rows.age, 1),
         ];
         for (name, id, values, width) in fields {
             // Lazy: most visitors do not look at the values.
@@ -129,7 +130,7 @@ impl MemoryRecord {
                 id,
                 move |device, _| {
                     let [rows, width] = values.dims();
-                    ints(to_words(values), [rows, width * words], device)
+                    ints(to_words(values, words), [rows, width * words], device)
                 },
                 self.device.clone(),
                 false,
@@ -156,9 +157,9 @@ impl MemoryRecord {
             _ => {
                 let input = load("input", self.ids[1], self.d_input);
                 let grad = load("grad", self.ids[2], self.d_output);
-                input
-                    .zip(grad)
-                    .map(|(input, grad)| RowTensors { input, grad })
+                let age = load("age", self.ids[3], 1);
+                let rows = input.zip(grad).zip(age);
+                rows.map(|((input, grad), age)| RowTensors { input, grad, age })
             }
         };
         Some(MemoryState {
@@ -217,11 +218,12 @@ fn words_in(dtype: DType) -> usize {
     }
 }
 
-/// The bits of each value: one word of an `f32`, two of an `f64`, the lower first.
-fn to_words(values: Tensor<2>) -> Vec<i32> {
+/// The bits of each value: one word of an `f32`, in which a half is held too, or two of an `f64`,
+/// the lower first.
+fn to_words(values: Tensor<2>, words: usize) -> Vec<i32> {
     let data = values.into_data();
-    match data.dtype() {
-        DType::F64 => {
+    match words {
+        2 => {
             let words = |value: f64| {
                 let bits = value.to_bits();
                 [bits as i32, (bits >> 32) as i32]

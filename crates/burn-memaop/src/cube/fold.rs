@@ -42,11 +42,11 @@ pub(super) fn score(input: &CubeTensor, grad: &CubeTensor) -> CubeTensor {
     scores
 }
 
-/// Folds the batch into the first rows of the memory, in place; returns `|x^| |g^|` of every row,
-/// shape `[rows]`, in single precision.
+/// Folds the batch into the first rows of the memory, in place, and counts their ages; returns
+/// `|x^| |g^|` of every row, shape `[rows]`, in single precision.
 pub(super) fn fold_in(
     [input, grad]: &[CubeTensor; 2],
-    [kept_input, kept_grad]: &[CubeTensor; 2],
+    [kept_input, kept_grad, age]: &[CubeTensor; 3],
     step: &AopStep,
 ) -> CubeTensor {
     let rows = input.shape()[0];
@@ -76,11 +76,13 @@ pub(super) fn fold_in(
             grad.clone().into_buffer_arg(),
             kept_input.clone().into_buffer_arg(),
             kept_grad.clone().into_buffer_arg(),
+            age.clone().into_buffer_arg(),
             scores.clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             layout(kept_input, sizes[0]),
             layout(kept_grad, sizes[1]),
+            age.meta.strides()[0],
             rows,
             decay,
             noise::arg(step_noise),
@@ -126,11 +128,13 @@ fn fold_kernel<T: Float, S: Float, NX: Size, NG: Size>(
     grad: &[Vector<T, NG>],
     kept_input: &mut [Vector<S, NX>],
     kept_grad: &mut [Vector<S, NG>],
+    age: &mut [f32],
     scores: &mut [f32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
     kept_input_rows: RowLayout,
     kept_grad_rows: RowLayout,
+    age_stride: usize,
     rows: usize,
     decay: f32,
     noise: Noise,
@@ -191,10 +195,12 @@ fn fold_kernel<T: Float, S: Float, NX: Size, NG: Size>(
     );
     let g = cube_sum(g, &mut shared, units).sqrt();
     let score = x * g;
+    let finite = is_finite(score);
     if UNIT_POS == 0 {
         scores[row] = score;
+        age[row * age_stride] = select(finite, age[row * age_stride] + 1.0, 0.0f32);
     }
-    if !is_finite(score) {
+    if !finite {
         clear::<S, NX>(kept_input, row, &kept_input_rows);
         clear::<S, NG>(kept_grad, row, &kept_grad_rows);
     }

@@ -10,15 +10,15 @@ use super::{
 };
 
 /// The chosen rows of `input` and `grad`, contiguous, each times `scale` and the root of its
-/// weight; zeros in place of one whose score is not finite. With `cleared`, they are zero
-/// afterwards where they came from.
+/// weight; zeros in place of one whose score is not finite. With `age`, they come from the memory,
+/// and are zero there afterwards, as their ages are.
 pub(super) fn gather(
     [input, grad]: [&CubeTensor; 2],
     scores: &CubeTensor,
     chosen: &Chosen,
     dtype: DType,
     scale: f32,
-    cleared: bool,
+    age: Option<&CubeTensor>,
 ) -> [CubeTensor; 2] {
     let k = chosen.rows.meta.shape()[0];
     let panels = [input, grad].map(|from| empty(scores, [k, from.meta.shape()[1]], dtype));
@@ -45,13 +45,16 @@ pub(super) fn gather(
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
             scores.clone().into_buffer_arg(),
+            // Where there are none, nothing is written.
+            age.unwrap_or(scores).clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             layout(&panels[0], sizes[0]),
             layout(&panels[1], sizes[1]),
+            age.map_or(1, |age| age.meta.strides()[0]),
             k,
             scale,
-            cleared,
+            age.is_some(),
             [elem_type(input.dtype), elem_type(dtype)],
         );
     }
@@ -67,10 +70,12 @@ fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
     chosen: &[u32],
     roots: &[f32],
     scores: &[f32],
+    age: &mut [f32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
     panel_input_rows: RowLayout,
     panel_grad_rows: RowLayout,
+    age_stride: usize,
     k: usize,
     scale: f32,
     #[comptime] cleared: bool,
@@ -106,6 +111,9 @@ fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
     if comptime!(cleared) {
         clear::<S, NX>(input, row, &input_rows);
         clear::<S, NG>(grad, row, &grad_rows);
+        if UNIT_POS == 0 {
+            age[row * age_stride] = 0.0f32;
+        }
     }
 }
 

@@ -63,6 +63,7 @@ fn stats_describe_the_memory() {
     let stats = layer.memory_stats();
     let norm = |matrix: &Matrix| matrix.relative_error(&Matrix::zeros(10, matrix.columns()));
     assert_eq!((stats.step, stats.rows, stats.pending), (1, 10, 10 - K));
+    assert_eq!(stats.oldest, 1);
     assert!((stats.input_norm - norm(&oracle.input)).abs() < 1e-5);
     assert!((stats.grad_norm - norm(&oracle.grad)).abs() < 1e-5);
 

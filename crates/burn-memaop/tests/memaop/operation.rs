@@ -42,7 +42,8 @@ struct Operation {
     precision: MemoryPrecision,
     seed: u64,
     step: u64,
-    rows: Option<(Tensor<2>, Tensor<2>)>,
+    /// `m^X`, `m^G` and the ages.
+    rows: Option<[Tensor<2>; 3]>,
     /// The gradient of the bias from the last step.
     bias: Option<Tensor<1>>,
 }
@@ -63,9 +64,10 @@ impl Operation {
     fn step(&mut self, input: Tensor<2>, grad: Tensor<2>, k: usize) -> Tensor<2> {
         let memory = match self.rows.take() {
             None => RowMemory::<Dispatch>::Empty,
-            Some((input, grad)) => RowMemory::Rows {
+            Some([input, grad, age]) => RowMemory::Rows {
                 input: input.into_dispatch(),
                 grad: grad.into_dispatch(),
+                age: age.into_dispatch(),
             },
         };
         let step = AopStep {
@@ -85,8 +87,8 @@ impl Operation {
             step,
         );
         self.step += 1;
-        if let RowMemory::Rows { input, grad } = gradient.memory {
-            self.rows = Some((Tensor::from_dispatch(input), Tensor::from_dispatch(grad)));
+        if let RowMemory::Rows { input, grad, age } = gradient.memory {
+            self.rows = Some([input, grad, age].map(Tensor::from_dispatch));
         }
         if let Bias::Some(bias) = gradient.bias {
             self.bias = Some(Tensor::from_dispatch(bias));
@@ -94,9 +96,9 @@ impl Operation {
         Tensor::from_dispatch(gradient.weight)
     }
 
-    fn memory(&self) -> Option<(Matrix, Matrix)> {
-        let (input, grad) = self.rows.clone()?;
-        Some((Matrix::from_tensor(input), Matrix::from_tensor(grad)))
+    fn memory(&self) -> Option<[Matrix; 3]> {
+        let rows = self.rows.clone()?;
+        Some(rows.map(Matrix::from_tensor))
     }
 }
 
@@ -153,7 +155,9 @@ impl<'a> Comparison<'a> {
 
         match self.operation.memory() {
             None => assert_eq!(memory, Memory::None, "{context}"),
-            Some((input, grad)) => {
+            Some([input, grad, age]) => {
+                let ages: Vec<f64> = self.oracle.age.clone();
+                assert_eq!(age.0.concat(), ages, "{context}");
                 let errors = [
                     input.relative_error(&self.oracle.input),
                     grad.relative_error(&self.oracle.grad),
@@ -301,7 +305,7 @@ pub fn a_memory_in_half_precision_is_close_to_the_oracle(device: &Device) {
             comparison.memory_tolerance = tolerance;
             for _ in 0..4 {
                 comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
-                let (input, grad) = comparison.operation.rows.as_ref().unwrap();
+                let [input, grad, _] = comparison.operation.rows.as_ref().unwrap();
                 assert_eq!((input.dtype(), grad.dtype()), (dtype, dtype));
             }
         }
@@ -352,7 +356,7 @@ pub fn equal_seeds_draw_the_rows_of_the_oracle(device: &Device) {
             k,
         );
         oracle.step(&ones, &numbered, k);
-        let (input, grad) = operation.memory().unwrap();
+        let [input, grad, _] = operation.memory().unwrap();
         assert_eq!((input, grad), (oracle.input.clone(), oracle.grad.clone()));
     }
 }
@@ -385,12 +389,14 @@ pub fn rows_that_are_not_finite_are_left_out(device: &Device) {
             "{policy:?}"
         );
 
-        let (input, grad) = operation.memory().unwrap();
+        let [input, grad, age] = operation.memory().unwrap();
         let kept: Vec<_> = (0..m)
             .filter(|&row| input.0[row].iter().any(|&value| value != 0.0))
             .collect();
         let broken = [2, 5, 7];
         assert!(kept.iter().all(|row| !broken.contains(row)), "{policy:?}");
+        let aged = (0..m).filter(|&row| age.0[row][0] == 1.0);
+        assert_eq!(aged.collect::<Vec<_>>(), kept, "{policy:?}");
         assert!(
             input
                 .0

@@ -13,6 +13,7 @@ pub struct Oracle {
     pub step: u64,
     pub input: Matrix,
     pub grad: Matrix,
+    pub age: Vec<f64>,
 }
 
 impl Oracle {
@@ -24,6 +25,7 @@ impl Oracle {
             step: 0,
             input: Matrix(Vec::new()),
             grad: Matrix(Vec::new()),
+            age: Vec::new(),
         }
         .with_widths(d_input, d_output)
     }
@@ -41,6 +43,7 @@ impl Oracle {
         while self.input.rows() < m {
             self.input.0.push(vec![0.0; n]);
             self.grad.0.push(vec![0.0; p]);
+            self.age.push(0.0);
         }
 
         // Fold in.
@@ -94,10 +97,9 @@ impl Oracle {
         // Keep.
         if let Memory::Published { decay } | Memory::Balanced { decay } = self.memory {
             for i in 0..m {
-                let factor = match chosen.iter().any(|&(row, _)| row == i) {
-                    true => 0.0,
-                    false => decay.sqrt(),
-                };
+                let taken = chosen.iter().any(|&(row, _)| row == i);
+                let factor = if taken { 0.0 } else { decay.sqrt() };
+                self.age[i] = if taken { 0.0 } else { self.age[i] + 1.0 };
                 for j in 0..n {
                     self.input.0[i][j] = factor * x_hat.0[i][j];
                 }

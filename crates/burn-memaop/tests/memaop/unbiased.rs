@@ -27,12 +27,14 @@ fn gradient(
         Some((input, grad)) => RowMemory::Rows {
             input: tensor(input),
             grad: tensor(grad),
+            // It decides nothing.
+            age: tensor(&Matrix::zeros(input.rows(), 1)),
         },
     };
     let gradient = Dispatch::memaop_weight_gradient(tensor(x), tensor(g), memory, step);
     let memory = match gradient.memory {
         RowMemory::Empty => None,
-        RowMemory::Rows { input, grad } => Some((
+        RowMemory::Rows { input, grad, .. } => Some((
             Matrix::from_tensor(Tensor::from_dispatch(input)),
             Matrix::from_tensor(Tensor::from_dispatch(grad)),
         )),
