@@ -1,5 +1,7 @@
 //! The autodiff operation.
 
+use std::sync::Arc;
+
 use burn::backend::{
     Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
     ops::ModuleOps, tensor::FloatTensor,
@@ -14,7 +16,9 @@ use burn_autodiff::{
 
 use crate::{
     config::{Memory, Schedule},
-    memory::{Measured, RowTensors},
+    learning_rate::{self, SharedLearningRate},
+    memory::{Measured, RowTensors, Seen, Watch},
+    observe::Measurement,
     ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share},
     schedule,
 };
@@ -174,9 +178,14 @@ where
     let AopLayer { config, memory } = layer;
     let rows = input.shape()[0];
     let mut state = memory.lock();
-    let measure = schedule::measures(config, state.progress.step);
+    let state = &mut *state;
+    let adapts = schedule::measures(config, state.progress.step);
+    let due = state
+        .watch
+        .observer
+        .and_then(|observer| observer.due(state.progress.step));
     if let Schedule::Adaptive { share, .. } = config.schedule
-        && measure
+        && adapts
         && let Some(measured) = state.measured.take()
     {
         let ratio = schedule::adapt(measured.ratio, measured.read(), share);
@@ -191,10 +200,16 @@ where
         seed: config.seed,
         step: state.progress.step,
         bias,
-        measure,
+        measure: adapts || due.is_some(),
     };
     state.progress.step += 1;
     state.progress.k = k;
+    state.watch.seen = Some(Seen {
+        step: step.step,
+        k: k.min(rows),
+        rows,
+        measurement: None,
+    });
     if k >= rows {
         return (B::linear_weight_backward(input, grad), Bias::None);
     }
@@ -203,6 +218,7 @@ where
         (Memory::None, _) | (_, None) => RowMemory::Empty,
         (_, Some(rows)) => {
             let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());
+            let rows = follow(rows, state.rate, &state.watch);
             RowMemory::Rows {
                 input: into_primitive::<B>(rows.input),
                 grad: into_primitive::<B>(rows.grad),
@@ -210,6 +226,9 @@ where
             }
         }
     };
+    state.rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
+    let compared = due.is_some_and(|due| due.exact);
+    let batch = compared.then(|| (input.clone(), grad.clone()));
     let gradient = B::memaop_weight_gradient(input, grad, kept, step);
 
     state.rows = match gradient.memory {
@@ -220,13 +239,44 @@ where
             age: from_primitive::<B, 2>(age),
         }),
     };
-    if let Share::Measured(share) = gradient.share {
+    let share = match gradient.share {
+        Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
+        Share::Skipped => None,
+    };
+    if due.is_some()
+        && let Some(seen) = &mut state.watch.seen
+    {
+        let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
+        seen.measurement = Some(Arc::new(Measurement::new(
+            share.clone(),
+            state.rows.as_ref(),
+            &from_primitive::<B, 2>(gradient.weight.clone()),
+            exact.map(from_primitive::<B, 2>),
+        )));
+    }
+    if adapts && let Some(share) = share {
         state.measured = Some(Measured {
             ratio: k as f64 / rows as f64,
-            share: from_primitive::<B, 1>(share),
+            share,
         });
     }
     (gradient.weight, gradient.bias)
+}
+
+/// The rows in the units of the learning rate that they follow.
+fn follow(rows: RowTensors, rate: Option<f64>, watch: &Watch) -> RowTensors {
+    let target = watch.rate.as_ref().and_then(SharedLearningRate::get);
+    match rate.zip(target) {
+        Some((from, to)) if from != to => {
+            let factor = learning_rate::rescale(from, to);
+            RowTensors {
+                input: rows.input * factor,
+                grad: rows.grad * factor,
+                age: rows.age,
+            }
+        }
+        _ => rows,
+    }
 }
 
 /// `[..., width]` as a matrix.

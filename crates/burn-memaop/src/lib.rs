@@ -69,20 +69,29 @@ mod cube;
 #[cfg(feature = "cubecl-backend")]
 mod fusion;
 mod gradient;
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod learning_rate;
 mod linear;
 mod memory;
 mod noise;
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod observe;
 mod ops;
 mod record;
 #[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
 mod schedule;
 mod selection;
+#[cfg(feature = "train")]
+pub mod train;
+mod tree;
 
 pub use config::{
     AopConfig, AopConfigError, Memory, MemoryPrecision, OuterProducts, Policy, Schedule,
 };
+pub use learning_rate::{LearningRateError, SharedLearningRate};
 pub use linear::{MemAopLinear, MemAopLinearConfig};
 pub use memory::MemoryStats;
+pub use observe::{AopObserver, AopReport, LayerReport, Measured};
 pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient};
 
 /// Compiles the code of the README.

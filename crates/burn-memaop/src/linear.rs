@@ -165,6 +165,9 @@ impl MemAopLinear {
         let exact = self.is_exact(rows, &device);
         // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
         if exact || matches!(weight.dtype(), DType::QFloat(_)) {
+            if device.is_autodiff() && self.weight.is_require_grad() {
+                self.memory.note_exact(rows);
+            }
             return linear(input, weight, bias);
         }
         let layer = AopLayer {

@@ -17,7 +17,12 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use crate::{record::MemoryRecord, schedule::Progress};
+use crate::{
+    learning_rate::SharedLearningRate,
+    observe::{AopObserver, Measurement},
+    record::MemoryRecord,
+    schedule::Progress,
+};
 
 /// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
 /// `[rows, d_output]`, and the number of steps that each holds something of, shape `[rows, 1]`; all
@@ -60,6 +65,47 @@ pub(crate) struct MemoryState {
     pub(crate) measured: Option<Measured>,
     /// Allocated by the first approximate gradient, where the configuration asks for a memory.
     pub(crate) rows: Option<RowTensors>,
+    /// The learning rate that the rows are in the units of, where they follow one.
+    pub(crate) rate: Option<f64>,
+    pub(crate) watch: Watch,
+}
+
+/// Who asks for more than the gradient, and what there is to tell. Not saved.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Watch {
+    pub(crate) observer: Option<AopObserver>,
+    /// The last gradient, if nobody has been told of it.
+    pub(crate) seen: Option<Seen>,
+    pub(crate) rate: Option<SharedLearningRate>,
+}
+
+impl Watch {
+    /// Takes over the watchers of another.
+    fn join(&mut self, other: &Self) {
+        if other.observer.is_some() {
+            self.observer = other.observer;
+        }
+        if other.rate.is_some() {
+            self.rate.clone_from(&other.rate);
+        }
+    }
+
+    /// The same watchers, with nothing to tell.
+    fn renewed(&self) -> Self {
+        Self {
+            seen: None,
+            ..self.clone()
+        }
+    }
+}
+
+/// A gradient, for a report.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    pub(crate) step: u64,
+    pub(crate) k: usize,
+    pub(crate) rows: usize,
+    pub(crate) measurement: Option<Arc<Measurement>>,
 }
 
 impl MemoryState {
@@ -71,6 +117,16 @@ impl MemoryState {
                 share: measured.share.clone().to_device(device),
             }),
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
+            rate: self.rate,
+            watch: self.watch.clone(),
+        }
+    }
+
+    /// A state with the same watchers.
+    fn watched_by(self, watch: &Watch) -> Self {
+        Self {
+            watch: watch.renewed(),
+            ..self
         }
     }
 }
@@ -149,9 +205,24 @@ impl RowMemoryModule {
         self.handle.clone()
     }
 
+    /// Tells the observer, if there is one, of a gradient that is none of this crate's.
+    pub(crate) fn note_exact(&self, rows: usize) {
+        let mut state = self.handle.lock();
+        if state.watch.observer.is_some() {
+            state.watch.seen = Some(Seen {
+                step: state.progress.step,
+                k: rows,
+                rows,
+                measurement: None,
+            });
+        }
+    }
+
     /// Forgets all rows and starts counting steps from 0, in forks to come as well.
     pub(crate) fn reset(&self) {
-        *self.handle.lock() = MemoryState::default();
+        let mut state = self.handle.lock();
+        *state = MemoryState::default().watched_by(&state.watch);
+        drop(state);
         lock(&self.workers).clear();
     }
 
@@ -211,7 +282,8 @@ impl Clone for RowMemoryModule {
 
 impl Module for RowMemoryModule {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        self.record.visit(&self.handle.lock().clone(), visitor);
+        let state = self.handle.lock().clone();
+        self.record.visit(&state, &self.handle, visitor);
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
@@ -219,7 +291,7 @@ impl Module for RowMemoryModule {
             None => self,
             // A loaded memory starts a life of its own.
             Some(state) => Self {
-                handle: MemoryHandle::new(state),
+                handle: MemoryHandle::new(state.watched_by(&self.handle.lock().watch)),
                 workers: Arc::default(),
                 record: self.record,
             },
@@ -260,6 +332,7 @@ impl Module for RowMemoryModule {
                 if kept.progress.step < state.progress.step {
                     *kept = state.to_device(&device);
                 }
+                kept.watch.join(&state.watch);
                 drop(kept);
                 worker.handle.clone()
             }

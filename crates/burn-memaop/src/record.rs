@@ -13,8 +13,9 @@ use burn::{
 };
 
 use crate::{
-    memory::{Measured, MemoryState, RowTensors},
+    memory::{Measured, MemoryHandle, MemoryState, RowTensors, Watch},
     schedule::Progress,
+    tree::{Offer, with_offer},
 };
 
 /// Where in the module tree a memory is saved, and in which shapes.
@@ -27,11 +28,12 @@ pub(crate) struct MemoryRecord {
 }
 
 /// The integers of `memory.state`: the fields of [`Header`], each as a low and a high half.
-const HEADER: usize = 14;
+const HEADER: usize = 16;
 
 struct Header {
     progress: Progress,
     measured: Option<Measured>,
+    rate: Option<f64>,
     rows: usize,
     /// The words in a value of a row.
     words: usize,
@@ -49,6 +51,7 @@ impl Header {
             bits(ratio),
             bits(measured.map(|measured| measured.ratio)),
             bits(measured.map(Measured::read)),
+            bits(self.rate),
             self.rows as u64,
             self.words as u64,
         ];
@@ -76,8 +79,9 @@ impl Header {
                 ratio,
                 share: Tensor::from_data([share as f32], (device, DType::F32)),
             }),
-            rows: field(5) as usize,
-            words: field(6) as usize,
+            rate: Some(f64::from_bits(field(5))).filter(|rate| *rate > 0.0 && rate.is_finite()),
+            rows: field(6) as usize,
+            words: field(7) as usize,
         }
     }
 }
@@ -99,11 +103,17 @@ impl MemoryRecord {
         }
     }
 
-    pub(crate) fn visit<V: ModuleVisitor>(&self, state: &MemoryState, visitor: &mut V) {
+    pub(crate) fn visit<V: ModuleVisitor>(
+        &self,
+        state: &MemoryState,
+        memory: &MemoryHandle,
+        visitor: &mut V,
+    ) {
         let rows = state.rows.clone();
         let header = Header {
             progress: state.progress,
             measured: state.measured.clone(),
+            rate: state.rate,
             rows: rows.as_ref().map_or(0, |rows| rows.input.dims()[0]),
             words: rows.as_ref().map_or(1, |rows| words_in(rows.input.dtype())),
         };
@@ -116,7 +126,14 @@ impl MemoryRecord {
             false,
             Shape::new([HEADER]),
         );
-        at(visitor, "state", |visitor| visitor.visit_int(&header));
+        let offer = Offer {
+            d_input: self.d_input,
+            d_output: self.d_output,
+            memory: memory.clone(),
+        };
+        at(visitor, "state", |visitor| {
+            with_offer(offer, || visitor.visit_int(&header));
+        });
 
         let Some(rows) = rows else { return };
         let fields = [
@@ -166,6 +183,8 @@ impl MemoryRecord {
             progress: header.progress,
             measured: header.measured,
             rows,
+            rate: header.rate,
+            watch: Watch::default(),
         })
     }
 

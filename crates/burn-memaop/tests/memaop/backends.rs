@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{layer, operation};
+use crate::{layer, observe, operation};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -42,6 +42,9 @@ macro_rules! suite {
                     k_equal_to_m_is_the_exact_gradient,
                     non_contiguous_input_is_handled,
                     frozen_weight_takes_no_step,
+                );
+                checks!($device.map(Device::autodiff); observe:
+                    figures_equal_their_definitions,
                 );
             }
 

@@ -6,7 +6,9 @@
 mod backends;
 mod errors;
 mod layer;
+mod learning_rate;
 mod memory;
+mod observe;
 mod operation;
 mod oracle;
 mod record;

@@ -14,6 +14,8 @@ pub struct Oracle {
     pub input: Matrix,
     pub grad: Matrix,
     pub age: Vec<f64>,
+    /// The share of the sum of the sizes that the last step's rows carried.
+    pub share: f64,
 }
 
 impl Oracle {
@@ -26,6 +28,7 @@ impl Oracle {
             input: Matrix(Vec::new()),
             grad: Matrix(Vec::new()),
             age: Vec::new(),
+            share: 0.0,
         }
         .with_widths(d_input, d_output)
     }
@@ -84,6 +87,11 @@ impl Oracle {
             .collect();
         let chosen = choose(self.policy, &sizes, &words, k);
 
+        let mut taken = vec![false; m];
+        chosen.iter().for_each(|&(row, _)| taken[row] = true);
+        let carried: f64 = (0..m).filter(|&i| taken[i]).map(|i| sizes[i]).sum();
+        self.share = carried / sizes.iter().sum::<f64>();
+
         // Apply.
         let mut gradient = Matrix::zeros(n, p);
         for &(i, weight) in &chosen {
@@ -97,9 +105,8 @@ impl Oracle {
         // Keep.
         if let Memory::Published { decay } | Memory::Balanced { decay } = self.memory {
             for i in 0..m {
-                let taken = chosen.iter().any(|&(row, _)| row == i);
-                let factor = if taken { 0.0 } else { decay.sqrt() };
-                self.age[i] = if taken { 0.0 } else { self.age[i] + 1.0 };
+                let factor = if taken[i] { 0.0 } else { decay.sqrt() };
+                self.age[i] = if taken[i] { 0.0 } else { self.age[i] + 1.0 };
                 for j in 0..n {
                     self.input.0[i][j] = factor * x_hat.0[i][j];
                 }

@@ -1,0 +1,84 @@
+//! For training with burn-train: metrics for its dashboard and logs, and a scheduler that memories
+//! follow.
+//!
+//! A model's training output carries an [`AopReport`](crate::AopReport), and one adaptor hands it
+//! to all metrics:
+//!
+//! ```
+//! use burn::{
+//!     nn::loss::{MseLoss, Reduction},
+//!     prelude::*,
+//!     tensor::ExecutionError,
+//!     train::{ItemLazy, TrainOutput, TrainStep, metric::{Adaptor, LossInput}},
+//! };
+//! use burn_memaop::{AopObserver, AopReport, MemAopLinear};
+//!
+//! #[derive(Module, Debug)]
+//! struct Model {
+//!     layer: MemAopLinear,
+//! }
+//!
+//! struct Output {
+//!     loss: Tensor<1>,
+//!     aop: AopReport,
+//! }
+//!
+//! impl TrainStep for Model {
+//!     type Input = (Tensor<2>, Tensor<2>);
+//!     type Output = Output;
+//!
+//!     fn step(&self, (input, target): Self::Input) -> TrainOutput<Output> {
+//!         let loss = MseLoss::new().forward(self.layer.forward(input), target, Reduction::Mean);
+//!         let grads = loss.backward();
+//!         let aop = AopObserver::new(20).observe(self); // after the backward pass
+//!         TrainOutput::new(self, grads, Output { loss, aop })
+//!     }
+//! }
+//!
+//! impl Adaptor<AopReport> for Output {
+//!     fn adapt(&self) -> AopReport {
+//!         self.aop.clone()
+//!     }
+//! }
+//!
+//! impl Adaptor<LossInput> for Output {
+//!     fn adapt(&self) -> LossInput {
+//!         LossInput::new(self.loss.clone())
+//!     }
+//! }
+//!
+//! impl ItemLazy for Output {
+//!     fn sync(self) -> Result<Self, ExecutionError> {
+//!         Ok(Self { loss: self.loss.without_autodiff(), aop: self.aop.sync()? })
+//!     }
+//! }
+//! ```
+//!
+//! ```text
+//! SupervisedTraining::new(..)
+//!     .metric_train_numeric(AopShareMetric::new())
+//!     .metric_train_numeric(AopSavedFlopsMetric::new().of_layer("layer"))
+//! ```
+
+mod metric;
+mod scheduler;
+
+pub use metric::{
+    AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
+    AopSavedFlopsMetric, AopShareMetric,
+};
+pub use scheduler::FollowedLrScheduler;
+
+use burn::{tensor::ExecutionError, train::ItemLazy};
+
+use crate::AopReport;
+
+impl ItemLazy for AopReport {
+    /// Hands what is still to be computed to the device; reads nothing.
+    fn sync(self) -> Result<Self, ExecutionError> {
+        if let Some(device) = self.layers.iter().find_map(|layer| layer.device()) {
+            device.flush()?;
+        }
+        Ok(self)
+    }
+}

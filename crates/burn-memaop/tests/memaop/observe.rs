@@ -1,0 +1,208 @@
+//! Reports of the layers of a model.
+
+use burn::{
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{DType, Device, Tensor},
+};
+use burn_memaop::{
+    AopConfig, AopObserver, LayerReport, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts,
+    Policy,
+};
+
+use crate::{
+    oracle::Oracle,
+    support::{Matrix, Random, published},
+};
+
+#[derive(Module, Debug)]
+struct Block {
+    linear: MemAopLinear,
+    plain: Linear,
+}
+
+#[derive(Module, Debug)]
+struct Model {
+    blocks: Vec<Block>,
+    head: Option<MemAopLinear>,
+    exact: MemAopLinear,
+}
+
+impl Model {
+    fn new(aop: AopConfig, device: &Device) -> Self {
+        let layer = |p, aop| MemAopLinearConfig::new(6, p).with_aop(aop).init(device);
+        let block = |_| Block {
+            linear: layer(6, aop),
+            plain: LinearConfig::new(6, 6).init(device),
+        };
+        Self {
+            blocks: (0..2).map(block).collect(),
+            head: Some(layer(4, aop)),
+            exact: layer(3, aop.with_outer_products(OuterProducts::Count(100))),
+        }
+    }
+
+    fn backward(&self, input: Tensor<2>) {
+        let mut hidden = input;
+        for block in &self.blocks {
+            hidden = block.plain.forward(block.linear.forward(hidden));
+        }
+        let head = self.head.as_ref().unwrap().forward(hidden.clone());
+        let loss = head.square().sum() + self.exact.forward(hidden).square().sum();
+        loss.backward();
+    }
+}
+
+#[test]
+fn all_layers_are_found_by_their_fields() {
+    let device = Device::flex().autodiff();
+    let aop = published().with_outer_products(OuterProducts::Count(5));
+    let model = Model::new(aop, &device);
+    let observer = AopObserver::new(2);
+    let input = || Random(1).matrix(20, 6).tensor(&device, DType::F32);
+
+    assert!(observer.observe(&model).layers.is_empty(), "no step yet");
+    model.backward(input());
+    let report = observer.observe(&model);
+    let names: Vec<_> = report
+        .layers
+        .iter()
+        .map(|layer| layer.name.as_str())
+        .collect();
+    assert_eq!(
+        names,
+        ["blocks.0.linear", "blocks.1.linear", "head", "exact"]
+    );
+    let numbers = |layer: &LayerReport| {
+        let LayerReport {
+            outer_products,
+            rows,
+            d_input,
+            d_output,
+            ..
+        } = *layer;
+        (outer_products, rows, d_input, d_output)
+    };
+    assert_eq!(numbers(&report.layers[2]), (5, 20, 6, 4));
+    assert_eq!(numbers(&report.layers[3]), (20, 20, 6, 3));
+    assert_eq!(report.layers[2].exact_flops(), 4.0 * 20.0 * 24.0);
+    assert_eq!(report.layers[2].saved_flops(), 2.0 * 15.0 * 24.0);
+    assert_eq!(report.layers[3].saved_flops(), 0.0);
+    assert!(observer.observe(&model).layers.is_empty(), "told already");
+
+    // Steps 0 and 2 are measured.
+    let measured = |report: &LayerReport| report.measured().unwrap().is_some();
+    assert!(
+        measured(&report.layers[0]),
+        "observed before the first step"
+    );
+    let mut found = Vec::new();
+    for _ in 0..4 {
+        model.backward(input());
+        found.push(measured(&observer.observe(&model).layers[0]));
+    }
+    assert_eq!(found, [false, true, false, true]);
+}
+
+fn outer(x: &Matrix, g: &Matrix) -> Matrix {
+    let mut product = Matrix::zeros(x.columns(), g.columns());
+    for m in 0..x.rows() {
+        for a in 0..x.columns() {
+            for b in 0..g.columns() {
+                product.0[a][b] += x.0[m][a] * g.0[m][b];
+            }
+        }
+    }
+    product
+}
+
+fn norm<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
+    values.into_iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// The figures of three steps from their definitions, on a backend.
+pub fn figures_equal_their_definitions(device: &Device) {
+    let (m, n, p, k) = (30, 7, 5, 6);
+    for (policy, memory) in [
+        (Policy::TopK, Memory::Published { decay: 0.9 }),
+        (Policy::WeightedK, Memory::Balanced { decay: 1.0 }),
+        (Policy::TopK, Memory::None),
+        (Policy::Systematic, Memory::None),
+    ] {
+        let aop = published()
+            .with_outer_products(OuterProducts::Count(k))
+            .with_policy(policy)
+            .with_memory(memory)
+            .with_seed(9);
+        let layer = MemAopLinearConfig::new(n, p).with_aop(aop).init(device);
+        let mut oracle = Oracle::new(policy, memory, 9, n, p);
+        let observer = AopObserver::new(1).with_exact(2);
+        observer.observe(&layer);
+        let mut random = Random(51);
+        for step in 0..3 {
+            let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+            let output = layer.forward(x.tensor(device, DType::F32));
+            (output * g.tensor(device, DType::F32)).sum().backward();
+            let report = observer.observe(&layer);
+            let [report] = &report.layers[..] else {
+                panic!("one layer");
+            };
+            let found = report.measured().unwrap().unwrap();
+
+            let gradient = oracle.step(&x, &g, k);
+            let close = |found: Option<f64>, expected: f64, what: &str| {
+                let found = found.unwrap_or(f64::NAN);
+                let context = format!("{what} {policy:?} {memory:?} step {step}");
+                assert!(
+                    (found - expected).abs() < 1e-4,
+                    "{context}: {found} {expected}"
+                );
+            };
+            close(found.share, oracle.share, "share");
+            if memory == Memory::None {
+                assert_eq!((found.memory, found.oldest), (None, None));
+            } else {
+                let pending = (0..m).map(|i| norm(&oracle.input.0[i]) * norm(&oracle.grad.0[i]));
+                let pending: Vec<_> = pending.collect();
+                let size = norm(gradient.0.iter().flatten());
+                close(found.memory, norm(&pending) / size, "memory");
+                let oldest = oracle.age.iter().fold(0.0, |a: f64, &b| a.max(b));
+                assert_eq!(found.oldest, Some(oldest));
+            }
+            if step % 2 == 1 {
+                assert_eq!((found.error, found.cosine), (None, None));
+                continue;
+            }
+            let exact = outer(&x, &g);
+            close(found.error, gradient.relative_error(&exact), "error");
+            let pairs = gradient.0.iter().flatten().zip(exact.0.iter().flatten());
+            let product: f64 = pairs.map(|(a, b)| a * b).sum();
+            let sizes = norm(gradient.0.iter().flatten()) * norm(exact.0.iter().flatten());
+            close(found.cosine, product / sizes, "cosine");
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_zeros_has_no_figures() {
+    let device = Device::flex().autodiff();
+    let aop = published().with_outer_products(OuterProducts::Count(2));
+    let layer = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
+    let observer = AopObserver::new(1).with_exact(1);
+    observer.observe(&layer);
+    layer
+        .forward(Tensor::<2>::zeros([5, 3], &device))
+        .sum()
+        .backward();
+    let measured = observer.observe(&layer).layers[0]
+        .measured()
+        .unwrap()
+        .unwrap();
+    let none = (
+        measured.share,
+        measured.memory,
+        measured.error,
+        measured.cosine,
+    );
+    assert_eq!(none, (None, None, None, None));
+}
