@@ -10,6 +10,7 @@ mod learning_rate;
 mod memory;
 mod observe;
 mod operation;
+mod optim;
 mod oracle;
 mod record;
 mod schedule;
