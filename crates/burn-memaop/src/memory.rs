@@ -7,7 +7,10 @@
 
 use std::{
     cell::RefCell,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use burn::{
@@ -68,6 +71,8 @@ pub(crate) struct MemoryState {
     /// The learning rate that the rows are in the units of, where they follow one.
     pub(crate) rate: Option<f64>,
     pub(crate) watch: Watch,
+    /// The model that the rows were left by.
+    pub(crate) lineage: Lineage,
 }
 
 /// Who asks for more than the gradient, and what there is to tell. Not saved.
@@ -119,6 +124,7 @@ impl MemoryState {
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
             rate: self.rate,
             watch: self.watch.clone(),
+            lineage: self.lineage.clone(),
         }
     }
 
@@ -128,6 +134,59 @@ impl MemoryState {
             watch: watch.renewed(),
             ..self
         }
+    }
+}
+
+/// Tells the steps of one training from those of another that began with a clone of the same model.
+///
+/// Whatever maps a model, which an optimizer does at each step, moves it on along its branch. Of
+/// two clones that both move on from one place, the second begins a branch of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Lineage {
+    branch: Arc<AtomicU64>,
+    place: u64,
+    /// Where this branch began: a place on another.
+    from: Option<(Weak<AtomicU64>, u64)>,
+}
+
+impl Default for Lineage {
+    fn default() -> Self {
+        Self {
+            branch: Arc::default(),
+            place: 0,
+            from: None,
+        }
+    }
+}
+
+impl Lineage {
+    /// The place after this one.
+    fn next(&self) -> Self {
+        let next = self.place + 1;
+        let free =
+            self.branch
+                .compare_exchange(self.place, next, Ordering::Relaxed, Ordering::Relaxed);
+        match free {
+            Ok(_) => Self {
+                place: next,
+                ..self.clone()
+            },
+            Err(_) => Self {
+                branch: Arc::new(AtomicU64::new(next)),
+                place: next,
+                from: Some((Arc::downgrade(&self.branch), self.place)),
+            },
+        }
+    }
+
+    /// Whether this is where `later` was, or has come from.
+    fn leads_to(&self, later: &Self) -> bool {
+        let on = |branch: *const AtomicU64, place: u64| {
+            std::ptr::eq(Arc::as_ptr(&self.branch), branch) && self.place <= place
+        };
+        let from = later.from.as_ref();
+        on(Arc::as_ptr(&later.branch), later.place)
+            || from.is_some_and(|(branch, place)| on(branch.as_ptr(), *place))
     }
 }
 
@@ -191,6 +250,9 @@ struct Worker {
 thread_local! {
     static THREAD: RefCell<Arc<()>> = RefCell::new(Arc::new(()));
 }
+
+/// Optimizer steps after which a worker that has not been seen is taken to have ended.
+const PATIENCE: u64 = 64;
 
 impl RowMemoryModule {
     pub(crate) fn new(d_input: usize, d_output: usize, device: &Device) -> Self {
@@ -257,6 +319,18 @@ impl RowMemoryModule {
         }
     }
 
+    /// Drops memories that no fork has asked for in a long time: those of workers that have no more
+    /// data, and the first step's of a fork that was trained itself.
+    fn forget_workers_behind(&self, lineage: &Lineage) {
+        lock(&self.workers).retain(|worker| {
+            if worker.handle.is_shared() {
+                return true;
+            }
+            let last = &worker.handle.lock().lineage;
+            !last.leads_to(lineage) || lineage.place - last.place <= PATIENCE
+        });
+    }
+
     fn with_handle(&self, handle: MemoryHandle, device: Option<&Device>) -> Self {
         Self {
             handle,
@@ -288,7 +362,14 @@ impl Module for RowMemoryModule {
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         match self.record.map(mapper) {
-            None => self,
+            None => {
+                let mut state = self.handle.lock();
+                state.lineage = state.lineage.next();
+                let lineage = state.lineage.clone();
+                drop(state);
+                self.forget_workers_behind(&lineage);
+                self
+            }
             // A loaded memory starts a life of its own.
             Some(state) => Self {
                 handle: MemoryHandle::new(state.watched_by(&self.handle.lock().watch)),
@@ -303,9 +384,9 @@ impl Module for RowMemoryModule {
         self.with_handle(MemoryHandle::new(state), Some(device))
     }
 
-    /// The memory that this thread's last fork to `device` left, unless that fork is still in use
-    /// or this memory has taken more steps; a copy of this memory otherwise. A new thread takes
-    /// over from one that has ended.
+    /// The memory that this thread's last fork to `device` left, unless that fork is still in use,
+    /// was of another training, or has taken fewer steps than this memory; a copy of this memory
+    /// otherwise. A new thread takes over from one that has ended.
     fn fork(self, device: &Device) -> Self {
         let device = device.clone().inner();
         let thread = THREAD.with_borrow(Arc::downgrade);
@@ -314,7 +395,11 @@ impl Module for RowMemoryModule {
 
         let own = |worker: &Worker| worker.thread.ptr_eq(&thread);
         let orphan = |worker: &Worker| worker.thread.strong_count() == 0;
-        let free = |worker: &Worker| worker.device == device && !worker.handle.is_shared();
+        let free = |worker: &Worker| {
+            worker.device == device
+                && !worker.handle.is_shared()
+                && worker.handle.lock().lineage.leads_to(&state.lineage)
+        };
         let found = workers
             .iter()
             .position(|worker| free(worker) && own(worker))
@@ -332,6 +417,7 @@ impl Module for RowMemoryModule {
                 if kept.progress.step < state.progress.step {
                     *kept = state.to_device(&device);
                 }
+                kept.lineage = state.lineage.clone();
                 kept.watch.join(&state.watch);
                 drop(kept);
                 worker.handle.clone()
@@ -374,3 +460,35 @@ impl ModuleDisplayDefault for RowMemoryModule {
 }
 
 impl ModuleDisplay for RowMemoryModule {}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+
+    struct Optimizer;
+    impl ModuleMapper for Optimizer {}
+
+    /// As burn-train does with one device: a fork that is cloned and stepped ever after.
+    #[test]
+    fn what_a_fork_left_behind_is_dropped_in_time() {
+        let device = Device::flex();
+        let mut memory = RowMemoryModule::new(2, 2, &device).fork(&device);
+        for step in 0..2 * PATIENCE {
+            memory = memory.clone().map(&mut Optimizer);
+            let left = lock(&memory.workers).len();
+            assert_eq!(left, usize::from(step < PATIENCE), "step {step}");
+        }
+    }
+
+    #[test]
+    fn a_second_training_from_the_same_model_is_another_lineage() {
+        let start = Lineage::default();
+        let first = start.next();
+        let second = start.next();
+        assert!(start.leads_to(&first) && start.leads_to(&second) && start.leads_to(&start));
+        assert!(!first.leads_to(&second) && !second.leads_to(&first));
+        assert!(!first.leads_to(&start));
+        assert!(first.leads_to(&first.next().next()));
+        assert!(second.leads_to(&second.next().next()));
+    }
+}

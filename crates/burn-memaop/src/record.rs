@@ -13,7 +13,7 @@ use burn::{
 };
 
 use crate::{
-    memory::{Measured, MemoryHandle, MemoryState, RowTensors, Watch},
+    memory::{Measured, MemoryHandle, MemoryState, RowTensors},
     schedule::Progress,
     tree::{Offer, with_offer},
 };
@@ -184,7 +184,7 @@ impl MemoryRecord {
             measured: header.measured,
             rows,
             rate: header.rate,
-            watch: Watch::default(),
+            ..MemoryState::default()
         })
     }
 

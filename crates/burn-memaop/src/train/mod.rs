@@ -1,5 +1,5 @@
-//! For training with burn-train: metrics for its dashboard and logs, and a scheduler that memories
-//! follow.
+//! For training with burn-train: metrics for its dashboard and logs, checkpoints that survive a kill,
+//! and a scheduler that memories follow.
 //!
 //! A model's training output carries an [`AopReport`](crate::AopReport), and one adaptor hands it
 //! to all metrics:
@@ -60,9 +60,13 @@
 //!     .metric_train_numeric(AopSavedFlopsMetric::new().of_layer("layer"))
 //! ```
 
+mod checkpoint;
+mod loader;
 mod metric;
 mod scheduler;
 
+pub use checkpoint::{AtomicFileCheckpointer, Checkpoints, CheckpointsError};
+pub use loader::resume_loader;
 pub use metric::{
     AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
     AopSavedFlopsMetric, AopShareMetric,

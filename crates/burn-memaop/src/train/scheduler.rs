@@ -1,4 +1,4 @@
-use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
+use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord, module_lr_scheduler::ModuleLrScheduler};
 
 use crate::SharedLearningRate;
 
@@ -9,7 +9,9 @@ use crate::SharedLearningRate;
 /// step is set when the scheduler is made, loaded, or gives the rate of the step before.
 ///
 /// A rate of 0, with which some schedules begin or end, is not followed: memories stay in the units
-/// of the last positive one.
+/// of the last positive one. Of a scheduler with groups the base rate is followed, and the groups are
+/// dropped; give them to a
+/// [`ModuleLrScheduler`](burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler) of this one.
 ///
 /// ```
 /// # use burn::{lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig, tensor::Device};
@@ -19,12 +21,12 @@ use crate::SharedLearningRate;
 /// rate.attach(&model);
 /// let scheduler = CosineAnnealingLrSchedulerConfig::new(0.1, 100).init()?;
 /// let scheduler = FollowedLrScheduler::new(scheduler, rate);
-/// // Learner::new(model, optimizer, ModuleLrScheduler::new(scheduler))
+/// // Learner::new(model, optimizer, scheduler)
 /// # Ok::<(), String>(())
 /// ```
 #[derive(Clone)]
-pub struct FollowedLrScheduler<S> {
-    scheduler: S,
+pub struct FollowedLrScheduler {
+    scheduler: ModuleLrScheduler,
     rate: SharedLearningRate,
     /// The rate to return next.
     next: f64,
@@ -32,9 +34,10 @@ pub struct FollowedLrScheduler<S> {
     record: LrSchedulerRecord,
 }
 
-impl<S: LrScheduler> FollowedLrScheduler<S> {
+impl FollowedLrScheduler {
     /// Takes the first step of the scheduler, and sets the rate to it.
-    pub fn new(scheduler: S, rate: SharedLearningRate) -> Self {
+    pub fn new(scheduler: impl Into<ModuleLrScheduler>, rate: SharedLearningRate) -> Self {
+        let scheduler = scheduler.into();
         let mut followed = Self {
             record: scheduler.to_record(),
             scheduler,
@@ -47,7 +50,7 @@ impl<S: LrScheduler> FollowedLrScheduler<S> {
 
     fn advance(&mut self) {
         self.record = self.scheduler.to_record();
-        self.next = self.scheduler.step();
+        self.next = self.scheduler.step().base();
         if let Err(error) = self.rate.set(self.next) {
             // Rates that are 0 are usual.
             debug_assert!(self.next == 0.0, "{error}");
@@ -55,7 +58,7 @@ impl<S: LrScheduler> FollowedLrScheduler<S> {
     }
 }
 
-impl<S: LrScheduler + Clone + 'static> LrScheduler for FollowedLrScheduler<S> {
+impl LrScheduler for FollowedLrScheduler {
     fn step(&mut self) -> f64 {
         let rate = self.next;
         self.advance();
@@ -67,7 +70,7 @@ impl<S: LrScheduler + Clone + 'static> LrScheduler for FollowedLrScheduler<S> {
     }
 
     fn load_record(&mut self, record: LrSchedulerRecord) {
-        self.scheduler.load_record(record);
+        self.scheduler = self.scheduler.clone().load_record(record);
         self.advance();
     }
 }
