@@ -1,8 +1,11 @@
-//! MNIST through burn-train: its loop, metrics, checkpoints and terminal dashboard.
+//! MNIST through burn-train: its loop, dashboard, checkpoints, schedules and workers, and the metrics
+//! of burn-memaop.
 //!
 //! ```text
 //! cargo mnist
 //! cargo mnist --data DIR --plain
+//! cargo mnist --schedule cosine --follow-lr
+//! cargo mnist --resume
 //! ```
 
 mod data;
@@ -14,14 +17,26 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow, ensure};
 use burn::{
     data::{dataloader::DataLoaderBuilder, dataset::Dataset},
+    lr_scheduler::{
+        cosine::CosineAnnealingLrSchedulerConfig, linear::LinearLrSchedulerConfig,
+        module_lr_scheduler::ModuleLrScheduler,
+    },
     optim::SgdConfig,
+    tensor::Device,
     train::{
-        ExecutionStrategy, Learner, SupervisedTraining,
-        metric::{AccuracyMetric, LossMetric},
+        ExecutionStrategy, Learner, MultiDeviceOptim, SupervisedTraining,
+        metric::{AccuracyMetric, LearningRateMetric, LossMetric},
     },
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
-use clap::Parser;
+use burn_memaop::{
+    AopConfig, AopObserver, SharedLearningRate,
+    train::{
+        AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
+        AopSavedFlopsMetric, AopShareMetric, Checkpoints, FollowedLrScheduler, resume_loader,
+    },
+};
+use clap::{Parser, ValueEnum};
 use memaop_examples::{AopOptions, Backend, mnist::Split};
 
 use crate::{
@@ -44,9 +59,27 @@ struct Options {
     /// Units in each of the two hidden layers
     #[arg(long, default_value_t = 512)]
     width: usize,
-    /// Learning rate of plain SGD
+    /// Learning rate of plain SGD, at the start
     #[arg(long, default_value_t = 0.05)]
     lr: f64,
+    /// How the learning rate changes over all epochs, to a hundredth
+    #[arg(long, value_enum, default_value_t = LrSchedule::Constant)]
+    schedule: LrSchedule,
+    /// Keeps rows in the units of the learning rate they came with, as the paper does
+    #[arg(long)]
+    follow_lr: bool,
+    /// Workers, each with a memory of its own and batches of its own; they share the device
+    #[arg(long, default_value_t = 1)]
+    devices: usize,
+    /// Goes on after the last complete checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+    /// Measures one of so many steps for the metrics; 0 for no metrics of burn-memaop
+    #[arg(long, default_value_t = 20)]
+    observe: usize,
+    /// Compares one of so many steps with the exact gradient; 0 for none
+    #[arg(long, default_value_t = 0)]
+    compare: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
@@ -59,10 +92,42 @@ struct Options {
     out: PathBuf,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LrSchedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+impl LrSchedule {
+    fn scheduler(self, lr: f64, steps: usize) -> Result<ModuleLrScheduler> {
+        let least = 0.01 * lr;
+        let scheduler = match self {
+            Self::Constant => Ok(lr.into()),
+            Self::Linear => LinearLrSchedulerConfig::new(lr, least, steps).init(),
+            Self::Cosine => CosineAnnealingLrSchedulerConfig::new(lr, steps)
+                .with_min_lr(least)
+                .init(),
+        };
+        scheduler.map_err(|error| anyhow!("--schedule with --lr {lr}: {error}"))
+    }
+}
+
 fn main() -> Result<()> {
     let options = Options::parse();
-    ensure!(options.batch > 0, "--batch must be at least 1, but got 0");
-    ensure!(options.width > 0, "--width must be at least 1, but got 0");
+    for (name, value) in [
+        ("batch", options.batch),
+        ("width", options.width),
+        ("epochs", options.epochs),
+        ("devices", options.devices),
+    ] {
+        ensure!(value > 0, "--{name} must be at least 1, but got 0");
+    }
+    ensure!(
+        options.lr > 0.0 && options.lr.is_finite(),
+        "--lr must be positive and finite, but got {}",
+        options.lr
+    );
     let device = options.backend.device()?;
     let aop = options.aop.config(options.seed)?;
 
@@ -84,34 +149,99 @@ fn main() -> Result<()> {
 
 fn train_on(
     options: &Options,
-    aop: burn_memaop::AopConfig,
-    device: &burn::tensor::Device,
+    aop: AopConfig,
+    device: &Device,
     train: impl Dataset<MnistItem> + 'static,
     test: impl Dataset<MnistItem> + 'static,
 ) -> Result<()> {
     device.seed(options.seed);
     let autodiff = device.clone().autodiff();
+    let checkpoints = Checkpoints::new(options.out.join("checkpoint"));
+    let done = checkpoints.resumable()?.unwrap_or(0);
+    ensure!(
+        options.resume || done == 0,
+        "--out {} holds a training of {done} epochs: go on with --resume, or choose another folder",
+        options.out.display()
+    );
+
+    // Without worker threads the order of the batches is the same in every run.
     let loader = || {
         DataLoaderBuilder::new(MnistBatcher)
             .batch_size(options.batch)
-            .num_workers(1)
+            .num_workers(0)
     };
-    let train = loader().shuffle(options.seed).build(train);
+    let steps = options.epochs * train.len().div_ceil(options.batch * options.devices);
+    let train = resume_loader(loader().shuffle(options.seed).build(train), done);
     let test = loader().build(test);
 
     let mut training = SupervisedTraining::new(&options.out, train, test)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
-        .with_training_strategy(ExecutionStrategy::SingleDevice(autodiff.clone()).into())
-        .with_default_checkpointers()
+        .with_training_strategy(strategy(options.devices, &autodiff).into())
+        .with_custom_checkpointers(
+            checkpoints.model(),
+            checkpoints.optimizer(),
+            checkpoints.scheduler(),
+        )
         .num_epochs(options.epochs)
         .summary();
+    if options.schedule != LrSchedule::Constant {
+        training = training.metric_train_numeric(LearningRateMetric::new());
+    }
+    if options.observe > 0 {
+        training = training
+            .metric_train_numeric(AopSavedFlopsMetric::new())
+            .metric_train_numeric(AopOuterProductsMetric::new())
+            .metric_train_numeric(AopShareMetric::new())
+            .metric_train_numeric(AopShareMetric::new().of_layer("hidden2"));
+        if aop.memory.decay().is_some() {
+            training = training
+                .metric_train_numeric(AopMemoryMetric::new())
+                .metric_train_numeric(AopOldestMetric::new());
+        }
+        if options.compare > 0 {
+            training = training
+                .metric_train_numeric(AopErrorMetric::new())
+                .metric_train_numeric(AopCosineMetric::new());
+        }
+    }
     if options.plain {
         training = training.renderer(Box::new(PlainRenderer::default()));
     }
-    let model = Mlp::new(options.width, aop, &autodiff);
-    let result = training.launch(Learner::new(model, SgdConfig::new().init(), options.lr));
+    if done > 0 {
+        training = training.checkpoint(done);
+    }
+
+    let model = Mlp::new(options.width, aop, observer(options), &autodiff);
+    let scheduler = options.schedule.scheduler(options.lr, steps)?;
+    let scheduler = match options.follow_lr {
+        false => scheduler,
+        true => {
+            let rate = SharedLearningRate::new();
+            rate.attach(&model);
+            FollowedLrScheduler::new(scheduler, rate).into()
+        }
+    };
+    let result = training.launch(Learner::new(model, SgdConfig::new().init(), scheduler));
     match result.error {
         None => Ok(()),
         Some(error) => Err(anyhow!("{error}")),
     }
+}
+
+fn strategy(devices: usize, device: &Device) -> ExecutionStrategy {
+    match devices {
+        1 => ExecutionStrategy::single(device.clone()),
+        count => {
+            let devices = vec![device.clone(); count];
+            ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice)
+        }
+    }
+}
+
+fn observer(options: &Options) -> Option<AopObserver> {
+    let observer = (options.observe > 0).then(|| AopObserver::new(options.observe))?;
+    Some(match options.compare {
+        0 => observer,
+        interval => observer.with_exact(interval),
+    })
 }

@@ -2,11 +2,14 @@ use burn::{
     data::dataloader::batcher::Batcher,
     module::Module,
     nn::{Relu, loss::CrossEntropyLossConfig},
-    tensor::{Device, Int, Tensor, TensorData},
-    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+    tensor::{Device, ExecutionError, Int, Tensor, TensorData},
+    train::{
+        ClassificationOutput, InferenceStep, ItemLazy, TrainOutput, TrainStep,
+        metric::{AccuracyInput, Adaptor, LossInput},
+    },
 };
 use burn_dataset::vision::MnistItem;
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig};
+use burn_memaop::{AopConfig, AopObserver, AopReport, MemAopLinear, MemAopLinearConfig};
 
 /// A multi-layer perceptron, written as with `Linear`.
 #[derive(Module, Debug)]
@@ -15,10 +18,17 @@ pub struct Mlp {
     hidden2: MemAopLinear,
     output: MemAopLinear,
     activation: Relu,
+    #[module(skip)]
+    observer: Option<AopObserver>,
 }
 
 impl Mlp {
-    pub fn new(width: usize, aop: AopConfig, device: &Device) -> Self {
+    pub fn new(
+        width: usize,
+        aop: AopConfig,
+        observer: Option<AopObserver>,
+        device: &Device,
+    ) -> Self {
         let layer = |number, d_input, d_output| {
             MemAopLinearConfig::new(d_input, d_output)
                 .with_aop(aop.with_seed(aop.seed.wrapping_add(number)))
@@ -29,6 +39,7 @@ impl Mlp {
             hidden2: layer(2, width, width),
             output: layer(3, width, 10),
             activation: Relu::new(),
+            observer,
         }
     }
 
@@ -49,11 +60,15 @@ impl Mlp {
 
 impl TrainStep for Mlp {
     type Input = MnistBatch;
-    type Output = ClassificationOutput;
+    type Output = Observed;
 
-    fn step(&self, batch: MnistBatch) -> TrainOutput<ClassificationOutput> {
+    fn step(&self, batch: MnistBatch) -> TrainOutput<Observed> {
         let output = self.classify(batch);
-        TrainOutput::new(self, output.loss.backward(), output)
+        let grads = output.loss.backward();
+        // After the backward pass, which is what it reports.
+        let aop = self.observer.map(|observer| observer.observe(self));
+        let aop = aop.unwrap_or_default();
+        TrainOutput::new(self, grads, Observed { output, aop })
     }
 }
 
@@ -63,6 +78,40 @@ impl InferenceStep for Mlp {
 
     fn step(&self, batch: MnistBatch) -> ClassificationOutput {
         self.classify(batch)
+    }
+}
+
+/// What Burn's metrics want, and what the layers report.
+pub struct Observed {
+    output: ClassificationOutput,
+    aop: AopReport,
+}
+
+impl ItemLazy for Observed {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        Ok(Self {
+            output: self.output.sync()?,
+            aop: self.aop.sync()?,
+        })
+    }
+}
+
+/// The one adaptor that all metrics of burn-memaop need.
+impl Adaptor<AopReport> for Observed {
+    fn adapt(&self) -> AopReport {
+        self.aop.clone()
+    }
+}
+
+impl Adaptor<AccuracyInput> for Observed {
+    fn adapt(&self) -> AccuracyInput {
+        self.output.adapt()
+    }
+}
+
+impl Adaptor<LossInput> for Observed {
+    fn adapt(&self) -> LossInput {
+        self.output.adapt()
     }
 }
 

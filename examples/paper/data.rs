@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::{fs::File, io::Read, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use burn_dataset::{
@@ -88,7 +88,8 @@ impl Data {
         let (train, validation) = match (dataset, folder) {
             (Dataset::Energy, Some(folder)) => {
                 let path = folder.join("energy/energy_efficiency.csv");
-                read_energy(&path).with_context(|| format!("{}", path.display()))?
+                let read = || parse_energy(File::open(&path)?);
+                read().with_context(|| format!("{}", path.display()))?
             }
             (Dataset::Energy, None) => bail!(
                 "the Energy data is not downloaded: get Energy Efficiency (UCI dataset 242), save \
@@ -145,8 +146,11 @@ const STANDARDISED: [usize; 6] = [0, 1, 2, 3, 4, 6];
 const ONE_HOT: [usize; 2] = [5, 7];
 const HEATING_LOAD: usize = 8;
 
-fn read_energy(path: &Path) -> Result<(Rows, Rows)> {
-    let mut reader = csv::Reader::from_path(path)?;
+/// The bytes of the table that are read at most; it has some 40,000.
+const MOST_BYTES: u64 = 1 << 20;
+
+fn parse_energy(file: impl Read) -> Result<(Rows, Rows)> {
+    let mut reader = csv::Reader::from_reader(file.take(MOST_BYTES));
     let mut table: Vec<Vec<f64>> = Vec::new();
     for (index, record) in reader.records().enumerate() {
         let record = record?;
@@ -207,4 +211,50 @@ fn read_energy(path: &Path) -> Result<(Rows, Rows)> {
         targets: range.map(|row| table[row][HEATING_LOAD] as f32).collect(),
     };
     Ok((rows(0..ENERGY_TRAIN), rows(ENERGY_TRAIN..ENERGY_ROWS)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::{collection::vec, prelude::*, sample::Index};
+
+    fn table() -> String {
+        let mut text = String::from("X1,X2,X3,X4,X5,X6,X7,X8,Y1,Y2\n");
+        for row in 0..ENERGY_ROWS {
+            let (a, b) = (row % 7, row % 5);
+            text += &format!(
+                "{a},{b},{a},{b},{a},{},{b},{},{a}.5,1\n",
+                2 + row % 4,
+                row % 6
+            );
+        }
+        text
+    }
+
+    #[test]
+    fn a_whole_table_is_read() {
+        parse_energy(table().as_bytes()).unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_text_makes_the_reader_panic(text in "[0-9.,eE\"\r\n -]{0,400}", bytes in vec(any::<u8>(), 0..400)) {
+            let _refused = parse_energy(text.as_bytes());
+            let _refused = parse_energy(bytes.as_slice());
+        }
+
+        #[test]
+        fn a_damaged_table_is_refused_or_read(changes in vec((any::<Index>(), any::<u8>()), 0..6)) {
+            let mut bytes = table().into_bytes();
+            for (index, byte) in changes {
+                let at = index.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if let Ok((train, validation)) = parse_energy(bytes.as_slice()) {
+                prop_assert_eq!(train.len() + validation.len(), ENERGY_ROWS);
+            }
+        }
+    }
 }

@@ -141,22 +141,12 @@ impl MemoryState {
 ///
 /// Whatever maps a model, which an optimizer does at each step, moves it on along its branch. Of
 /// two clones that both move on from one place, the second begins a branch of its own.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Lineage {
     branch: Arc<AtomicU64>,
     place: u64,
     /// Where this branch began: a place on another.
     from: Option<(Weak<AtomicU64>, u64)>,
-}
-
-impl Default for Lineage {
-    fn default() -> Self {
-        Self {
-            branch: Arc::default(),
-            place: 0,
-            from: None,
-        }
-    }
 }
 
 impl Lineage {

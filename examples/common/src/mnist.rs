@@ -216,4 +216,26 @@ mod tests {
             assert_eq!(error.to_string(), message);
         }
     }
+
+    use proptest::{collection::vec, prelude::*};
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Headers of every number of dimensions, true or not, and whatever follows them.
+        #[test]
+        fn no_bytes_make_the_reader_panic(
+            header in vec(prop_oneof![Just(0x0801), Just(0x0803), Just(28), 0..4u32, any::<u32>()], 0..5),
+            payload in vec(any::<u8>(), 0..2000),
+        ) {
+            let mut bytes: Vec<u8> = header.iter().flat_map(|field| field.to_be_bytes()).collect();
+            bytes.extend(payload);
+            for item in [&[][..], &[28, 28]] {
+                if let Ok(values) = parse_idx(bytes.as_slice(), item) {
+                    prop_assert!(values.len() <= bytes.len());
+                    prop_assert!(values.capacity() <= 64 * 1024);
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,178 @@
+//! What reads bytes that others may have written, configurations and records, on arbitrary and on
+//! damaged ones: no panic, and no allocation out of proportion.
+//!
+//! More cases: `PROPTEST_CASES=1000000 cargo test --release --test fuzz`.
+
+#![cfg(all(feature = "flex", feature = "autodiff"))]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::{
+        LazyLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use burn::{
+    config::Config,
+    module::Module,
+    store::ModuleRecord,
+    tensor::{Bytes, Device, Tensor},
+};
+use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy};
+use proptest::{collection::vec, prelude::*, sample::Index};
+
+/// The system's allocator, which remembers the largest request.
+struct Watching;
+
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Watching {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Relaxed);
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LARGEST.fetch_max(size, Relaxed);
+        unsafe { System.realloc(block, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watching = Watching;
+
+/// No input here is larger than some kilobytes, and nothing made of one should be much larger.
+const MOST: usize = 16 << 20;
+
+fn cases(default: u32) -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok();
+    let cases = cases
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(default);
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+/// Some bytes of `whole` replaced, and perhaps its end cut off.
+fn damaged(whole: &[u8], changes: &[(Index, u8)], length: Option<Index>) -> Vec<u8> {
+    let mut bytes = whole.to_vec();
+    for (index, byte) in changes {
+        let at = index.index(bytes.len());
+        bytes[at] = *byte;
+    }
+    if let Some(length) = length {
+        bytes.truncate(length.index(whole.len() + 1));
+    }
+    bytes
+}
+
+fn changes() -> impl Strategy<Value = Vec<(Index, u8)>> {
+    vec((any::<Index>(), any::<u8>()), 0..4)
+}
+
+fn read_configs(bytes: &[u8]) {
+    if let Ok(config) = AopConfig::load_binary(bytes) {
+        let _rule = config.validate();
+        config.outer_products.k(100);
+    }
+    if let Ok(config) = MemAopLinearConfig::load_binary(bytes) {
+        let _rule = config.aop.validate();
+    }
+}
+
+static CONFIG: LazyLock<String> = LazyLock::new(|| {
+    let aop = AopConfig::new()
+        .with_policy(Policy::TopK)
+        .with_memory(Memory::Balanced { decay: 0.9 });
+    serde_json::to_string(&MemAopLinearConfig::new(3, 2).with_aop(aop)).unwrap()
+});
+
+fn layer() -> MemAopLinear {
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(2))
+        .with_policy(Policy::TopK)
+        .with_memory(Memory::Balanced { decay: 0.9 })
+        .with_cost_rule(false);
+    MemAopLinearConfig::new(3, 2)
+        .with_aop(aop)
+        .init(&Device::flex().autodiff())
+}
+
+/// The record of a layer with a memory.
+static RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let layer = layer();
+    let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
+    layer.forward(input).sum().backward();
+    layer.into_record().into_bytes().unwrap().to_vec()
+});
+
+/// Reads a record, and uses the layer if it takes it.
+fn read_record(bytes: Vec<u8>) {
+    let Ok(record) = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes)) else {
+        return;
+    };
+    let Ok(loaded) = layer().try_load_record(record) else {
+        return;
+    };
+    let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
+    loaded.forward(input).sum().backward();
+    loaded.memory_stats();
+}
+
+fn bounded(read: impl FnOnce()) {
+    LARGEST.store(0, Relaxed);
+    read();
+    let largest = LARGEST.load(Relaxed);
+    assert!(largest < MOST, "{largest} bytes were asked for");
+}
+
+proptest! {
+    #![proptest_config(cases(2000))]
+
+    #[test]
+    fn arbitrary_bytes_are_no_config(bytes in vec(any::<u8>(), 0..256)) {
+        bounded(|| read_configs(&bytes));
+    }
+
+    #[test]
+    fn damaged_configs_are_refused_or_valid(changes in changes(), length: Option<Index>) {
+        bounded(|| read_configs(&damaged(CONFIG.as_bytes(), &changes, length)));
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_no_record(bytes in vec(any::<u8>(), 0..512)) {
+        bounded(|| read_record(bytes));
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(1000))]
+
+    #[test]
+    fn damaged_records_are_refused_or_loaded(changes in changes(), length: Option<Index>) {
+        let bytes = damaged(&RECORD, &changes, length);
+        bounded(|| read_record(bytes));
+    }
+}
+
+#[test]
+fn what_is_damaged_is_whole_before() {
+    MemAopLinearConfig::load_binary(CONFIG.as_bytes()).unwrap();
+    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(RECORD.clone())).unwrap();
+    let loaded = layer().try_load_record(record).unwrap();
+    assert_eq!(loaded.memory_stats().pending, 3);
+}
