@@ -213,8 +213,26 @@ impl MemoryRecord {
         mapper.map_int(param);
         mapper.exit_module(name, CONTAINER);
 
-        let loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner).take();
-        loaded.map(|tensor| tensor.into_data().iter::<i32>().collect())
+        let loaded = loaded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()?;
+        if loaded.dtype() != DType::I32 {
+            // A mapper cannot be told of an error, but it reports a shape that does not fit.
+            let id = ParamId::new();
+            let unfit = Param::uninitialized(
+                id,
+                |device, _| Tensor::<1, Int>::zeros([0], (device, DType::I32)),
+                self.device.clone(),
+                false,
+                Shape::new([0]),
+            );
+            mapper.enter_module(name, CONTAINER);
+            mapper.map_int(unfit);
+            mapper.exit_module(name, CONTAINER);
+            return None;
+        }
+        Some(loaded.into_data().iter::<i32>().collect())
     }
 }
 

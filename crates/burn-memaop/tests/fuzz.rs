@@ -7,6 +7,7 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         LazyLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -16,7 +17,8 @@ use std::{
 use burn::{
     config::Config,
     module::Module,
-    store::ModuleRecord,
+    nn::LinearConfig,
+    store::{ModuleRecord, RecordError},
     tensor::{Bytes, Device, Tensor},
 };
 use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy};
@@ -120,11 +122,31 @@ static RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     layer.into_record().into_bytes().unwrap().to_vec()
 });
 
+/// Burn's loader panics on a parameter whose type has become another: so it does for `Linear`, and
+/// there is nothing that a layer could do.
+fn is_too_much_for_burn(record: ModuleRecord) -> bool {
+    let device = Device::flex().autodiff();
+    let load = || {
+        let linear = LinearConfig::new(3, 2).init(&device);
+        let loaded = linear.try_load_record(record.allow_unused(true))?;
+        loaded
+            .forward(Tensor::<2>::ones([5, 3], &device))
+            .sum()
+            .backward();
+        Ok::<_, RecordError>(())
+    };
+    catch_unwind(AssertUnwindSafe(load)).is_err()
+}
+
 /// Reads a record, and uses the layer if it takes it.
 fn read_record(bytes: Vec<u8>) {
-    let Ok(record) = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes)) else {
+    let parse = || ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes.clone()));
+    let (Ok(record), Ok(copy)) = (parse(), parse()) else {
         return;
     };
+    if is_too_much_for_burn(copy) {
+        return;
+    }
     let Ok(loaded) = layer().try_load_record(record) else {
         return;
     };
@@ -175,4 +197,19 @@ fn what_is_damaged_is_whole_before() {
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(RECORD.clone())).unwrap();
     let loaded = layer().try_load_record(record).unwrap();
     assert_eq!(loaded.memory_stats().pending, 3);
+}
+
+#[test]
+fn a_memory_of_another_type_is_refused() {
+    let mut bytes = RECORD.clone();
+    let integers = bytes.windows(3).filter(|window| window == b"I32").count();
+    assert_eq!(integers, 4, "state, input, grad and age");
+    let at = bytes
+        .windows(3)
+        .position(|window| window == b"I32")
+        .unwrap();
+    bytes[at] = b'U';
+    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes)).unwrap();
+    let error = layer().try_load_record(record).unwrap_err().to_string();
+    assert!(error.contains("memory"), "{error}");
 }

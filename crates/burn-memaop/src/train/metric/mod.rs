@@ -38,6 +38,8 @@ struct Average {
     layer: Option<String>,
     state: NumericMetricState,
     measured: bool,
+    /// What the dashboard shows until the next figure.
+    shown: String,
 }
 
 impl Average {
@@ -50,6 +52,7 @@ impl Average {
             layer: None,
             state: NumericMetricState::new(),
             measured: false,
+            shown: SerializedEntry::not_available(None).formatted,
         }
     }
 
@@ -75,10 +78,13 @@ impl Average {
         let figure = figure(&layers)?;
         self.measured = figure.is_some();
         let Some(figure) = figure else {
-            return Ok(SerializedEntry::not_available(None));
+            let unlogged = SerializedEntry::NOT_AVAILABLE.to_string();
+            return Ok(SerializedEntry::new(self.shown.clone(), unlogged));
         };
         self.state.update(figure, 1);
-        Ok(self.state.compute_update(self.format()))
+        let entry = self.state.compute_update(self.format());
+        self.shown.clone_from(&entry.formatted);
+        Ok(entry)
     }
 
     fn compute(&self) -> SerializedEntry {

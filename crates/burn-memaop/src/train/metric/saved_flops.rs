@@ -11,9 +11,9 @@ pub struct AopSavedFlopsMetric(Average);
 numeric_metric!(
     AopSavedFlopsMetric,
     "AOP saved",
-    "% FLOPs",
+    "%",
     higher_is_better: true,
-    "Share of the backward pass of the layers that is not computed"
+    "Share of the FLOPs of the layers' backward pass that is not computed"
 );
 
 impl AopSavedFlopsMetric {
