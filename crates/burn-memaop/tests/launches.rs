@@ -14,8 +14,8 @@ use burn::{
 };
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopStep, MemAopLinearConfig, MemAopOps, Memory, MemoryPrecision, OuterProducts,
-    Policy, RowMemory,
+    AopConfig, AopObserver, AopStep, MemAopLinearConfig, MemAopOps, Memory, MemoryPrecision,
+    OuterProducts, Policy, RowMemory,
 };
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -180,7 +180,7 @@ fn host_selection_is_reported(device: &Device) {
     assert_eq!(READS.reported.load(Ordering::Relaxed) - reported, 1);
 }
 
-/// Forward and backward of a layer, its update included.
+/// Forward and backward of a layer, its update included, and reports of measured steps.
 fn layer(device: &Device) {
     let device = device.clone().autodiff();
     for (policy, memory) in [
@@ -193,13 +193,18 @@ fn layer(device: &Device) {
             .with_memory(memory);
         let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
         let input = random([70, 20], &device, DType::F32);
+        let observer = AopObserver::new(1).with_exact(2);
+        let mut reports = vec![observer.observe(&layer)];
         let (kernels, reads) = observe(&device, || {
             for _ in 0..3 {
                 let grads = layer.forward(input.clone()).sum().backward();
                 let gradient = layer.weight.grad(&grads).unwrap();
                 drop(layer.weight.val().inner() - gradient * 0.1);
+                reports.push(observer.observe(&layer));
             }
         });
         assert_eq!(reads, 0, "{policy:?} {memory:?}: {kernels:?}");
+        let measured = reports[3].layers[0].measured().unwrap();
+        assert!(measured.is_some_and(|measured| measured.cosine.is_some()));
     }
 }
