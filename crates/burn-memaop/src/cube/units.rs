@@ -6,6 +6,23 @@ use cubecl::prelude::*;
 /// The sum of the values of all units, to each of them.
 #[cube]
 pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    reduce(value, shared, false, units)
+}
+
+/// The largest of the values of all units, to each of them.
+#[cube]
+pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    reduce(value, shared, true, units)
+}
+
+/// By halves, so that the order of the sums depends on nothing but the number of units.
+#[cube]
+fn reduce(
+    value: f32,
+    shared: &mut Shared<[f32]>,
+    #[comptime] largest: bool,
+    #[comptime] units: u32,
+) -> f32 {
     let unit = UNIT_POS as usize;
     // What an earlier call left there has been read.
     sync_cube();
@@ -15,25 +32,11 @@ pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units
     for level in 1..comptime!(units.ilog2() + 1) {
         let half = comptime!((units >> level) as usize);
         if unit < half {
-            shared[unit] += shared[unit + half];
-        }
-        sync_cube();
-    }
-    shared[0]
-}
-
-/// The largest of the values of all units, to each of them.
-#[cube]
-pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
-    let unit = UNIT_POS as usize;
-    sync_cube();
-    shared[unit] = value;
-    sync_cube();
-    #[unroll]
-    for level in 1..comptime!(units.ilog2() + 1) {
-        let half = comptime!((units >> level) as usize);
-        if unit < half {
-            shared[unit] = f32::max(shared[unit], shared[unit + half]);
+            if comptime!(largest) {
+                shared[unit] = f32::max(shared[unit], shared[unit + half]);
+            } else {
+                shared[unit] += shared[unit + half];
+            }
         }
         sync_cube();
     }
