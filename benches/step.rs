@@ -15,7 +15,9 @@ use burn::{
 use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
 use clap::Parser;
 use memaop_benches::{Common, Method, Precision, interleaved, random};
-use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
+use memaop_examples::{
+    Backend, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
+};
 use serde::Serialize;
 
 const CLASSES: usize = 10;
@@ -39,6 +41,8 @@ struct Options {
     policy: Option<PolicyOption>,
     #[arg(long, value_enum, requires = "policy")]
     memory: Option<MemoryOption>,
+    #[command(flatten)]
+    input_gradient: InputGradientOptions,
 }
 
 #[derive(Serialize)]
@@ -51,6 +55,8 @@ struct Row {
     k_ratio: f64,
     policy: PolicyOption,
     memory: MemoryOption,
+    #[serde(flatten)]
+    input_gradient: InputGradientOptions,
     exact_ms: f64,
     aop_ms: f64,
     step_ratio: f64,
@@ -159,7 +165,10 @@ fn main() -> Result<()> {
                 ratio: k_ratio,
                 minimum: 1,
             };
-            let config = method.config(outer_products, &options.common)?;
+            let config = method
+                .config(outer_products, &options.common)?
+                .with_input_gradient(options.input_gradient.input_gradient());
+            config.validate()?;
             let mut exact = Training::new(linear.clone(), &images, &labels);
             let memaop = linear.clone().with_memaop(config);
             let mut memaop = Training::new(memaop, &images, &labels);
@@ -180,6 +189,7 @@ fn main() -> Result<()> {
                 k_ratio,
                 policy: method.policy,
                 memory: method.memory,
+                input_gradient: options.input_gradient,
                 exact_ms,
                 aop_ms,
                 step_ratio: aop_ms / exact_ms,

@@ -18,7 +18,9 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 use burn_memaop::Memory;
 use clap::{Args, Parser, Subcommand};
-use memaop_examples::{MemoryOption, MemoryPrecisionOption, PolicyOption, parallel};
+use memaop_examples::{
+    InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
+};
 
 use crate::{
     setting::{Optimizer, Setting},
@@ -72,6 +74,8 @@ struct Grid {
     /// balanced]
     #[arg(long, value_delimiter = ',')]
     decay: Vec<f64>,
+    #[command(flatten)]
+    input_gradient: InputGradientOptions,
     /// The precision in which the memory is kept
     #[arg(long, value_enum, default_value_t)]
     memory_precision: MemoryPrecisionOption,
@@ -198,6 +202,7 @@ impl Grid {
             memory,
             decay,
             memory_precision: self.memory_precision,
+            input_gradient: self.input_gradient,
             cost_rule: !self.no_cost_rule,
             exact_steps: self.exact_steps,
         }

@@ -1,7 +1,7 @@
 use anyhow::{Result, ensure};
 use burn_memaop::{AopConfig, OuterProducts, Schedule};
 use clap::ValueEnum;
-use memaop_examples::{MemoryOption, MemoryPrecisionOption, PolicyOption};
+use memaop_examples::{InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub struct Setting {
     pub policy: PolicyOption,
     pub memory: MemoryOption,
     pub decay: f64,
+    #[serde(flatten)]
+    pub input_gradient: InputGradientOptions,
     #[serde(default)]
     pub memory_precision: MemoryPrecisionOption,
     /// Whether layers for which the exact gradient takes less time are exact.
@@ -45,6 +47,7 @@ impl Setting {
             memory: MemoryOption::None,
             decay: 1.0,
             memory_precision: MemoryPrecisionOption::Full,
+            input_gradient: InputGradientOptions::default(),
             cost_rule: true,
             exact_steps: 0,
             ..self.clone()
@@ -65,6 +68,7 @@ impl Setting {
             .with_policy(self.policy.policy())
             .with_memory(self.memory.memory(self.decay))
             .with_memory_precision(self.memory_precision.precision())
+            .with_input_gradient(self.input_gradient.input_gradient())
             .with_cost_rule(self.cost_rule)
             .with_schedule(Schedule::Constant {
                 exact_steps: self.exact_steps,
@@ -135,6 +139,17 @@ impl Setting {
         let method = match self.memory_precision {
             MemoryPrecisionOption::Full => method,
             precision => format!("{method} in {precision:?}").to_lowercase(),
+        };
+        let method = match self.input_gradient.dx_ratio {
+            None => method,
+            Some(ratio) => {
+                let how = if self.input_gradient.dx_sampled {
+                    "sampled"
+                } else {
+                    "largest"
+                };
+                format!("{method}, dX {ratio} {how}")
+            }
         };
         let method = match self.cost_rule {
             true => method,

@@ -1,6 +1,7 @@
 //! The settings of `docs/choosing.md`.
 
 use memaop_examples::{
+    InputGradientOptions,
     MemoryOption::{self, Balanced, None, Published},
     MemoryPrecisionOption,
     PolicyOption::{
@@ -66,6 +67,7 @@ pub fn settings() -> Vec<Setting> {
             memory: None,
             decay: 1.0,
             memory_precision: MemoryPrecisionOption::Full,
+            input_gradient: InputGradientOptions::default(),
             cost_rule: true,
             exact_steps: 0,
         };

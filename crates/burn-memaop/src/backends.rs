@@ -24,6 +24,7 @@ use crate::ops::{AopStep, RowMemory, WeightGradient};
 use crate::{
     cpu::{self, HostTensors},
     gradient,
+    ops::InputStep,
 };
 #[cfg(feature = "cubecl-backend")]
 use crate::{cube, fusion};
@@ -42,6 +43,18 @@ macro_rules! cpu_backend {
                     DType::F32 => cpu::weight_gradient::<Self, f32>(input, grad, memory, step),
                     DType::F64 => cpu::weight_gradient::<Self, f64>(input, grad, memory, step),
                     _ => gradient::weight_gradient::<Self>(input, grad, memory, step),
+                }
+            }
+
+            fn memaop_input_gradient(
+                grad: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                step: InputStep,
+            ) -> FloatTensor<Self> {
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => cpu::input_gradient::<Self, f32>(grad, weight, step),
+                    DType::F64 => cpu::input_gradient::<Self, f64>(grad, weight, step),
+                    _ => gradient::input_gradient::<Self>(grad, weight, step),
                 }
             }
         }

@@ -15,11 +15,11 @@ use burn_autodiff::{
 };
 
 use crate::{
-    config::{Memory, Schedule},
+    config::{InputGradient, Memory, Schedule},
     learning_rate::{self, SharedLearningRate},
     memory::{Measured, RowTensors, Seen, Watch},
     observe::Measurement,
-    ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share},
+    ops::{AopLayer, AopStep, Bias, InputStep, MemAopOps, RowMemory, Share},
     schedule,
 };
 
@@ -142,7 +142,7 @@ fn propagate<B>(
     let grad = flatten::<B>(grad);
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        let gradient = B::float_matmul(grad.clone(), B::float_transpose(weight));
+        let gradient = input_gradient::<B>(grad.clone(), weight, &state.layer);
         grads.register::<B>(node, B::float_reshape(gradient, shape));
     }
     let sums = match weight_node {
@@ -161,6 +161,27 @@ fn propagate<B>(
         let gradient = gradient.unwrap_or_else(|| B::linear_bias_backward(grad));
         grads.register::<B>(node, gradient);
     }
+}
+
+/// The gradient of the input, as the layer's step comes to it.
+fn input_gradient<B: MemAopOps>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    AopLayer { config, memory }: &AopLayer,
+) -> FloatTensor<B> {
+    let rows = grad.shape()[0];
+    let k = config.input_gradient.k(rows);
+    let progress = memory.lock().progress;
+    if k >= rows || schedule::is_exact_for_now(config, &progress, rows) {
+        return B::float_matmul(grad, B::float_transpose(weight));
+    }
+    let step = InputStep {
+        k,
+        sampled: matches!(config.input_gradient, InputGradient::Sampled { .. }),
+        seed: config.seed,
+        step: progress.step,
+    };
+    B::memaop_input_gradient(grad, weight, step)
 }
 
 /// Takes the layer's memory out, computes the gradient with it, and puts the new memory back. The

@@ -34,6 +34,9 @@ pub struct AopConfig {
     /// The precision in which the memory is kept.
     #[config(default = "MemoryPrecision::Full")]
     pub memory_precision: MemoryPrecision,
+    /// Which rows of the gradient of the input are computed.
+    #[config(default = "InputGradient::Exact")]
+    pub input_gradient: InputGradient,
     /// How K changes from step to step.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
@@ -190,6 +193,45 @@ pub enum MemoryPrecision {
     BF16,
 }
 
+/// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
+///
+/// As many as `max(minimum, round(ratio * M))`. The gradient of the input is the other product of the backward
+/// pass; unlike the weight gradient's, what it leaves out is not given back by a memory, and it
+/// reaches all layers below. Rows whose gradient is not finite are zero.
+///
+/// Exact while a [`Schedule`] makes all rows exact, and where the weight is frozen.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub enum InputGradient {
+    /// All of them.
+    Exact,
+    /// The rows with the largest `|g|`. Biased towards them.
+    Largest {
+        /// The share of the rows, in `(0, 1]`.
+        ratio: f64,
+        /// The least number of rows, at least 1.
+        minimum: usize,
+    },
+    /// Systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times `1 / p_m`. Unbiased.
+    Sampled {
+        /// The share of the rows, in `(0, 1]`.
+        ratio: f64,
+        /// The least number of rows, at least 1.
+        minimum: usize,
+    },
+}
+
+impl InputGradient {
+    /// The number of rows computed in a batch of `rows` rows.
+    pub fn k(self, rows: usize) -> usize {
+        match self {
+            Self::Exact => rows,
+            Self::Largest { ratio, minimum } | Self::Sampled { ratio, minimum } => {
+                OuterProducts::Ratio { ratio, minimum }.k(rows).min(rows)
+            }
+        }
+    }
+}
+
 /// How the number K of outer products changes from step to step.
 ///
 /// Steps are the layer's backward passes. While K is M the gradient is exact, and the memory is
@@ -240,6 +282,12 @@ pub enum AopConfigError {
     /// A minimum of 0.
     #[error("AopConfig.outer_products: the minimum must be at least 1, but got {0}")]
     Minimum(usize),
+    /// A ratio of rows outside `(0, 1]`.
+    #[error("AopConfig.input_gradient: the ratio must be in (0, 1], but got {0}")]
+    InputRatio(f64),
+    /// A minimum of 0 rows.
+    #[error("AopConfig.input_gradient: the minimum must be at least 1, but got {0}")]
+    InputMinimum(usize),
     /// A decay outside `[0, 1]`.
     #[error("AopConfig.memory: the decay must be in [0, 1], but got {0}")]
     Decay(f64),
@@ -266,8 +314,11 @@ pub enum AopConfigError {
 }
 
 impl AopConfig {
-    /// Whether the gradient of a batch of `rows` rows is exact at every step.
+    /// Whether the gradients of a batch of `rows` rows are exact at every step.
     pub fn is_exact(&self, rows: usize) -> bool {
+        if self.input_gradient.k(rows) < rows {
+            return false;
+        }
         match self.schedule {
             Schedule::Adaptive { .. } => rows <= 1,
             _ => self.outer_products.k(rows) >= rows,
@@ -287,6 +338,18 @@ impl AopConfig {
             }
             OuterProducts::Ratio { minimum: 0, .. } => return Err(AopConfigError::Minimum(0)),
             OuterProducts::Count(_) | OuterProducts::Ratio { .. } => {}
+        }
+        match self.input_gradient {
+            InputGradient::Largest { ratio, .. } | InputGradient::Sampled { ratio, .. }
+                if !(ratio > 0.0 && ratio <= 1.0) =>
+            {
+                return Err(AopConfigError::InputRatio(ratio));
+            }
+            InputGradient::Largest { minimum: 0, .. }
+            | InputGradient::Sampled { minimum: 0, .. } => {
+                return Err(AopConfigError::InputMinimum(0));
+            }
+            _ => {}
         }
         if let Some(decay) = self.memory.decay()
             && !(0.0..=1.0).contains(&decay)

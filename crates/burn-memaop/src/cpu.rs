@@ -10,12 +10,12 @@ use burn::tensor::TensorData;
 
 mod rows;
 
-use self::rows::{Batch, Clear, FoldIn, Gather, Real, Rows, RowsMut, Score, in_parallel};
+use self::rows::{Batch, Clear, FoldIn, Gather, Norm, Real, Rows, RowsMut, Score, in_parallel};
 use crate::{
     config::{Memory, MemoryPrecision},
     gradient::{self, LEAST_DECAY},
     noise::StepNoise,
-    ops::{AopStep, Bias, RowMemory, Share, WeightGradient},
+    ops::{AopStep, Bias, InputStep, RowMemory, Share, WeightGradient},
     selection::{self, Selection},
 };
 
@@ -149,6 +149,49 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
         },
         share,
     }
+}
+
+/// The same result as the default body: a pass over the gradient, the product of the chosen rows,
+/// and their places in a matrix of zeros.
+pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    step: InputStep,
+) -> FloatTensor<B> {
+    let device = grad.device();
+    let grad = B::contiguous(grad);
+    let [rows, d_output] = grad.shape().dims();
+    let d_input = weight.shape()[0];
+    let values = Rows::new(B::values(&grad), d_output);
+
+    let mut sizes = vec![E::zero(); rows];
+    in_parallel(Norm {
+        rows: values,
+        norms: &mut sizes,
+    });
+    let read = sizes.iter().map(|&size| size.into()).collect();
+    let Selection {
+        rows: chosen,
+        weights,
+    } = selection::select_input(read, &step);
+    let weights = weights.unwrap_or_default();
+    let scales: Vec<_> = weights.into_iter().map(E::of).collect();
+    let mut panel = vec![E::zero(); chosen.len() * d_output];
+    in_parallel(Gather {
+        from: values,
+        scores: &sizes,
+        rows: &chosen,
+        scales: &scales,
+        panel: &mut panel,
+    });
+    let panel = from_values::<B, E>(panel, [chosen.len(), d_output], &device);
+    let product = B::contiguous(B::float_matmul(panel, B::float_transpose(weight)));
+
+    let mut gradient = vec![E::zero(); rows * d_input];
+    for (&row, values) in chosen.iter().zip(B::values(&product).chunks_exact(d_input)) {
+        gradient[row * d_input..][..d_input].copy_from_slice(values);
+    }
+    from_values::<B, E>(gradient, [rows, d_input], &device)
 }
 
 /// The chosen rows: which they are, and their two factors, contiguous.

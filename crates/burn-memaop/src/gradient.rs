@@ -10,8 +10,8 @@ use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData
 use crate::{
     config::{Memory, MemoryPrecision},
     noise::StepNoise,
-    ops::{AopStep, Bias, RowMemory, Share, WeightGradient},
-    selection,
+    ops::{AopStep, Bias, InputStep, RowMemory, Share, WeightGradient},
+    selection::{self, Selection},
 };
 
 /// A memory that shrinks more than this from step to step is left to this body: faster ones read
@@ -76,6 +76,34 @@ pub(crate) fn weight_gradient<B: Backend>(
 
 /// The factors of some positions of the memory, and their ages.
 type Kept<B> = (Factors<B>, FloatTensor<B>);
+
+pub(crate) fn input_gradient<B: Backend>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    step: InputStep,
+) -> FloatTensor<B> {
+    let dtype: FloatDType = grad.dtype().into();
+    let device = grad.device();
+    let rows = grad.shape()[0];
+    let d_input = weight.shape()[0];
+
+    let working = cast::<B>(grad.clone(), working_dtype(grad.dtype()));
+    let sizes = B::float_reshape(row_norms::<B>(&working), Shape::new([rows]));
+    let selection = selection::select_input(read::<B>(sizes.clone()), &step);
+    let chosen = Chosen::<B>::new(selection, &sizes);
+    let broken = B::bool_not(finite::<B>(B::float_select(sizes, 0, chosen.rows.clone())));
+    let panel = clear_rows::<B>(B::float_select(working, 0, chosen.rows.clone()), broken);
+    let panel = match chosen.weights {
+        None => panel,
+        Some(weights) => {
+            let count = weights.shape()[0];
+            B::float_mul(panel, B::float_reshape(weights, Shape::new([count, 1])))
+        }
+    };
+    let product = B::float_matmul(B::float_cast(panel, dtype), B::float_transpose(weight));
+    let zeros = B::float_zeros(Shape::new([rows, d_input]), &device, dtype);
+    B::float_select_assign(zeros, 0, chosen.rows, product, IndexingUpdateOp::Add)
+}
 
 /// `X^` and `G^` in at least single precision, the ages of their positions, and the rows of the
 /// memory beyond this batch, which take no part in the step.
@@ -194,16 +222,23 @@ struct Chosen<B: Backend> {
 /// Selects on the host; reads the scores, and so waits for the device, where the policy needs them.
 fn select<B: Backend>(scores: &FloatTensor<B>, rows: usize, step: &AopStep) -> Chosen<B> {
     let selection = selection::select(rows, step, || read::<B>(scores.clone()));
-    let device = scores.device();
-    let ints = get_or_init_device_settings::<B>(&device).int_dtype;
-    let chosen: Vec<_> = selection.rows.iter().map(|&row| row as i64).collect();
-    let shape = [chosen.len()];
-    let indices = TensorData::new(chosen, shape).convert_dtype(DType::from(ints));
-    Chosen {
-        rows: B::int_from_data(indices, &device),
-        weights: selection
-            .weights
-            .map(|weights| floats::<B>(weights, shape, scores)),
+    Chosen::new(selection, scores)
+}
+
+impl<B: Backend> Chosen<B> {
+    /// On the device and in the dtype of the scores.
+    fn new(selection: Selection, scores: &FloatTensor<B>) -> Self {
+        let device = scores.device();
+        let ints = get_or_init_device_settings::<B>(&device).int_dtype;
+        let chosen: Vec<_> = selection.rows.iter().map(|&row| row as i64).collect();
+        let shape = [chosen.len()];
+        let indices = TensorData::new(chosen, shape).convert_dtype(DType::from(ints));
+        Self {
+            rows: B::int_from_data(indices, &device),
+            weights: selection
+                .weights
+                .map(|weights| floats::<B>(weights, shape, scores)),
+        }
     }
 }
 

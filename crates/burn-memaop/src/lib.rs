@@ -86,13 +86,14 @@ pub mod train;
 mod tree;
 
 pub use config::{
-    AopConfig, AopConfigError, Memory, MemoryPrecision, OuterProducts, Policy, Schedule,
+    AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, OuterProducts, Policy,
+    Schedule,
 };
 pub use learning_rate::{LearningRateError, SharedLearningRate};
 pub use linear::{MemAopLinear, MemAopLinearConfig};
 pub use memory::MemoryStats;
 pub use observe::{AopObserver, AopReport, LayerReport, Measured};
-pub use ops::{AopLayer, AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient};
+pub use ops::{AopLayer, AopStep, Bias, InputStep, MemAopOps, RowMemory, Share, WeightGradient};
 
 /// Compiles the code of the README.
 #[cfg(doctest)]

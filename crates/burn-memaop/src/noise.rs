@@ -60,6 +60,11 @@ impl StepNoise {
         -(-uniform.ln()).ln()
     }
 
+    /// A uniform number in `(0, 1)` for the whole step, independent of those of the rows' words.
+    pub(crate) fn step_uniform(&self) -> f64 {
+        (f64::from(self.block(0)[2]) + 0.5) / f64::from(1u32 << 16).powi(2)
+    }
+
     /// 1 or -1 for `row`, independent of its word.
     pub(crate) fn sign(&self, row: usize) -> f64 {
         match self.block(row)[1] >> 31 {

@@ -90,6 +90,19 @@ pub struct AopStep {
     pub measure: bool,
 }
 
+/// The settings of one approximate input gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct InputStep {
+    /// The number of rows, from 1 to that of the batch.
+    pub k: usize,
+    /// Whether they are drawn and weighted, and not the largest.
+    pub sampled: bool,
+    /// The seed of the noise.
+    pub seed: u64,
+    /// The number of gradients the layer has computed before this one.
+    pub step: u64,
+}
+
 /// What the autodiff operation needs to know of its layer.
 #[derive(Debug, Clone)]
 pub struct AopLayer {
@@ -149,5 +162,21 @@ pub trait MemAopOps: Backend {
     ) -> WeightGradient<Self> {
         debug_assert_eq!(input.shape()[0], grad.shape()[0]);
         gradient::weight_gradient::<Self>(input, grad, memory, step)
+    }
+
+    /// `grad @ weight^T` for some of the rows, zero in the others.
+    ///
+    /// # Shapes
+    ///
+    /// - grad: `[rows, d_output]`
+    /// - weight: `[d_input, d_output]`
+    /// - output: `[rows, d_input]`
+    #[allow(unused_variables)]
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        gradient::input_gradient::<Self>(grad, weight, step)
     }
 }

@@ -46,6 +46,11 @@ pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
     }
 }
 
+/// Whether the schedule takes all rows at this step, and fewer later.
+pub(crate) fn is_exact_for_now(config: &AopConfig, progress: &Progress, rows: usize) -> bool {
+    config.outer_products.k(rows) < rows && k(config, progress, rows) >= rows
+}
+
 /// Whether the step measures the share of its rows, to be read `interval` steps later.
 pub(crate) fn measures(config: &AopConfig, step: u64) -> bool {
     match config.schedule {

@@ -2,7 +2,11 @@
 
 use std::cmp::Ordering;
 
-use crate::{config::Policy, noise::StepNoise, ops::AopStep};
+use crate::{
+    config::Policy,
+    noise::StepNoise,
+    ops::{AopStep, InputStep},
+};
 
 /// The chosen rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +67,28 @@ pub(crate) fn select(rows: usize, step: &AopStep, scores: impl FnOnce() -> Vec<f
             column_row(&scores, winners, k, &noise)
         }
     }
+}
+
+/// Chooses among rows of the gradient of the input, of which `sizes` are the norms of the gradient
+/// of the output. Rows that would be zero are not among them.
+pub(crate) fn select_input(sizes: Vec<f64>, step: &InputStep) -> Selection {
+    let sizes = finite(sizes);
+    let noise = StepNoise {
+        seed: step.seed,
+        step: step.step,
+    };
+    let all = match step.sampled {
+        true => systematic(&sizes, step.k, noise.step_uniform()),
+        false => Selection::unweighted(largest(&sizes, step.k)),
+    };
+    let weights = all.weights.unwrap_or_else(|| vec![1.0; all.rows.len()]);
+    let mut rows: Vec<_> = all.rows.into_iter().zip(weights).collect();
+    // A product needs a row.
+    if rows.iter().any(|&(row, weight)| sizes[row] * weight > 0.0) {
+        rows.retain(|&(row, weight)| sizes[row] * weight > 0.0);
+    }
+    let (rows, weights) = rows.into_iter().unzip();
+    Selection::weighted(rows, weights)
 }
 
 fn finite(mut scores: Vec<f64>) -> Vec<f64> {

@@ -8,4 +8,6 @@ pub mod parallel;
 pub mod statistics;
 
 pub use backend::Backend;
-pub use options::{AopOptions, MemoryOption, MemoryPrecisionOption, PolicyOption};
+pub use options::{
+    AopOptions, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
+};

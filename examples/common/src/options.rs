@@ -1,5 +1,5 @@
 use anyhow::Result;
-use burn_memaop::{AopConfig, Memory, MemoryPrecision, OuterProducts, Policy};
+use burn_memaop::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, Policy};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -93,6 +93,30 @@ impl MemoryPrecisionOption {
     }
 }
 
+/// The gradient of the input on the command line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct InputGradientOptions {
+    /// Rows of the gradient of the input that are computed, as a share of the batch [default: all]
+    #[arg(long)]
+    pub dx_ratio: Option<f64>,
+    /// Samples them without bias, in place of the largest
+    #[arg(long, requires = "dx_ratio")]
+    pub dx_sampled: bool,
+}
+
+impl InputGradientOptions {
+    /// The gradient of the input that is asked for.
+    pub fn input_gradient(self) -> InputGradient {
+        let minimum = 1;
+        match self.dx_ratio {
+            None => InputGradient::Exact,
+            Some(ratio) if self.dx_sampled => InputGradient::Sampled { ratio, minimum },
+            Some(ratio) => InputGradient::Largest { ratio, minimum },
+        }
+    }
+}
+
 /// The options of a `MemAopLinear`.
 #[derive(Debug, Clone, Args)]
 pub struct AopOptions {
@@ -115,6 +139,8 @@ pub struct AopOptions {
     /// The precision in which the memory is kept
     #[arg(long, value_enum, default_value_t)]
     pub memory_precision: MemoryPrecisionOption,
+    #[command(flatten)]
+    pub input_gradient: InputGradientOptions,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -144,6 +170,7 @@ impl AopOptions {
             .with_policy(policy)
             .with_memory(memory.memory(decay))
             .with_memory_precision(self.memory_precision.precision())
+            .with_input_gradient(self.input_gradient.input_gradient())
             .with_cost_rule(!self.no_cost_rule)
             .with_seed(seed);
         config.validate()?;

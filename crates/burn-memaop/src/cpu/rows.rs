@@ -182,6 +182,40 @@ impl<E: Real> RowWork for Score<'_, E> {
     }
 }
 
+/// Writes the norm of every row.
+pub(super) struct Norm<'a, E> {
+    pub(super) rows: Rows<'a, E>,
+    pub(super) norms: &'a mut [E],
+}
+
+impl<E: Real> RowWork for Norm<'_, E> {
+    type Output = ();
+
+    fn rows(&self) -> usize {
+        self.norms.len()
+    }
+
+    fn width(&self) -> usize {
+        self.rows.width
+    }
+
+    fn split_at(self, row: usize) -> (Self, Self) {
+        let (first, second) = self.rows.split_at(row);
+        let norms = self.norms.split_at_mut(row);
+        let work = |rows, norms| Self { rows, norms };
+        (work(first, norms.0), work(second, norms.1))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        for (row, norm) in self.norms.iter_mut().enumerate() {
+            *norm = square_sum(self.rows.row(row)).sqrt();
+        }
+    }
+
+    fn join((): (), (): ()) {}
+}
+
 /// Folds the batch into the memory, which then holds `x^` and `g^` times `decay`, and writes
 /// `|x^| |g^|` of every row; returns the sum of the rows `g`.
 pub(super) struct FoldIn<'a, E> {

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{layer, observe, operation};
+use crate::{input_gradient, layer, observe, operation};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -34,8 +34,17 @@ macro_rules! suite {
                 equal_seeds_draw_the_rows_of_the_oracle,
             );
 
+            checks!($device; input_gradient:
+                input_gradients_equal_their_definition,
+                zero_and_broken_rows_stay_zero,
+            );
+
             mod autodiff {
                 use super::*;
+
+                checks!($device.map(Device::autodiff); input_gradient:
+                    only_the_gradient_of_the_input_changes,
+                );
 
                 checks!($device.map(Device::autodiff); layer:
                     layer_equals_the_oracle,

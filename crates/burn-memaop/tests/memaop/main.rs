@@ -5,6 +5,7 @@
 
 mod backends;
 mod errors;
+mod input_gradient;
 mod layer;
 mod learning_rate;
 mod memory;

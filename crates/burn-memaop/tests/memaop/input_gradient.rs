@@ -1,0 +1,220 @@
+//! The gradient of the input for some of the rows.
+
+use burn::{
+    backend::Dispatch,
+    nn::LinearConfig,
+    tensor::{DType, Device, Tensor},
+};
+use burn_memaop::{
+    AopConfig, InputGradient, InputStep, MemAopLinear, MemAopOps, OuterProducts, Schedule,
+};
+
+use crate::{
+    oracle::{inclusion_probabilities, philox},
+    support::{Matrix, Random, bits, published},
+};
+
+fn norm(row: &[f64]) -> f64 {
+    row.iter().map(|value| value * value).sum::<f64>().sqrt()
+}
+
+/// The rows and their weights, from the definitions.
+fn chosen(g: &Matrix, k: usize, sampled: bool, seed: u64, step: u64) -> Vec<(usize, f64)> {
+    let sizes: Vec<f64> = g.0.iter().map(|row| norm(row)).collect();
+    if !sampled {
+        let mut order: Vec<usize> = (0..sizes.len()).collect();
+        order.sort_by(|&a, &b| sizes[b].total_cmp(&sizes[a]));
+        return order[..k].iter().map(|&row| (row, 1.0)).collect();
+    }
+    let p = inclusion_probabilities(&sizes, k);
+    let start = (philox([0, 0, step], seed)[2] as f64 + 0.5) / 4_294_967_296.0;
+    let mut drawn = Vec::new();
+    let mut reached = start;
+    for (row, &p) in p.iter().enumerate() {
+        let before = reached;
+        reached += p;
+        if reached.floor() > before.floor() {
+            drawn.push((row, 1.0 / p));
+        }
+    }
+    drawn
+}
+
+fn expected(g: &Matrix, w: &Matrix, rows: &[(usize, f64)]) -> Matrix {
+    let mut gradient = Matrix::zeros(g.rows(), w.rows());
+    for &(row, weight) in rows {
+        for a in 0..w.rows() {
+            for b in 0..w.columns() {
+                gradient.0[row][a] += weight * g.0[row][b] * w.0[a][b];
+            }
+        }
+    }
+    gradient
+}
+
+fn gradient(device: &Device, dtype: DType, g: &Matrix, w: &Matrix, step: InputStep) -> Matrix {
+    let (g, w) = (g.tensor(device, dtype), w.tensor(device, dtype));
+    let gradient = Dispatch::memaop_input_gradient(g.into_dispatch(), w.into_dispatch(), step);
+    let gradient: Tensor<2> = Tensor::from_dispatch(gradient);
+    assert_eq!(gradient.dtype(), dtype);
+    Matrix::from_tensor(gradient)
+}
+
+pub fn input_gradients_equal_their_definition(device: &Device) {
+    let mut random = Random(71);
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::F16, 5e-3)] {
+        if !device.supports_dtype(dtype) {
+            continue;
+        }
+        for (m, n, p) in [
+            (2, 1, 1),
+            (13, 5, 3),
+            (64, 8, 12),
+            (65, 7, 9),
+            (1000, 3, 65),
+        ] {
+            let w = random.matrix(n, p).rounded(dtype);
+            for sampled in [false, true] {
+                for k in [1, m / 4, m - 1] {
+                    let k = k.max(1);
+                    let (seed, step) = (9, 1 << 33 | 5);
+                    let g = random.matrix(m, p).rounded(dtype);
+                    let rows = chosen(&g, k, sampled, seed, step);
+                    let settings = InputStep {
+                        k,
+                        sampled,
+                        seed,
+                        step,
+                    };
+                    let found = gradient(device, dtype, &g, &w, settings);
+                    let error = found.relative_error(&expected(&g, &w, &rows));
+                    assert!(
+                        error < tolerance,
+                        "{dtype:?} {m} {n} {p} {k} {sampled}: {error:e}"
+                    );
+                    // What is left out is zero, not small.
+                    let zero = (0..m).filter(|&row| found.0[row].iter().all(|&v| v == 0.0));
+                    assert_eq!(zero.count(), m - rows.len(), "{m} {k} {sampled}");
+                }
+            }
+        }
+    }
+}
+
+pub fn zero_and_broken_rows_stay_zero(device: &Device) {
+    let mut random = Random(72);
+    let w = random.matrix(4, 3);
+    for sampled in [false, true] {
+        let mut g = random.matrix(10, 3);
+        for row in [0, 3, 4, 8, 9] {
+            g.0[row] = vec![0.0; 3];
+        }
+        g.0[5][1] = f64::NAN;
+        g.0[6][0] = f64::INFINITY;
+        let settings = InputStep {
+            k: 8,
+            sampled,
+            seed: 1,
+            step: 0,
+        };
+        let found = gradient(device, DType::F32, &g, &w, settings);
+        let kept = [1, 2, 7].map(|row| (row, 1.0));
+        let error = found.relative_error(&expected(&g, &w, &kept));
+        assert!(error < 1e-5, "{sampled}: {error:e}");
+
+        let zeros = gradient(device, DType::F32, &Matrix::zeros(10, 3), &w, settings);
+        assert_eq!(zeros, Matrix::zeros(10, 4));
+    }
+}
+
+#[test]
+fn sampled_rows_are_the_exact_gradient_on_average() {
+    let device = Device::flex();
+    let mut random = Random(73);
+    let (m, k, draws) = (20, 5, 4000);
+    let (g, w) = (random.matrix(m, 3), random.matrix(2, 3));
+    let all: Vec<_> = (0..m).map(|row| (row, 1.0)).collect();
+    let exact = expected(&g, &w, &all);
+    let mut mean = Matrix::zeros(m, 2);
+    let mut square = Matrix::zeros(m, 2);
+    for step in 0..draws {
+        let settings = InputStep {
+            k,
+            sampled: true,
+            seed: 4,
+            step,
+        };
+        let found = gradient(&device, DType::F32, &g, &w, settings);
+        for i in 0..m {
+            for j in 0..2 {
+                mean.0[i][j] += found.0[i][j] / draws as f64;
+                square.0[i][j] += found.0[i][j].powi(2) / draws as f64;
+            }
+        }
+    }
+    for i in 0..m {
+        for j in 0..2 {
+            let deviation = (square.0[i][j] - mean.0[i][j].powi(2)).max(0.0).sqrt();
+            let error = deviation / (draws as f64).sqrt();
+            let distance = (mean.0[i][j] - exact.0[i][j]).abs();
+            assert!(distance < 5.0 * error + 1e-5, "{i} {j}: {distance} {error}");
+        }
+    }
+}
+
+/// In a layer: some rows of the gradient of the input, and all else as it was.
+pub fn only_the_gradient_of_the_input_changes(device: &Device) {
+    let (m, n, p) = (12, 6, 4);
+    let linear = LinearConfig::new(n, p).init(device);
+    let exact = published().with_outer_products(OuterProducts::Count(5));
+    let some = |ratio| InputGradient::Largest { ratio, minimum: 1 };
+    let mut random = Random(74);
+    let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+    let w = Matrix::from_tensor(linear.weight.val().inner());
+    let backward = |aop: AopConfig| {
+        let layer = MemAopLinear::from_linear(linear.clone(), aop);
+        let input = x.tensor(device, DType::F32).require_grad();
+        let output = layer.forward(input.clone());
+        let grads = (output * g.tensor(device, DType::F32)).sum().backward();
+        let weight = bits(layer.weight.grad(&grads).unwrap());
+        let bias = bits(layer.bias.as_ref().unwrap().grad(&grads).unwrap());
+        (
+            Matrix::from_tensor(input.grad(&grads).unwrap()),
+            weight,
+            bias,
+        )
+    };
+    let (all, weight, bias) = backward(exact);
+    let (quarter, same_weight, same_bias) = backward(exact.with_input_gradient(some(0.25)));
+    assert_eq!((weight, bias), (same_weight, same_bias));
+    let rows = chosen(&g, 3, false, 0, 0);
+    assert!(quarter.relative_error(&expected(&g, &w, &rows)) < 1e-5);
+    assert_eq!(backward(exact.with_input_gradient(some(1.0))).0, all);
+
+    // With exact gradients of the weight, and in the exact steps of a schedule.
+    let every_product = exact.with_outer_products(OuterProducts::Count(m));
+    let (quarter, _, _) = backward(every_product.with_input_gradient(some(0.25)));
+    assert!(quarter.relative_error(&expected(&g, &w, &rows)) < 1e-5);
+    let scheduled = exact
+        .with_input_gradient(some(0.25))
+        .with_schedule(Schedule::Constant { exact_steps: 1 });
+    assert_eq!(backward(scheduled).0, all);
+}
+
+#[test]
+fn bad_values_are_named() {
+    let config = |ratio, minimum| {
+        AopConfig::new().with_input_gradient(InputGradient::Sampled { ratio, minimum })
+    };
+    let message = |config: AopConfig| config.validate().unwrap_err().to_string();
+    assert_eq!(
+        message(config(1.5, 1)),
+        "AopConfig.input_gradient: the ratio must be in (0, 1], but got 1.5"
+    );
+    assert!(message(config(f64::NAN, 1)).contains("NaN"));
+    assert_eq!(
+        message(config(0.5, 0)),
+        "AopConfig.input_gradient: the minimum must be at least 1, but got 0"
+    );
+    assert!(config(0.25, 1).validate().is_ok());
+}
