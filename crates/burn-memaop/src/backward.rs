@@ -15,12 +15,12 @@ use burn_autodiff::{
 };
 
 use crate::{
-    config::{InputGradient, Memory, Schedule},
+    config::{AopConfig, InputGradient, Memory, Schedule},
     learning_rate::{self, SharedLearningRate},
     memory::{Measured, RowTensors, Seen, Watch},
     observe::Measurement,
     ops::{AopLayer, AopStep, Bias, InputStep, MemAopOps, RowMemory, Share},
-    schedule,
+    schedule::{self, Progress},
 };
 
 impl<B, C> MemAopOps for Autodiff<B, C>
@@ -170,9 +170,9 @@ fn input_gradient<B: MemAopOps>(
     AopLayer { config, memory }: &AopLayer,
 ) -> FloatTensor<B> {
     let rows = grad.shape()[0];
-    let k = config.input_gradient.k(rows);
     let progress = memory.lock().progress;
-    if k >= rows || schedule::is_exact_for_now(config, &progress, rows) {
+    let k = input_rows(config, &progress, rows);
+    if k >= rows {
         return B::float_matmul(grad, B::float_transpose(weight));
     }
     let step = InputStep {
@@ -182,6 +182,13 @@ fn input_gradient<B: MemAopOps>(
         step: progress.step,
     };
     B::memaop_input_gradient(grad, weight, step)
+}
+
+fn input_rows(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
+    match schedule::is_exact_for_now(config, progress, rows) {
+        true => rows,
+        false => config.input_gradient.k(rows),
+    }
 }
 
 /// Takes the layer's memory out, computes the gradient with it, and puts the new memory back. The
@@ -223,14 +230,15 @@ where
         bias,
         measure: adapts || due.is_some(),
     };
-    state.progress.step += 1;
-    state.progress.k = k;
     state.watch.seen = Some(Seen {
         step: step.step,
         k: k.min(rows),
         rows,
+        input_rows: input_rows(config, &state.progress, rows),
         measurement: None,
     });
+    state.progress.step += 1;
+    state.progress.k = k;
     if k >= rows {
         return (B::linear_weight_backward(input, grad), Bias::None);
     }

@@ -110,6 +110,8 @@ pub(crate) struct Seen {
     pub(crate) step: u64,
     pub(crate) k: usize,
     pub(crate) rows: usize,
+    /// The rows of the gradient of the input that were computed, if it was asked for.
+    pub(crate) input_rows: usize,
     pub(crate) measurement: Option<Arc<Measurement>>,
 }
 
@@ -265,6 +267,7 @@ impl RowMemoryModule {
                 step: state.progress.step,
                 k: rows,
                 rows,
+                input_rows: rows,
                 measurement: None,
             });
         }

@@ -87,6 +87,7 @@ impl AopObserver {
                 step: seen.step,
                 outer_products: seen.k,
                 rows: seen.rows,
+                input_rows: seen.input_rows,
                 d_input: layer.d_input,
                 d_output: layer.d_output,
                 measurement: seen.measurement,
@@ -131,6 +132,8 @@ pub struct LayerReport {
     pub outer_products: usize,
     /// M: the rows of the batch.
     pub rows: usize,
+    /// The rows of the gradient of the input that are computed, if it is asked for.
+    pub input_rows: usize,
     /// The inputs of the layer.
     pub d_input: usize,
     /// The outputs of the layer.
@@ -164,9 +167,10 @@ impl LayerReport {
         4.0 * self.rows as f64 * self.d_input as f64 * self.d_output as f64
     }
 
-    /// The operations of it that were saved: `2 (M - K) N P`.
+    /// The operations of it that were saved: `2 (M - K) N P`, and as much for the rows of the gradient
+    /// of the input that are left out.
     pub fn saved_flops(&self) -> f64 {
-        let left_out = self.rows.saturating_sub(self.outer_products);
+        let left_out = 2 * self.rows - self.outer_products - self.input_rows;
         2.0 * left_out as f64 * self.d_input as f64 * self.d_output as f64
     }
 }

@@ -6,8 +6,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, LayerReport, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts,
-    Policy,
+    AopConfig, AopObserver, InputGradient, LayerReport, MemAopLinear, MemAopLinearConfig, Memory,
+    OuterProducts, Policy,
 };
 
 use crate::{
@@ -88,6 +88,16 @@ fn all_layers_are_found_by_their_fields() {
     assert_eq!(report.layers[2].exact_flops(), 4.0 * 20.0 * 24.0);
     assert_eq!(report.layers[2].saved_flops(), 2.0 * 15.0 * 24.0);
     assert_eq!(report.layers[3].saved_flops(), 0.0);
+    let half = InputGradient::Largest {
+        ratio: 0.5,
+        minimum: 1,
+    };
+    let sparse = Model::new(aop.with_input_gradient(half), &device);
+    observer.observe(&sparse);
+    sparse.backward(input());
+    let report = observer.observe(&sparse);
+    assert_eq!(report.layers[2].input_rows, 10);
+    assert_eq!(report.layers[2].saved_flops(), 2.0 * (15.0 + 10.0) * 24.0);
     assert!(observer.observe(&model).layers.is_empty(), "told already");
 
     // Steps 0 and 2 are measured.

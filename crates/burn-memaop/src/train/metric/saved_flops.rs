@@ -4,7 +4,7 @@ use super::{Average, numeric_metric};
 use crate::LayerReport;
 
 /// The floating-point operations that are saved of the backward passes of the layers (of weight and input
-/// together, so 50 % at most), in per cent.
+/// together; 50 % at most where the gradient of the input is exact), in per cent.
 #[derive(Clone)]
 pub struct AopSavedFlopsMetric(Average);
 
