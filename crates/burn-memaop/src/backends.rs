@@ -19,12 +19,11 @@ use {burn::tensor::Element, bytemuck::Pod};
 ))]
 use crate::ops::MemAopOps;
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
-use crate::ops::{AopStep, RowMemory, WeightGradient};
+use crate::ops::{AopStep, InputStep, RowMemory, WeightGradient};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::{
     cpu::{self, HostTensors},
     gradient,
-    ops::InputStep,
 };
 #[cfg(feature = "cubecl-backend")]
 use crate::{cube, fusion};
@@ -137,6 +136,14 @@ impl MemAopOps for burn_cubecl::CubeBackend {
     ) -> WeightGradient<Self> {
         cube::weight_gradient(input, grad, memory, step)
     }
+
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        cube::input_gradient(grad, weight, step)
+    }
 }
 
 // With and without the feature `fusion` of this crate: Burn's own features can turn Fusion on too.
@@ -149,6 +156,14 @@ impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusio
         step: AopStep,
     ) -> WeightGradient<Self> {
         fusion::weight_gradient::<B>(input, grad, memory, step)
+    }
+
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        fusion::input_gradient::<B>(grad, weight, step)
     }
 }
 

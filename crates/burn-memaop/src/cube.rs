@@ -28,8 +28,9 @@ mod select;
 mod units;
 
 use crate::{
+    config::Memory,
     gradient::{self, LEAST_DECAY},
-    ops::{AopStep, Bias, RowMemory, WeightGradient},
+    ops::{AopStep, Bias, InputStep, RowMemory, WeightGradient},
 };
 
 pub(crate) fn weight_gradient(
@@ -39,7 +40,8 @@ pub(crate) fn weight_gradient(
     step: AopStep,
 ) -> WeightGradient<CubeBackend> {
     let units = input.client.properties().hardware.max_units_per_cube;
-    if let Err(reason) = supported(input.dtype, input.shape()[0], units, &step) {
+    let supported = supported(input.dtype, input.shape()[0], units);
+    if let Err(reason) = supported.and_then(|()| supports_decay(step.memory)) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
             log::warn!(
@@ -84,14 +86,32 @@ pub(crate) fn weight_gradient(
     }
 }
 
+/// The gradient of the input for some of the rows, in five launches and a matrix product.
+pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputStep) -> CubeTensor {
+    let (rows, d_input) = (grad.shape()[0], weight.shape()[0]);
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    if supported(grad.dtype, rows, units).is_err() {
+        return gradient::input_gradient::<CubeBackend>(grad, weight, step);
+    }
+    let grad = row_major(grad);
+    let sizes = fold::norms(&grad);
+    let chosen = select::choose_input(&sizes, &step);
+    let panel = gather::gather_rows(&grad, &sizes, &chosen);
+    let product = CubeBackend::float_matmul(panel, CubeBackend::float_transpose(weight));
+    let shape = Shape::new([rows, d_input]);
+    let gradient = CubeBackend::float_zeros(shape, &grad.device(), grad.dtype.into());
+    gather::scatter_rows(&row_major(product), &sizes, &chosen, &gradient);
+    gradient
+}
+
 /// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.
 const LEAST_UNITS: u32 = 256;
 /// The most rows, whose numbers the kernels keep in 32 bits.
 const MOST_ROWS: usize = 1 << 31;
 
-/// Whether the kernels can compute the gradient on a device with so many units in a cube, or why
-/// not.
-fn supported(dtype: DType, rows: usize, units: u32, step: &AopStep) -> Result<(), String> {
+/// Whether the kernels can take so many rows of such a type on a device with so many units in a cube,
+/// or why not.
+fn supported(dtype: DType, rows: usize, units: u32) -> Result<(), String> {
     if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(format!(
             "they score rows in single precision, and the input is {dtype:?}"
@@ -107,7 +127,11 @@ fn supported(dtype: DType, rows: usize, units: u32, step: &AopStep) -> Result<()
             "they take at most {MOST_ROWS} rows, and the input has {rows}"
         ));
     }
-    match step.memory.decay() {
+    Ok(())
+}
+
+fn supports_decay(memory: Memory) -> Result<(), String> {
+    match memory.decay() {
         Some(decay) if decay < LEAST_DECAY => Err(format!(
             "they need a decay of at least {LEAST_DECAY}, and that of the memory is {decay}"
         )),
@@ -218,28 +242,16 @@ fn elem_type(dtype: DType) -> ElemType {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Memory, MemoryPrecision, Policy};
 
     #[test]
     fn what_the_kernels_cannot_do_is_told_with_the_reason() {
-        let step = |memory| AopStep {
-            k: 1,
-            policy: Policy::TopK,
-            memory,
-            memory_precision: MemoryPrecision::Full,
-            seed: 0,
-            step: 0,
-            bias: false,
-            measure: false,
-        };
-        let none = step(Memory::None);
-        assert_eq!(supported(DType::F16, 262_144, 256, &none), Ok(()));
-        let short = step(Memory::Published { decay: 0.0 });
+        assert_eq!(supported(DType::F16, 262_144, 256), Ok(()));
+        assert_eq!(supports_decay(Memory::Balanced { decay: 0.9 }), Ok(()));
         for (found, reason) in [
-            (supported(DType::F64, 10, 256, &none), "F64"),
-            (supported(DType::F32, 10, 64, &none), "the device has 64"),
-            (supported(DType::F32, 1 << 32, 256, &none), "4294967296"),
-            (supported(DType::F32, 10, 256, &short), "decay"),
+            (supported(DType::F64, 10, 256), "F64"),
+            (supported(DType::F32, 10, 64), "the device has 64"),
+            (supported(DType::F32, 1 << 32, 256), "4294967296"),
+            (supports_decay(Memory::Published { decay: 0.0 }), "decay"),
         ] {
             let message = found.unwrap_err();
             assert!(message.contains(reason), "{message}");

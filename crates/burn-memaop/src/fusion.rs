@@ -1,15 +1,17 @@
-//! The approximate weight gradient under Fusion: one operation in the stream, executed by the inner
+//! The approximate gradients under Fusion: each one operation in the stream, executed by the inner
 //! backend when the stream is, so that nothing is flushed for it.
 
 use burn::tensor::{DType, Shape};
 use burn_fusion::{
     ExecutionError, Fusion, FusionBackend, FusionRuntime, FusionTensor,
-    custom::{CustomOpIr, HandleContainer, Operation, OperationIr, StreamId, TensorIr},
+    custom::{
+        CustomOpIr, HandleContainer, Operation, OperationIr, OperationOutput, StreamId, TensorIr,
+    },
 };
 
 use crate::{
     gradient,
-    ops::{AopStep, Bias, MemAopOps, RowMemory, Share, WeightGradient},
+    ops::{AopStep, Bias, InputStep, MemAopOps, RowMemory, Share, WeightGradient},
 };
 
 type Handles<B> =
@@ -86,6 +88,48 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
             true => Share::Measured(next()),
             false => Share::Skipped,
         },
+    }
+}
+
+pub(crate) fn input_gradient<B: FusionBackend + MemAopOps>(
+    grad: FusionTensor<B::FusionRuntime>,
+    weight: FusionTensor<B::FusionRuntime>,
+    step: InputStep,
+) -> FusionTensor<B::FusionRuntime> {
+    let client = grad.client.clone();
+    let shape = Shape::new([grad.shape[0], weight.shape[0]]);
+    let output = TensorIr::uninit(client.create_empty_handle(), shape, grad.dtype);
+    let inputs = [grad.into_ir(), weight.into_ir()];
+    let description = CustomOpIr::new("memaop_input_gradient", &inputs, &[output]);
+    let operation = ExecuteInput::<B> {
+        description: description.clone(),
+        step,
+        backend: core::marker::PhantomData,
+    };
+    client
+        .register(
+            StreamId::current(),
+            OperationIr::Custom(description),
+            operation,
+        )
+        .output()
+}
+
+#[derive(Debug)]
+struct ExecuteInput<B> {
+    description: CustomOpIr,
+    step: InputStep,
+    backend: core::marker::PhantomData<B>,
+}
+
+impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for ExecuteInput<B> {
+    fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
+        let ([grad, weight], [output]) = self.description.as_fixed();
+        let grad = handles.get_float_tensor::<B>(grad);
+        let weight = handles.get_float_tensor::<B>(weight);
+        let gradient = B::memaop_input_gradient(grad, weight, self.step);
+        handles.register_float_tensor::<B>(&output.id, gradient);
+        Ok(())
     }
 }
 

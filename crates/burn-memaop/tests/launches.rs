@@ -14,8 +14,8 @@ use burn::{
 };
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopObserver, AopStep, MemAopLinearConfig, MemAopOps, Memory, MemoryPrecision,
-    OuterProducts, Policy, RowMemory,
+    AopConfig, AopObserver, AopStep, InputStep, MemAopLinearConfig, MemAopOps, Memory,
+    MemoryPrecision, OuterProducts, Policy, RowMemory,
 };
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -98,6 +98,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
     assert!(!kernels.is_empty() && reads == 1, "{kernels:?} {reads}");
 
     operation(&device);
+    input_gradient(&device);
     host_selection_is_reported(&device);
     layer(&device);
 }
@@ -150,6 +151,26 @@ fn operation(device: &Device) {
             assert_eq!(kernels.len() - products, 3, "{context}");
             assert_eq!(reads, 0, "{context}");
         }
+    }
+}
+
+fn input_gradient(device: &Device) {
+    let grad = random([200, 24], device, DType::F32);
+    let weight = random([40, 24], device, DType::F32);
+    for sampled in [false, true] {
+        let step = InputStep {
+            k: 50,
+            sampled,
+            seed: 1,
+            step: 0,
+        };
+        let (kernels, reads) = observe(device, || {
+            let (grad, weight) = (grad.clone().into_dispatch(), weight.clone().into_dispatch());
+            drop(Dispatch::memaop_input_gradient(grad, weight, step));
+        });
+        let products = kernels.iter().filter(|name| name.contains("matmul"));
+        assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
+        assert_eq!(reads, 0, "{kernels:?}");
     }
 }
 

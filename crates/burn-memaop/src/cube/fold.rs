@@ -42,6 +42,32 @@ pub(super) fn score(input: &CubeTensor, grad: &CubeTensor) -> CubeTensor {
     scores
 }
 
+/// The norm of every row, shape `[rows]`, in single precision.
+pub(super) fn norms(matrix: &CubeTensor) -> CubeTensor {
+    let rows = matrix.shape()[0];
+    let norms = empty(matrix, [rows], DType::F32);
+    let size = vector_size(&[matrix]);
+    let units = row_units([matrix, matrix], [size, size]);
+    let (count, dim) = cubes(matrix, rows, units);
+    // SAFETY: every index is below a count of rows times their stride, within the tensor.
+    unsafe {
+        norm_kernel::launch_unchecked(
+            &matrix.client,
+            count,
+            dim,
+            address_type(&[matrix]),
+            size,
+            matrix.clone().into_buffer_arg(),
+            norms.clone().into_buffer_arg(),
+            layout(matrix, size),
+            rows,
+            units,
+            elem_type(matrix.dtype),
+        );
+    }
+    norms
+}
+
 /// Folds the batch into the first rows of the memory, in place, and counts their ages; returns
 /// `|x^| |g^|` of every row, shape `[rows]`, in single precision.
 pub(super) fn fold_in(
@@ -92,6 +118,28 @@ pub(super) fn fold_in(
         );
     }
     scores
+}
+
+/// Writes the norm of every row.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn norm_kernel<T: Float, N: Size>(
+    values: &[Vector<T, N>],
+    norms: &mut [f32],
+    layout: RowLayout,
+    rows: usize,
+    #[comptime] units: u32,
+    #[define(T)] _dtype: ElemType,
+) {
+    let row = CUBE_POS;
+    if row >= rows {
+        terminate!();
+    }
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let sum = square_sum::<T, N>(values, row, &layout);
+    let sum = cube_sum(sum, &mut shared, units);
+    if UNIT_POS == 0 {
+        norms[row] = sum.sqrt();
+    }
 }
 
 /// Writes `|x| |g|` of every row.

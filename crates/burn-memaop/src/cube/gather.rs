@@ -1,4 +1,5 @@
-//! Gathers the chosen rows of both factors and clears them in the memory, in one launch.
+//! Gathers the chosen rows of both factors and clears them in the memory, in one launch; and for the
+//! gradient of the input, gathers rows of one matrix and puts those of another in their place.
 
 use burn::tensor::DType;
 use burn_cubecl::{cubecl, tensor::CubeTensor};
@@ -59,6 +60,97 @@ pub(super) fn gather(
         );
     }
     panels
+}
+
+/// The chosen rows of one matrix, contiguous, each times its weight; zeros in place of one whose
+/// size is not finite.
+pub(super) fn gather_rows(from: &CubeTensor, sizes: &CubeTensor, chosen: &Chosen) -> CubeTensor {
+    let k = chosen.rows.meta.shape()[0];
+    let panel = empty(sizes, [k, from.meta.shape()[1]], from.dtype);
+    move_rows(from, &panel, sizes, chosen, false);
+    panel
+}
+
+/// Puts the rows of a panel where the chosen ones came from, but for those without weight.
+pub(super) fn scatter_rows(
+    panel: &CubeTensor,
+    sizes: &CubeTensor,
+    chosen: &Chosen,
+    to: &CubeTensor,
+) {
+    move_rows(panel, to, sizes, chosen, true);
+}
+
+fn move_rows(
+    from: &CubeTensor,
+    to: &CubeTensor,
+    sizes: &CubeTensor,
+    chosen: &Chosen,
+    scatter: bool,
+) {
+    let k = chosen.rows.meta.shape()[0];
+    let size = vector_size(&[from, to]);
+    let (count, dim) = cubes(sizes, k, row_units([from, from], [size, size]));
+    // SAFETY: every index is below a count of rows times their stride, within its tensor; the
+    // chosen rows are below the number of sizes, which is that of the rows of the larger tensor.
+    unsafe {
+        move_kernel::launch_unchecked(
+            &sizes.client,
+            count,
+            dim,
+            address_type(&[from, to]),
+            size,
+            from.clone().into_buffer_arg(),
+            to.clone().into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            sizes.clone().into_buffer_arg(),
+            layout(from, size),
+            layout(to, size),
+            k,
+            scatter,
+            elem_type(from.dtype),
+        );
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn move_kernel<T: Float, N: Size>(
+    from: &[Vector<T, N>],
+    to: &mut [Vector<T, N>],
+    chosen: &[u32],
+    roots: &[f32],
+    sizes: &[f32],
+    from_rows: RowLayout,
+    to_rows: RowLayout,
+    k: usize,
+    #[comptime] scatter: bool,
+    #[define(T)] _dtype: ElemType,
+) {
+    let place = CUBE_POS;
+    if place >= k {
+        terminate!();
+    }
+    let row = chosen[place] as usize;
+    let root = roots[place];
+    if comptime!(scatter) {
+        // Places that were left over all name row 0.
+        if root > 0.0 {
+            copy::<T, T, N>(from, place, &from_rows, to, row, &to_rows, 1.0f32, true);
+        }
+    } else {
+        let finite = is_finite(sizes[row]);
+        copy::<T, T, N>(
+            from,
+            row,
+            &from_rows,
+            to,
+            place,
+            &to_rows,
+            root * root,
+            finite,
+        );
+    }
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

@@ -21,8 +21,9 @@ pub(super) fn arg(noise: StepNoise) -> NoiseLaunch {
 
 #[cube]
 impl Noise {
-    /// The first two words of the Philox block of a row: for the policy, and for the sign.
-    fn words(&self, row: u32) -> (u32, u32) {
+    /// The first three words of the Philox block of a row: for the policy, for the sign, and (of row
+    /// 0) for the gradient of the input.
+    fn words(&self, row: u32) -> (u32, u32, u32) {
         let mut c0 = row;
         let mut c1 = 0u32;
         let mut c2 = self.step_low;
@@ -42,7 +43,12 @@ impl Noise {
             k0 += comptime!(WEYL[0]);
             k1 += comptime!(WEYL[1]);
         }
-        (c0, c1)
+        (c0, c1, c2)
+    }
+
+    /// A uniform 32-bit word for the whole step, independent of those of the rows.
+    pub(super) fn step_word(&self) -> u32 {
+        self.words(0u32).2
     }
 
     /// A uniform 32-bit word for `row`.

@@ -23,7 +23,7 @@ use crate::{
     config::Policy,
     gradient,
     noise::StepNoise,
-    ops::{AopStep, Share},
+    ops::{AopStep, InputStep, Share},
     selection,
 };
 
@@ -45,18 +45,51 @@ enum Key {
     LogScorePlusNoise,
 }
 
+/// How many rows, from which noise.
+#[derive(Clone, Copy)]
+struct Draw {
+    k: usize,
+    noise: StepNoise,
+    /// Whether to measure the share.
+    measure: bool,
+}
+
 pub(super) fn choose(scores: &CubeTensor, step: &AopStep) -> Chosen {
     let rows = scores.shape()[0];
     let random_weight = rows as f64 / step.k as f64;
+    let draw = Draw {
+        k: step.k,
+        noise: StepNoise {
+            seed: step.seed,
+            step: step.step,
+        },
+        measure: step.measure,
+    };
     match step.policy {
-        Policy::TopK => largest(scores, step, Key::Score, 1.0),
-        Policy::RandK => largest(scores, step, Key::Noise, 1.0),
-        Policy::ScaledRandK => largest(scores, step, Key::Noise, random_weight),
-        Policy::WeightedK => largest(scores, step, Key::LogScorePlusNoise, 1.0),
-        Policy::Systematic => systematic(scores, step),
+        Policy::TopK => largest(scores, draw, Key::Score, 1.0),
+        Policy::RandK => largest(scores, draw, Key::Noise, 1.0),
+        Policy::ScaledRandK => largest(scores, draw, Key::Noise, random_weight),
+        Policy::WeightedK => largest(scores, draw, Key::LogScorePlusNoise, 1.0),
+        Policy::Systematic => systematic(scores, draw, false),
         // The number of rows of the first depends on the draw, and with it the shape of what
         // follows; the others draw with replacement.
         Policy::Bernoulli | Policy::ColumnRow | Policy::WinnerTakeAll => on_host(scores, step),
+    }
+}
+
+/// Rows of the gradient of the input, by the norms of the gradient of the output.
+pub(super) fn choose_input(sizes: &CubeTensor, step: &InputStep) -> Chosen {
+    let draw = Draw {
+        k: step.k,
+        noise: StepNoise {
+            seed: step.seed,
+            step: step.step,
+        },
+        measure: false,
+    };
+    match step.sampled {
+        true => systematic(sizes, draw, true),
+        false => largest(sizes, draw, Key::Score, 1.0),
     }
 }
 
@@ -93,12 +126,12 @@ fn units(scores: &CubeTensor) -> u32 {
     }
 }
 
-fn output(scores: &CubeTensor, step: &AopStep) -> (Chosen, CubeTensor) {
+fn output(scores: &CubeTensor, draw: Draw) -> (Chosen, CubeTensor) {
     let share = empty(scores, [1], DType::F32);
     let chosen = Chosen {
-        rows: empty(scores, [step.k], DType::U32),
-        roots: empty(scores, [step.k], DType::F32),
-        share: match step.measure {
+        rows: empty(scores, [draw.k], DType::U32),
+        roots: empty(scores, [draw.k], DType::F32),
+        share: match draw.measure {
             true => Share::Measured(share.clone()),
             false => Share::Skipped,
         },
@@ -106,18 +139,11 @@ fn output(scores: &CubeTensor, step: &AopStep) -> (Chosen, CubeTensor) {
     (chosen, share)
 }
 
-fn step_noise(step: &AopStep) -> StepNoise {
-    StepNoise {
-        seed: step.seed,
-        step: step.step,
-    }
-}
-
-fn largest(scores: &CubeTensor, step: &AopStep, key: Key, weight: f64) -> Chosen {
+fn largest(scores: &CubeTensor, draw: Draw, key: Key, weight: f64) -> Chosen {
     let rows = scores.shape()[0];
     let units = units(scores);
     let keys = empty(scores, [rows], DType::U32);
-    let (chosen, share) = output(scores, step);
+    let (chosen, share) = output(scores, draw);
     // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, `k` and 1.
     unsafe {
         largest_kernel::launch_unchecked(
@@ -130,11 +156,11 @@ fn largest(scores: &CubeTensor, step: &AopStep, key: Key, weight: f64) -> Chosen
             chosen.roots.clone().into_buffer_arg(),
             share.into_buffer_arg(),
             rows as u32,
-            step.k as u32,
+            draw.k as u32,
             weight.sqrt() as f32,
-            noise::arg(step_noise(step)),
+            noise::arg(draw.noise),
             key,
-            step.measure,
+            draw.measure,
             units,
         );
     }
@@ -278,9 +304,9 @@ fn write_share(carried: f32, all: f32, share: &mut [f32], #[comptime] units: u32
     }
 }
 
-fn systematic(scores: &CubeTensor, step: &AopStep) -> Chosen {
+fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
     let units = units(scores);
-    let (chosen, share) = output(scores, step);
+    let (chosen, share) = output(scores, draw);
     // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, `k` and 1.
     unsafe {
         systematic_kernel::launch_unchecked(
@@ -292,9 +318,10 @@ fn systematic(scores: &CubeTensor, step: &AopStep) -> Chosen {
             chosen.roots.clone().into_buffer_arg(),
             share.into_buffer_arg(),
             scores.shape()[0] as u32,
-            step.k as u32,
-            noise::arg(step_noise(step)),
-            step.measure,
+            draw.k as u32,
+            noise::arg(draw.noise),
+            draw.measure,
+            input,
             units,
         );
     }
@@ -314,6 +341,7 @@ fn systematic_kernel(
     k: u32,
     noise: Noise,
     #[comptime] measure: bool,
+    #[comptime] input: bool,
     #[comptime] units: u32,
 ) {
     let run = rows.div_ceil(units);
@@ -397,7 +425,12 @@ fn systematic_kernel(
         run_sum.fraction = next.fraction;
     }
     let up_to = fixed_prefix_sum(&run_sum, &mut wholes, &mut fractions, units);
-    let start = Fixed::new(0u32, noise.word(0u32));
+    let start = if comptime!(input) {
+        noise.step_word()
+    } else {
+        noise.word(0u32)
+    };
+    let start = Fixed::new(0u32, start);
     let mut reached = up_to.minus(&run_sum).plus(&start);
     let mut carried = 0.0f32;
     for row in first..end {
