@@ -4,8 +4,8 @@
 //! ```text
 //! cargo mnist
 //! cargo mnist --data DIR --plain
-//! cargo mnist --schedule cosine --follow-lr
-//! cargo mnist --resume
+//! cargo mnist --resume --epochs 10
+//! cargo mnist --out run-2 --policy topk --schedule cosine --follow-lr
 //! ```
 
 mod data;

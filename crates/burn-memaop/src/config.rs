@@ -195,11 +195,12 @@ pub enum MemoryPrecision {
 
 /// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
 ///
-/// As many as `max(minimum, round(ratio * M))`. The gradient of the input is the other product of the backward
-/// pass; unlike the weight gradient's, what it leaves out is not given back by a memory, and it
-/// reaches all layers below. Rows whose gradient is not finite are zero.
+/// As many as `max(minimum, round(ratio * M))`. The gradient of the input is the other product of
+/// the backward pass; unlike the weight gradient's, what it leaves out is not given back by a
+/// memory, and it is missing in all layers below. Rows whose gradient is not finite are zero.
 ///
-/// Exact while a [`Schedule`] makes all rows exact, and where the weight is frozen.
+/// Exact while a [`Schedule`] makes all rows exact, where the weight is frozen, and where the
+/// [cost rule](AopConfig::cost_rule) makes the layer exact.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub enum InputGradient {
     /// All of them.
@@ -211,7 +212,8 @@ pub enum InputGradient {
         /// The least number of rows, at least 1.
         minimum: usize,
     },
-    /// Systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times `1 / p_m`. Unbiased.
+    /// Systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times `1 / p_m`.
+    /// Unbiased.
     Sampled {
         /// The share of the rows, in `(0, 1]`.
         ratio: f64,

@@ -4,12 +4,12 @@ use burn::backend::DispatchDevice;
 
 use crate::config::{AopConfig, Memory};
 
-/// Whether the approximate weight gradient of a layer is expected to take less time than the exact
-/// one on this device.
+/// Whether the approximate gradients of a layer are expected to take less time than the exact ones on
+/// this device.
 ///
 /// Leaving out M - K of the M outer products saves `2 (M - K) N P` floating-point operations of a
 /// matrix product; the price is a pass over `M (N + P)` values, once or, with a memory, three
-/// times. On CPUs the rule compares the two per row, by the measured cost of a value in the pass
+/// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares the two per row, by the measured cost of a value in the pass
 /// in operations of the product. On other devices the approximation is always taken.
 pub(crate) fn pays(
     device: &DispatchDevice,
@@ -21,13 +21,17 @@ pub(crate) fn pays(
     if !is_cpu(device) {
         return true;
     }
-    let k = config.outer_products.k(rows).min(rows);
-    let saved = 2.0 * (1.0 - k as f64 / rows as f64) * d_input as f64 * d_output as f64;
-    let price = match config.memory {
+    let left_out = |k: usize| 1.0 - k.min(rows) as f64 / rows as f64;
+    let products = left_out(config.outer_products.k(rows));
+    let input_rows = left_out(config.input_gradient.k(rows));
+    let weight_pass = match config.memory {
+        _ if products == 0.0 => 0.0,
         Memory::None => READ,
         Memory::Published { .. } | Memory::Balanced { .. } => FOLD_IN,
     };
-    saved > price * (d_input + d_output) as f64 + ROW
+    let input_pass = if input_rows == 0.0 { 0.0 } else { READ };
+    let saved = 2.0 * (products + input_rows) * d_input as f64 * d_output as f64;
+    saved > (weight_pass + input_pass) * (d_input + d_output) as f64 + ROW
 }
 
 /// The cost of a value in the pass without a memory, in operations of a matrix product. As the
@@ -54,7 +58,7 @@ fn is_cpu(device: &DispatchDevice) -> bool {
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
-    use crate::config::{OuterProducts, Policy};
+    use crate::config::{InputGradient, OuterProducts, Policy};
 
     #[test]
     fn small_layers_are_exact_and_large_ones_are_not() {
@@ -83,5 +87,20 @@ mod tests {
             let found = [Memory::None, balanced].map(|m| pays(m, rows, k, d_input, d_output));
             assert_eq!(found, [without, with], "{rows} {k} {d_input} {d_output}");
         }
+    }
+
+    #[test]
+    fn rows_of_the_input_gradient_count_by_themselves() {
+        let device = burn::tensor::Device::flex();
+        let quarter = InputGradient::Largest {
+            ratio: 0.25,
+            minimum: 1,
+        };
+        let config = AopConfig::new()
+            .with_outer_products(OuterProducts::Count(512))
+            .with_input_gradient(quarter);
+        let pays = |d_output| super::pays(device.as_dispatch(), &config, 512, 784, d_output);
+        assert!(pays(512), "all outer products, but a quarter of the rows");
+        assert!(!pays(10));
     }
 }
