@@ -99,8 +99,8 @@ mod tests {
         let config = AopConfig::new()
             .with_outer_products(OuterProducts::Count(512))
             .with_input_gradient(quarter);
-        let pays = |d_output| super::pays(device.as_dispatch(), &config, 512, 784, d_output);
-        assert!(pays(512), "all outer products, but a quarter of the rows");
-        assert!(!pays(10));
+        let taken = |d_output| pays(device.as_dispatch(), &config, 512, 784, d_output);
+        assert!(taken(512), "all outer products, but a quarter of the rows");
+        assert!(!taken(10));
     }
 }
