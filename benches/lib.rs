@@ -13,8 +13,10 @@ use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption
 use serde::Serialize;
 
 mod observed;
+mod steps;
 
 pub use observed::{Observed, observe};
+pub use steps::{Size, Step, StepOptions, Training, step_table};
 
 /// What every benchmark can be told.
 #[derive(Args, Debug)]

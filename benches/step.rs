@@ -5,61 +5,34 @@
 //! cargo bench --bench step -- --width 1024 --m 1024 --k-ratio 0.125 --policy topk --memory balanced
 //! ```
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use burn::{
     module::{Module, ModuleDisplay},
     nn::{Linear, LinearConfig, loss::CrossEntropyLossConfig},
-    optim::{GradientsParams, ModuleOptimizer, SgdConfig},
+    optim::SgdConfig,
     tensor::{Device, Distribution, Int, Tensor, activation::relu},
 };
-use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
+use burn_memaop::{AopConfig, MemAopLinear};
 use clap::Parser;
-use memaop_benches::{Common, Method, Precision, interleaved, random};
-use memaop_examples::{
-    Backend, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
-};
-use serde::Serialize;
+use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
 
 const CLASSES: usize = 10;
 
-/// A training step of a perceptron width-width-width-10
+/// A training step of a perceptron width-...-width-10
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Inputs, and units in each of the two hidden layers
+    /// Inputs, and units in each hidden layer
     #[arg(long, default_value_t = 1024)]
     width: usize,
+    #[arg(long, default_value_t = 2)]
+    hidden: usize,
     /// Rows of the batch
     #[arg(long, default_value_t = 1024)]
     m: usize,
-    /// Outer products as a share of the batch; without it 1/4, 1/8 and 1/16
-    #[arg(long)]
-    k_ratio: Option<f64>,
-    /// Without it topk with balanced memory, topk without memory, and systematic
-    #[arg(long, value_enum)]
-    policy: Option<PolicyOption>,
-    #[arg(long, value_enum, requires = "policy")]
-    memory: Option<MemoryOption>,
     #[command(flatten)]
-    input_gradient: InputGradientOptions,
-}
-
-#[derive(Serialize)]
-struct Row {
-    backend: Backend,
-    dtype: Precision,
-    memory_precision: MemoryPrecisionOption,
-    width: usize,
-    m: usize,
-    k_ratio: f64,
-    policy: PolicyOption,
-    memory: MemoryOption,
-    #[serde(flatten)]
-    input_gradient: InputGradientOptions,
-    exact_ms: f64,
-    aop_ms: f64,
-    step_ratio: f64,
+    steps: StepOptions,
 }
 
 trait Dense: Module + ModuleDisplay {
@@ -80,58 +53,39 @@ impl Dense for MemAopLinear {
 
 #[derive(Module, Debug)]
 struct Mlp<L: Dense> {
-    layers: [L; 3],
+    layers: Vec<L>,
 }
 
 impl Mlp<Linear> {
-    fn new(width: usize, device: &Device) -> Self {
-        let outputs = [width, width, CLASSES];
+    fn new(width: usize, hidden: usize, device: &Device) -> Self {
+        let outputs = std::iter::repeat_n(width, hidden).chain([CLASSES]);
+        let layers = outputs.map(|outputs| LinearConfig::new(width, outputs).init(device));
         Self {
-            layers: outputs.map(|outputs| LinearConfig::new(width, outputs).init(device)),
+            layers: layers.collect(),
         }
     }
 
     fn with_memaop(self, aop: AopConfig) -> Mlp<MemAopLinear> {
+        let layers = self.layers.into_iter();
+        let layers = layers.map(|layer| MemAopLinear::from_linear(layer, aop));
         Mlp {
-            layers: self
-                .layers
-                .map(|layer| MemAopLinear::from_linear(layer, aop)),
+            layers: layers.collect(),
         }
     }
 }
 
 impl<L: Dense> Mlp<L> {
     fn forward(&self, input: Tensor<2>) -> Tensor<2> {
-        let [first, second, last] = &self.layers;
-        last.apply(relu(second.apply(relu(first.apply(input)))))
-    }
-}
-
-/// A training, step after step on one batch.
-struct Training<L: Dense> {
-    model: Option<Mlp<L>>,
-    optimizer: ModuleOptimizer,
-    images: Tensor<2>,
-    labels: Tensor<1, Int>,
-}
-
-impl<L: Dense> Training<L> {
-    fn new(model: Mlp<L>, images: &Tensor<2>, labels: &Tensor<1, Int>) -> Self {
-        Self {
-            model: Some(model),
-            optimizer: SgdConfig::new().init(),
-            images: images.clone(),
-            labels: labels.clone(),
-        }
+        let (last, hidden) = self.layers.split_last().expect("at least one layer");
+        let hidden = hidden
+            .iter()
+            .fold(input, |input, layer| relu(layer.apply(input)));
+        last.apply(hidden)
     }
 
-    fn step(&mut self) {
-        let model = self.model.take().expect("put back by every step");
-        let output = model.forward(self.images.clone());
-        let loss = CrossEntropyLossConfig::new().init(&self.images.device());
-        let loss = loss.forward(output, self.labels.clone());
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        self.model = Some(self.optimizer.step(1e-3, model, grads));
+    fn loss(&self, images: &Tensor<2>, labels: &Tensor<1, Int>) -> Tensor<1> {
+        let loss = CrossEntropyLossConfig::new().init(&images.device());
+        loss.forward(self.forward(images.clone()), labels.clone())
     }
 }
 
@@ -149,64 +103,24 @@ fn main() -> Result<()> {
     let images = random(m, width, &device, dtype).autodiff();
     let labels = Distribution::Uniform(0.0, CLASSES as f64);
     let labels = Tensor::<1>::random([m], labels, &device).int().autodiff();
-    let linear = dtype.cast(Mlp::new(width, &autodiff));
+    let linear = dtype.cast(Mlp::new(width, options.hidden, &autodiff));
 
-    println!(
-        "{:>6} {:>6} {:>7}  {:<20} {:>9} {:>9} {:>6}",
-        "width", "M", "K/M", "method", "exact", "aop", "ratio"
-    );
-    let mut rows = Vec::new();
-    for k_ratio in options
-        .k_ratio
-        .map_or(vec![0.25, 0.125, 0.0625], |k| vec![k])
-    {
-        for method in Method::selected(options.policy, options.memory) {
-            let outer_products = OuterProducts::Ratio {
-                ratio: k_ratio,
-                minimum: 1,
-            };
-            let config = method
-                .config(outer_products, &options.common)?
-                .with_input_gradient(options.input_gradient.input_gradient());
-            config.validate()?;
-            let mut exact = Training::new(linear.clone(), &images, &labels);
-            let memaop = linear.clone().with_memaop(config);
-            let mut memaop = Training::new(memaop, &images, &labels);
-            let times = interleaved(
-                &device,
-                options.common.repeats,
-                &mut [&mut || exact.step(), &mut || memaop.step()],
-            )?;
-            let [exact_ms, aop_ms] = times[..] else {
-                bail!("two sides were timed");
-            };
-            let row = Row {
-                backend: options.common.backend,
-                dtype,
-                memory_precision: options.common.memory_precision,
-                width,
-                m,
-                k_ratio,
-                policy: method.policy,
-                memory: method.memory,
-                input_gradient: options.input_gradient,
-                exact_ms,
-                aop_ms,
-                step_ratio: aop_ms / exact_ms,
-            };
-            println!(
-                "{:>6} {:>6} {:>7}  {:<20} {:>9.3} {:>9.3} {:>6.3}",
-                row.width,
-                row.m,
-                row.k_ratio,
-                method.name(),
-                row.exact_ms,
-                row.aop_ms,
-                row.step_ratio
-            );
-            rows.push(row);
-        }
-    }
-    println!("\nMilliseconds for forward, loss, backward and SGD.");
-    options.common.save(&rows)
+    let size = Size {
+        width,
+        depth: options.hidden,
+        m,
+    };
+    step_table(&options.common, &options.steps, size, &device, |aop| {
+        let (images, labels) = (&images, &labels);
+        let memaop = linear.clone().with_memaop(aop);
+        let sgd = || SgdConfig::new().init();
+        let mut exact = Training::new(linear.clone(), sgd(), |model: &Mlp<_>| {
+            model.loss(images, labels)
+        });
+        let mut memaop = Training::new(memaop, sgd(), |model: &Mlp<_>| model.loss(images, labels));
+        [
+            Box::new(move || exact.step()),
+            Box::new(move || memaop.step()),
+        ]
+    })
 }

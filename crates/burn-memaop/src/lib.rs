@@ -83,6 +83,7 @@ mod schedule;
 mod selection;
 #[cfg(feature = "train")]
 pub mod train;
+pub mod transformer;
 mod tree;
 
 pub use config::{

@@ -126,9 +126,14 @@ impl MemAopLinear {
 
     /// Gives the parameters back, with their ids, and drops the memory.
     pub fn into_linear(self) -> Linear {
+        self.to_linear()
+    }
+
+    /// A [`Linear`] on the same parameters.
+    pub(crate) fn to_linear(&self) -> Linear {
         Linear {
-            weight: self.weight,
-            bias: self.bias,
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
         }
     }
 

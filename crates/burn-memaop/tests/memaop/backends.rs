@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{input_gradient, layer, observe, operation};
+use crate::{input_gradient, layer, observe, operation, transformer};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -54,6 +54,11 @@ macro_rules! suite {
                 );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,
+                );
+                checks!($device.map(Device::autodiff); transformer:
+                    attention_equals_burns,
+                    feed_forward_equals_burns,
+                    encoder_equals_burns,
                 );
             }
 

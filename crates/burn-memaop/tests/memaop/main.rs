@@ -17,4 +17,5 @@ mod record;
 mod schedule;
 mod selection;
 mod support;
+mod transformer;
 mod unbiased;

@@ -1,0 +1,148 @@
+//! A table of whole training steps, exact and approximate.
+
+use anyhow::{Result, bail};
+use burn::{
+    module::Module,
+    optim::{GradientsParams, ModuleOptimizer},
+    tensor::{Device, Tensor},
+};
+use burn_memaop::{AopConfig, OuterProducts};
+use clap::Args;
+use memaop_examples::{
+    Backend, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
+};
+use serde::Serialize;
+
+use crate::{Common, Method, Precision, interleaved};
+
+/// The approximations of a table.
+#[derive(Args, Debug)]
+pub struct StepOptions {
+    /// Outer products as a share of the batch; without it 1/4, 1/8 and 1/16
+    #[arg(long)]
+    pub k_ratio: Option<f64>,
+    /// Without it topk with balanced memory, topk without memory, and systematic
+    #[arg(long, value_enum)]
+    pub policy: Option<PolicyOption>,
+    #[arg(long, value_enum, requires = "policy")]
+    pub memory: Option<MemoryOption>,
+    #[command(flatten)]
+    pub input_gradient: InputGradientOptions,
+}
+
+/// What a step is measured on.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Size {
+    /// Units in a layer, or the size of a token.
+    pub width: usize,
+    /// Hidden layers, or blocks of a transformer.
+    pub depth: usize,
+    /// Rows of a gradient.
+    pub m: usize,
+}
+
+/// One step of a training.
+pub type Step<'a> = Box<dyn FnMut() + 'a>;
+
+#[derive(Serialize)]
+struct Row {
+    backend: Backend,
+    dtype: Precision,
+    memory_precision: MemoryPrecisionOption,
+    #[serde(flatten)]
+    size: Size,
+    k_ratio: f64,
+    policy: PolicyOption,
+    memory: MemoryOption,
+    #[serde(flatten)]
+    input_gradient: InputGradientOptions,
+    exact_ms: f64,
+    aop_ms: f64,
+    step_ratio: f64,
+}
+
+/// Prints and saves a row for each K and method: `sides` gives a step of the exact training and one of
+/// the training with a configuration.
+///
+/// # Errors
+///
+/// Options that break their rule, a device that fails, a file that cannot be written.
+pub fn step_table<'a>(
+    common: &Common,
+    options: &StepOptions,
+    size: Size,
+    device: &Device,
+    mut sides: impl FnMut(AopConfig) -> [Step<'a>; 2],
+) -> Result<()> {
+    println!(
+        "{:>6} {:>6} {:>7}  {:<20} {:>9} {:>9} {:>6}",
+        "width", "M", "K/M", "method", "exact", "aop", "ratio"
+    );
+    let mut rows = Vec::new();
+    let ratios = vec![0.25, 0.125, 0.0625];
+    for k_ratio in options.k_ratio.map_or(ratios, |ratio| vec![ratio]) {
+        for method in Method::selected(options.policy, options.memory) {
+            let outer_products = OuterProducts::Ratio {
+                ratio: k_ratio,
+                minimum: 1,
+            };
+            let config = method
+                .config(outer_products, common)?
+                .with_input_gradient(options.input_gradient.input_gradient());
+            config.validate()?;
+            let [mut exact, mut aop] = sides(config);
+            let times = interleaved(device, common.repeats, &mut [&mut exact, &mut aop])?;
+            let [exact_ms, aop_ms] = times[..] else {
+                bail!("two sides were timed");
+            };
+            println!(
+                "{:>6} {:>6} {k_ratio:>7}  {:<20} {exact_ms:>9.3} {aop_ms:>9.3} {:>6.3}",
+                size.width,
+                size.m,
+                method.name(),
+                aop_ms / exact_ms
+            );
+            rows.push(Row {
+                backend: common.backend,
+                dtype: common.dtype,
+                memory_precision: common.memory_precision,
+                size,
+                k_ratio,
+                policy: method.policy,
+                memory: method.memory,
+                input_gradient: options.input_gradient,
+                exact_ms,
+                aop_ms,
+                step_ratio: aop_ms / exact_ms,
+            });
+        }
+    }
+    println!("\nMilliseconds for forward, loss, backward and optimizer.");
+    common.save(&rows)
+}
+
+/// A training, step after step with one loss.
+pub struct Training<M, L> {
+    /// Moved through the optimizer by each step.
+    model: Option<M>,
+    optimizer: ModuleOptimizer,
+    loss: L,
+}
+
+impl<M: Module, L: Fn(&M) -> Tensor<1>> Training<M, L> {
+    /// A training that begins with `model`.
+    pub fn new(model: M, optimizer: ModuleOptimizer, loss: L) -> Self {
+        Self {
+            model: Some(model),
+            optimizer,
+            loss,
+        }
+    }
+
+    /// Forward and loss, backward, optimizer.
+    pub fn step(&mut self) {
+        let model = self.model.take().expect("put back by every step");
+        let grads = GradientsParams::from_grads((self.loss)(&model).backward(), &model);
+        self.model = Some(self.optimizer.step(1e-3, model, grads));
+    }
+}

@@ -1,0 +1,150 @@
+//! A whole training step (forward, loss, backward, Adam) of a transformer encoder, Burn's own and the
+//! counterpart.
+//!
+//! ```text
+//! cargo bench --bench transformer -- --width 128 --batch 32 --length 64 --k-ratio 0.25
+//! ```
+
+use anyhow::{Result, ensure};
+use burn::{
+    module::{Module, ModuleDisplay},
+    nn::{
+        Linear, LinearConfig,
+        loss::CrossEntropyLossConfig,
+        transformer::{self, TransformerEncoder, TransformerEncoderConfig},
+    },
+    optim::AdamConfig,
+    tensor::{Device, Distribution, Int, Tensor},
+};
+use burn_memaop::{
+    AopConfig,
+    transformer::{MemAopTransformerEncoder, TransformerEncoderInput},
+};
+use clap::Parser;
+use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
+
+const CLASSES: usize = 10;
+
+/// A training step of a transformer encoder, from tokens to a class for each sequence
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// The size of a token; the feed-forward network has four times as many units
+    #[arg(long, default_value_t = 128)]
+    width: usize,
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    /// Transformer blocks
+    #[arg(long, default_value_t = 2)]
+    blocks: usize,
+    /// Sequences in a batch; M is --batch times --length
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = 64)]
+    length: usize,
+    #[command(flatten)]
+    steps: StepOptions,
+}
+
+trait Encoder: Module + ModuleDisplay {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3>;
+}
+
+impl Encoder for TransformerEncoder {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
+        self.forward(transformer::TransformerEncoderInput::new(tokens))
+    }
+}
+
+impl Encoder for MemAopTransformerEncoder {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
+        self.forward(TransformerEncoderInput::new(tokens))
+    }
+}
+
+#[derive(Module, Debug)]
+struct Classifier<E: Encoder> {
+    encoder: E,
+    output: Linear,
+}
+
+impl Classifier<TransformerEncoder> {
+    fn new(options: &Options, device: &Device) -> Self {
+        let width = options.width;
+        let encoder =
+            TransformerEncoderConfig::new(width, 4 * width, options.heads, options.blocks)
+                .with_norm_first(true)
+                .with_dropout(0.0);
+        Self {
+            encoder: encoder.init(device),
+            output: LinearConfig::new(width, CLASSES).init(device),
+        }
+    }
+
+    fn with_memaop(self, aop: AopConfig) -> Classifier<MemAopTransformerEncoder> {
+        Classifier {
+            encoder: MemAopTransformerEncoder::from_encoder(self.encoder, aop),
+            output: self.output,
+        }
+    }
+}
+
+impl<E: Encoder> Classifier<E> {
+    fn loss(&self, tokens: &Tensor<3>, labels: &Tensor<1, Int>) -> Tensor<1> {
+        let encoded = self
+            .encoder
+            .encode(tokens.clone())
+            .mean_dim(1)
+            .squeeze_dim(1);
+        let loss = CrossEntropyLossConfig::new().init(&tokens.device());
+        loss.forward(self.output.forward(encoded), labels.clone())
+    }
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let device = options.common.device()?;
+    let autodiff = device.clone().autodiff();
+    let (width, batch, length) = (options.width, options.batch, options.length);
+    ensure!(
+        options.heads > 0 && width > 0 && width.is_multiple_of(options.heads),
+        "--width must be a multiple of --heads {}, but got {width}",
+        options.heads
+    );
+    ensure!(
+        batch > 0 && length > 1,
+        "--batch must be at least 1, --length at least 2"
+    );
+
+    let dtype = options.common.dtype;
+    let tokens = random(batch * length, width, &device, dtype);
+    let tokens = tokens.reshape([batch, length, width]).autodiff();
+    let labels = Distribution::Uniform(0.0, CLASSES as f64);
+    let labels = Tensor::<1>::random([batch], labels, &device)
+        .int()
+        .autodiff();
+    let burns = dtype.cast(Classifier::new(&options, &autodiff));
+
+    let size = Size {
+        width,
+        depth: options.blocks,
+        m: batch * length,
+    };
+    step_table(&options.common, &options.steps, size, &device, |aop| {
+        let (tokens, labels) = (&tokens, &labels);
+        let memaop = burns.clone().with_memaop(aop);
+        let adam = || AdamConfig::new().init();
+        let mut exact = Training::new(burns.clone(), adam(), |model: &Classifier<_>| {
+            model.loss(tokens, labels)
+        });
+        let mut memaop = Training::new(memaop, adam(), |model: &Classifier<_>| {
+            model.loss(tokens, labels)
+        });
+        [
+            Box::new(move || exact.step()),
+            Box::new(move || memaop.step()),
+        ]
+    })
+}

@@ -1,0 +1,275 @@
+use burn::{
+    config::Config,
+    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    nn::{
+        Dropout, Gelu,
+        attention::{self, MhaCache, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig},
+    },
+    tensor::{
+        Bool, Device, Tensor,
+        activation::{quiet_softmax, softmax},
+        assert_shape,
+    },
+};
+
+use super::later;
+use crate::{AopConfig, MemAopLinear};
+
+/// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
+/// [init function](MemAopMultiHeadAttentionConfig::init): Burn's own, and [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct MemAopMultiHeadAttentionConfig {
+    /// The attention, as Burn's own module is configured.
+    pub attention: MultiHeadAttentionConfig,
+    /// How the weight gradients of the four linear layers are approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl MemAopMultiHeadAttentionConfig {
+    /// Initialize a new [`MemAopMultiHeadAttention`] module, with the same parameters as
+    /// [`MultiHeadAttentionConfig::init`] gives from the same random state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn init(&self, device: &Device) -> MemAopMultiHeadAttention {
+        MemAopMultiHeadAttention::from_mha(self.attention.init(device), self.aop)
+    }
+}
+
+/// [`MultiHeadAttention`] whose four linear layers are [`MemAopLinear`].
+///
+/// Should be created with [`MemAopMultiHeadAttentionConfig`], or from a [`MultiHeadAttention`] with
+/// [`from_mha`](Self::from_mha).
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct MemAopMultiHeadAttention {
+    /// Linear layer to transform the input features into the query space.
+    pub query: MemAopLinear,
+    /// Linear layer to transform the input features into the key space.
+    pub key: MemAopLinear,
+    /// Linear layer to transform the input features into the value space.
+    pub value: MemAopLinear,
+    /// Linear layer to transform the output features back to the original space.
+    pub output: MemAopLinear,
+    /// Dropout layer.
+    pub dropout: Dropout,
+    /// Held by Burn's module too, which does not use it either.
+    pub activation: Gelu,
+    /// The size of each linear layer.
+    pub d_model: usize,
+    /// The number of heads.
+    pub n_heads: usize,
+    /// Size of the key and query vectors.
+    pub d_k: usize,
+    /// Minimum value a float can take.
+    pub min_float: f64,
+    /// Use "quiet softmax" instead of regular softmax.
+    pub quiet_softmax: bool,
+}
+
+impl ModuleDisplay for MemAopMultiHeadAttention {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        content
+            .add("d_model", &self.d_model)
+            .add("n_heads", &self.n_heads)
+            .add("d_k", &self.d_k)
+            .add("dropout", &self.dropout.prob)
+            .add("min_float", &self.min_float)
+            .add("quiet_softmax", &self.quiet_softmax)
+            .add_debug_attribute("aop", &self.query.aop())
+            .optional()
+    }
+}
+
+/// Input of [`MemAopMultiHeadAttention`], made as Burn's
+/// [`MhaInput`](burn::nn::attention::MhaInput) is.
+#[derive(Debug, Clone)]
+pub struct MhaInput {
+    query: Tensor<3>,
+    key: Tensor<3>,
+    value: Tensor<3>,
+    pub(super) mask_pad: Option<Tensor<2, Bool>>,
+    pub(super) mask_attn: Option<Tensor<3, Bool>>,
+}
+
+impl MhaInput {
+    /// Query, key and value are the same tensor.
+    ///
+    /// # Shape
+    ///
+    /// - tensor: `[batch_size, seq_length, d_model]`
+    pub fn self_attn(tensor: Tensor<3>) -> Self {
+        Self::new(tensor.clone(), tensor.clone(), tensor)
+    }
+
+    /// Query, key and value, each a tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - query: `[batch_size, seq_length_1, d_model]`
+    /// - key, value: `[batch_size, seq_length_2, d_model]`
+    pub fn new(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>) -> Self {
+        Self {
+            query,
+            key,
+            value,
+            mask_pad: None,
+            mask_attn: None,
+        }
+    }
+
+    /// Keys that no query attends to are true, shape `[batch_size, seq_length_2]`.
+    pub fn mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
+        self.mask_pad = Some(mask_pad);
+        self
+    }
+
+    /// Pairs of a query and a key that it does not attend to are true, shape
+    /// `[batch_size, seq_length_1, seq_length_2]`.
+    pub fn mask_attn(mut self, mask_attn: Tensor<3, Bool>) -> Self {
+        self.mask_attn = Some(mask_attn);
+        self
+    }
+}
+
+impl From<MhaInput> for attention::MhaInput {
+    fn from(input: MhaInput) -> Self {
+        let mut burns = Self::new(input.query, input.key, input.value);
+        if let Some(mask) = input.mask_pad {
+            burns = burns.mask_pad(mask);
+        }
+        if let Some(mask) = input.mask_attn {
+            burns = burns.mask_attn(mask);
+        }
+        burns
+    }
+}
+
+impl MemAopMultiHeadAttention {
+    /// Takes over the parameters of a [`MultiHeadAttention`], with their ids. The memories are empty.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_mha(mha: MultiHeadAttention, aop: AopConfig) -> Self {
+        let layer = |linear, number| MemAopLinear::from_linear(linear, later(aop, number));
+        Self {
+            query: layer(mha.query, 0),
+            key: layer(mha.key, 1),
+            value: layer(mha.value, 2),
+            output: layer(mha.output, 3),
+            dropout: mha.dropout,
+            activation: mha.activation,
+            d_model: mha.d_model,
+            n_heads: mha.n_heads,
+            d_k: mha.d_k,
+            min_float: mha.min_float,
+            quiet_softmax: mha.quiet_softmax,
+        }
+    }
+
+    /// Gives the parameters back, with their ids, and drops the memories.
+    pub fn into_mha(self) -> MultiHeadAttention {
+        self.to_mha()
+    }
+
+    /// Burn's module on the same parameters.
+    pub(super) fn to_mha(&self) -> MultiHeadAttention {
+        MultiHeadAttention {
+            query: self.query.to_linear(),
+            key: self.key.to_linear(),
+            value: self.value.to_linear(),
+            output: self.output.to_linear(),
+            dropout: self.dropout.clone(),
+            activation: self.activation.clone(),
+            d_model: self.d_model,
+            n_heads: self.n_heads,
+            d_k: self.d_k,
+            min_float: self.min_float,
+            quiet_softmax: self.quiet_softmax,
+        }
+    }
+
+    /// Applies the forward pass on the input tensors.
+    ///
+    /// # Shapes
+    ///
+    /// - query: `[batch_size, seq_length_1, d_model]`
+    /// - key: `[batch_size, seq_length_2, d_model]`
+    /// - value: `[batch_size, seq_length_2, d_model]`
+    /// - output: `[batch_size, seq_length_1, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// Panics where [`MultiHeadAttention::forward`] does (`query`, `key` and `value` that do not fit
+    /// each other or `d_model`), and where [`MemAopLinear::forward`] does.
+    pub fn forward(&self, input: MhaInput) -> MhaOutput {
+        let [batch_size, seq_length_1, _] = input.query.dims();
+        let [_, seq_length_2, _] = input.key.dims();
+        assert_shape!(input.query, [_, _, self.d_model]);
+        assert_shape!(input.key, [batch_size, _, self.d_model]);
+        assert_shape!(input.value, [batch_size, seq_length_2, self.d_model]);
+
+        let query = self.heads(&self.query, input.query);
+        let key = self.heads(&self.key, input.key);
+        let value = self.heads(&self.value, input.value);
+
+        let scores = query.matmul(key.transpose()) / (self.d_k as f32).sqrt();
+        let scores = match input.mask_pad {
+            None => scores,
+            Some(mask) => scores.mask_fill(
+                mask.reshape([batch_size, 1, 1, seq_length_2]),
+                self.min_float,
+            ),
+        };
+        let scores = match input.mask_attn {
+            None => scores,
+            Some(mask) => scores.mask_fill(
+                mask.reshape([batch_size, 1, seq_length_1, seq_length_2]),
+                self.min_float,
+            ),
+        };
+        let weights = match self.quiet_softmax {
+            true => quiet_softmax(scores, 3),
+            false => softmax(scores, 3),
+        };
+        let weights = self.dropout.forward(weights);
+
+        let context = weights.clone().matmul(value);
+        let context = context
+            .swap_dims(1, 2)
+            .reshape([batch_size, seq_length_1, self.d_model]);
+        MhaOutput {
+            weights,
+            context: self.output.forward(context),
+        }
+    }
+
+    /// The forward pass of inference, token by token, by
+    /// [`MultiHeadAttention::forward_cache`] on the same parameters; a backward pass through it is
+    /// exact.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_cache(&self, input: MhaInput, cache: &mut MhaCache) -> MhaOutput {
+        self.to_mha().forward_cache(input.into(), cache)
+    }
+
+    /// `[batch_size, seq_length, d_model]` to `[batch_size, n_heads, seq_length, d_k]`.
+    fn heads(&self, layer: &MemAopLinear, input: Tensor<3>) -> Tensor<4> {
+        let [batch_size, seq_length, _] = input.dims();
+        layer
+            .forward(input)
+            .reshape([batch_size, seq_length, self.n_heads, self.d_k])
+            .swap_dims(1, 2)
+    }
+}

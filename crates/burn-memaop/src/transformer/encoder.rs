@@ -1,0 +1,338 @@
+use burn::{
+    config::Config,
+    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    nn::{
+        Dropout, LayerNorm,
+        transformer::{
+            self, TransformerEncoder, TransformerEncoderAutoregressiveCache,
+            TransformerEncoderConfig, TransformerEncoderLayer,
+            TransformerEncoderLayerAutoregressiveCache,
+        },
+    },
+    tensor::{Bool, Device, Tensor},
+};
+
+use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, later};
+use crate::AopConfig;
+
+/// The linear layers of a block: four of the attention, two of the feed-forward network.
+const LAYERS: u64 = 6;
+
+/// Configuration to create a [`MemAopTransformerEncoder`] layer using the
+/// [init function](MemAopTransformerEncoderConfig::init): Burn's own, and [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct MemAopTransformerEncoderConfig {
+    /// The encoder, as Burn's own module is configured.
+    pub encoder: TransformerEncoderConfig,
+    /// How the weight gradients of all linear layers are approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl MemAopTransformerEncoderConfig {
+    /// Initialize a new [`MemAopTransformerEncoder`] module, with the same parameters as
+    /// [`TransformerEncoderConfig::init`] gives from the same random state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn init(&self, device: &Device) -> MemAopTransformerEncoder {
+        MemAopTransformerEncoder::from_encoder(self.encoder.init(device), self.aop)
+    }
+}
+
+/// [`TransformerEncoder`] whose linear layers are [`MemAopLinear`](crate::MemAopLinear).
+///
+/// Should be created with [`MemAopTransformerEncoderConfig`], or from a [`TransformerEncoder`] with
+/// [`from_encoder`](Self::from_encoder).
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct MemAopTransformerEncoder {
+    /// The transformer encoder layers.
+    pub layers: Vec<MemAopTransformerEncoderLayer>,
+    /// The size of the model.
+    pub d_model: usize,
+    /// The size of the position-wise feed-forward network.
+    pub d_ff: usize,
+    /// The number of attention heads.
+    pub n_heads: usize,
+    /// The number of layers.
+    pub n_layers: usize,
+    /// The dropout rate.
+    pub dropout: f64,
+    /// Layer norm will be applied first instead of after the other modules.
+    pub norm_first: bool,
+    /// Use "quiet softmax" instead of regular softmax.
+    pub quiet_softmax: bool,
+}
+
+impl ModuleDisplay for MemAopTransformerEncoder {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let content = content
+            .add("d_model", &self.d_model)
+            .add("d_ff", &self.d_ff)
+            .add("n_heads", &self.n_heads)
+            .add("n_layers", &self.n_layers)
+            .add("dropout", &self.dropout)
+            .add("norm_first", &self.norm_first)
+            .add("quiet_softmax", &self.quiet_softmax);
+        match self.layers.first() {
+            None => content,
+            Some(layer) => content.add_debug_attribute("aop", &layer.mha.query.aop()),
+        }
+        .optional()
+    }
+}
+
+/// Input of [`MemAopTransformerEncoder`], made as Burn's
+/// [`TransformerEncoderInput`](burn::nn::transformer::TransformerEncoderInput) is.
+#[derive(Debug, Clone)]
+pub struct TransformerEncoderInput {
+    tensor: Tensor<3>,
+    mask_pad: Option<Tensor<2, Bool>>,
+    mask_attn: Option<Tensor<3, Bool>>,
+}
+
+impl TransformerEncoderInput {
+    /// The tokens, shape `[batch_size, seq_length, d_model]`.
+    pub fn new(tensor: Tensor<3>) -> Self {
+        Self {
+            tensor,
+            mask_pad: None,
+            mask_attn: None,
+        }
+    }
+
+    /// Tokens that no other attends to are true, shape `[batch_size, seq_length]`.
+    pub fn mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
+        self.mask_pad = Some(mask_pad);
+        self
+    }
+
+    /// Pairs of a token and another that it does not attend to are true, shape
+    /// `[batch_size, seq_length, seq_length]`.
+    pub fn mask_attn(mut self, mask_attn: Tensor<3, Bool>) -> Self {
+        self.mask_attn = Some(mask_attn);
+        self
+    }
+}
+
+impl From<TransformerEncoderInput> for transformer::TransformerEncoderInput {
+    fn from(input: TransformerEncoderInput) -> Self {
+        let mut burns = Self::new(input.tensor);
+        if let Some(mask) = input.mask_pad {
+            burns = burns.mask_pad(mask);
+        }
+        if let Some(mask) = input.mask_attn {
+            burns = burns.mask_attn(mask);
+        }
+        burns
+    }
+}
+
+impl MemAopTransformerEncoder {
+    /// Takes over the parameters of a [`TransformerEncoder`], with their ids. The memories are empty.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_encoder(encoder: TransformerEncoder, aop: AopConfig) -> Self {
+        let layers = (0..).zip(encoder.layers).map(|(number, layer)| {
+            MemAopTransformerEncoderLayer::from_layer(layer, later(aop, LAYERS * number))
+        });
+        Self {
+            layers: layers.collect(),
+            d_model: encoder.d_model,
+            d_ff: encoder.d_ff,
+            n_heads: encoder.n_heads,
+            n_layers: encoder.n_layers,
+            dropout: encoder.dropout,
+            norm_first: encoder.norm_first,
+            quiet_softmax: encoder.quiet_softmax,
+        }
+    }
+
+    /// Gives the parameters back, with their ids, and drops the memories.
+    pub fn into_encoder(self) -> TransformerEncoder {
+        self.to_encoder()
+    }
+
+    /// Burn's module on the same parameters.
+    fn to_encoder(&self) -> TransformerEncoder {
+        let layers = self.layers.iter();
+        TransformerEncoder {
+            layers: layers
+                .map(MemAopTransformerEncoderLayer::to_layer)
+                .collect(),
+            d_model: self.d_model,
+            d_ff: self.d_ff,
+            n_heads: self.n_heads,
+            n_layers: self.n_layers,
+            dropout: self.dropout,
+            norm_first: self.norm_first,
+            quiet_softmax: self.quiet_softmax,
+        }
+    }
+
+    /// Applies the forward pass on the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - tensor: `[batch_size, seq_length, d_model]`
+    /// - output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// As [`MemAopMultiHeadAttention::forward`].
+    pub fn forward(&self, input: TransformerEncoderInput) -> Tensor<3> {
+        self.layers.iter().fold(input.tensor, |tokens, layer| {
+            layer.forward(tokens, input.mask_pad.clone(), input.mask_attn.clone())
+        })
+    }
+
+    /// The forward pass of inference, token by token, by
+    /// [`TransformerEncoder::forward_autoregressive_inference`] on the same parameters; a backward pass
+    /// through it is exact.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_autoregressive_inference(
+        &self,
+        input: TransformerEncoderInput,
+        cache: &mut TransformerEncoderAutoregressiveCache,
+    ) -> Tensor<3> {
+        self.to_encoder()
+            .forward_autoregressive_inference(input.into(), cache)
+    }
+
+    /// Create an empty autoregressive cache.
+    pub fn new_autoregressive_cache(&self) -> TransformerEncoderAutoregressiveCache {
+        self.to_encoder().new_autoregressive_cache()
+    }
+}
+
+/// [`TransformerEncoderLayer`] whose linear layers are [`MemAopLinear`](crate::MemAopLinear).
+#[derive(Module, Debug)]
+pub struct MemAopTransformerEncoderLayer {
+    /// Multi-head self-attention sub-layer.
+    pub mha: MemAopMultiHeadAttention,
+    /// Position-wise feed-forward sub-layer.
+    pub pwff: MemAopPositionWiseFeedForward,
+    /// Layer normalization applied around the feed-forward sub-layer.
+    pub norm_1: LayerNorm,
+    /// Layer normalization applied around the attention sub-layer.
+    pub norm_2: LayerNorm,
+    /// Dropout module applied to residual connections.
+    pub dropout: Dropout,
+    /// If `true`, apply layer normalization before sub-layers (pre-norm), otherwise apply it after
+    /// (post-norm).
+    pub norm_first: bool,
+}
+
+impl MemAopTransformerEncoderLayer {
+    /// Create a new transformer encoder layer from the given configuration.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn new(config: &MemAopTransformerEncoderConfig, device: &Device) -> Self {
+        let layer = TransformerEncoderLayer::new(&config.encoder, device);
+        Self::from_layer(layer, config.aop)
+    }
+
+    /// Takes over the parameters of a [`TransformerEncoderLayer`], with their ids. The memories are
+    /// empty.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_layer(layer: TransformerEncoderLayer, aop: AopConfig) -> Self {
+        Self {
+            mha: MemAopMultiHeadAttention::from_mha(layer.mha, aop),
+            pwff: MemAopPositionWiseFeedForward::from_pwff(layer.pwff, later(aop, 4)),
+            norm_1: layer.norm_1,
+            norm_2: layer.norm_2,
+            dropout: layer.dropout,
+            norm_first: layer.norm_first,
+        }
+    }
+
+    /// Gives the parameters back, with their ids, and drops the memories.
+    pub fn into_layer(self) -> TransformerEncoderLayer {
+        self.to_layer()
+    }
+
+    /// Burn's module on the same parameters.
+    fn to_layer(&self) -> TransformerEncoderLayer {
+        TransformerEncoderLayer {
+            mha: self.mha.to_mha(),
+            pwff: self.pwff.to_pwff(),
+            norm_1: self.norm_1.clone(),
+            norm_2: self.norm_2.clone(),
+            dropout: self.dropout.clone(),
+            norm_first: self.norm_first,
+        }
+    }
+
+    /// Applies the forward pass on the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[batch_size, seq_length, d_model]`
+    /// - output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// As [`MemAopMultiHeadAttention::forward`].
+    pub fn forward(
+        &self,
+        input: Tensor<3>,
+        mask_pad: Option<Tensor<2, Bool>>,
+        mask_attn: Option<Tensor<3, Bool>>,
+    ) -> Tensor<3> {
+        let attend = |tokens| {
+            let mut input = MhaInput::self_attn(tokens);
+            input.mask_pad = mask_pad;
+            input.mask_attn = mask_attn;
+            self.dropout.forward(self.mha.forward(input).context)
+        };
+        let feed = |tokens| self.dropout.forward(self.pwff.forward(tokens));
+
+        // As in Burn, the attention's norm is the second before it, and the first after it.
+        match self.norm_first {
+            true => {
+                let tokens = input.clone() + attend(self.norm_2.forward(input));
+                tokens.clone() + feed(self.norm_1.forward(tokens))
+            }
+            false => {
+                let tokens = self.norm_1.forward(input.clone() + attend(input));
+                self.norm_2.forward(tokens.clone() + feed(tokens))
+            }
+        }
+    }
+
+    /// The forward pass of inference, token by token, by
+    /// [`TransformerEncoderLayer::forward_autoregressive_inference`] on the same parameters; a backward
+    /// pass through it is exact.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_autoregressive_inference(
+        &self,
+        input: Tensor<3>,
+        mask_pad: Option<Tensor<2, Bool>>,
+        mask_attn: Option<Tensor<3, Bool>>,
+        cache: &mut TransformerEncoderLayerAutoregressiveCache,
+    ) -> Tensor<3> {
+        self.to_layer()
+            .forward_autoregressive_inference(input, mask_pad, mask_attn, cache)
+    }
+}

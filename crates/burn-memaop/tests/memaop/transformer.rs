@@ -1,0 +1,411 @@
+//! The counterparts of Burn's transformer modules against Burn's own.
+
+use std::collections::HashMap;
+
+use burn::{
+    module::{Module, ModuleVisitor, Param, ParamId},
+    nn::{
+        activation::ActivationConfig,
+        attention::{self, MhaCache, MultiHeadAttentionConfig, generate_autoregressive_mask},
+        transformer::{self, PositionWiseFeedForwardConfig, TransformerEncoderConfig},
+    },
+    store::ModuleRecord,
+    tensor::{Bool, Device, Gradients, Tensor, TensorData},
+};
+use burn_memaop::{
+    AopConfig, AopObserver, MemAopLinear, Memory, OuterProducts, Policy,
+    transformer::{
+        MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig, MemAopPositionWiseFeedForward,
+        MemAopPositionWiseFeedForwardConfig, MemAopTransformerEncoder,
+        MemAopTransformerEncoderConfig, MhaInput, TransformerEncoderInput,
+    },
+};
+
+use crate::support::Random;
+
+const TOLERANCE: f64 = 1e-5;
+
+fn all_rows() -> AopConfig {
+    AopConfig::new()
+        .with_outer_products(OuterProducts::Ratio {
+            ratio: 1.0,
+            minimum: 1,
+        })
+        .with_seed(40)
+}
+
+fn half_of_the_rows() -> AopConfig {
+    AopConfig::new()
+        .with_outer_products(OuterProducts::Ratio {
+            ratio: 0.5,
+            minimum: 1,
+        })
+        .with_cost_rule(false)
+}
+
+fn tokens(random: &mut Random, shape: [usize; 3], device: &Device) -> Tensor<3> {
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| random.value() as f32)
+        .collect();
+    let tokens = Tensor::from_data(TensorData::new(values, shape), device);
+    match device.is_autodiff() {
+        true => tokens.require_grad(),
+        false => tokens,
+    }
+}
+
+/// The last token of the second sequence is padding.
+fn padding(batch: usize, length: usize, device: &Device) -> Tensor<2, Bool> {
+    let padded: Vec<bool> = (0..batch * length)
+        .map(|token| token == 2 * length - 1)
+        .collect();
+    Tensor::from_data(TensorData::new(padded, [batch, length]), device)
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let difference = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2));
+    let norm = expected.iter().map(|b| b * b).sum::<f64>();
+    (difference.sum::<f64>() / norm.max(f64::MIN_POSITIVE)).sqrt()
+}
+
+/// The gradients of all parameters, by their ids.
+struct Collected<'a> {
+    grads: &'a Gradients,
+    values: HashMap<ParamId, Vec<f64>>,
+}
+
+impl ModuleVisitor for Collected<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = param.val().grad(self.grads) {
+            self.values.insert(param.id, values(gradient));
+        }
+    }
+}
+
+/// The gradients of the inputs and of all parameters, of a loss that weighs every output alike.
+fn backward<M: Module, const D: usize>(
+    module: &M,
+    inputs: &[&Tensor<3>],
+    output: Tensor<D>,
+) -> (Vec<Vec<f64>>, HashMap<ParamId, Vec<f64>>) {
+    // Neither linear nor even: a plain sum has no gradient behind a layer norm.
+    let grads = (output.clone().square() * output.sin()).sum().backward();
+    let mut collected = Collected {
+        grads: &grads,
+        values: HashMap::new(),
+    };
+    module.visit(&mut collected);
+    let inputs = inputs
+        .iter()
+        .map(|input| values(input.grad(&grads).unwrap()));
+    (inputs.collect(), collected.values)
+}
+
+fn assert_equal(
+    (found_inputs, found): (Vec<Vec<f64>>, HashMap<ParamId, Vec<f64>>),
+    (inputs, parameters): (Vec<Vec<f64>>, HashMap<ParamId, Vec<f64>>),
+) {
+    for (found, expected) in found_inputs.iter().zip(&inputs) {
+        assert!(relative_error(found, expected) < TOLERANCE);
+    }
+    assert_eq!(found.len(), parameters.len());
+    for (id, expected) in &parameters {
+        // The bias of the keys moves all scores of a query alike: its gradient is rounding.
+        let size = expected.iter().map(|value| value.abs()).fold(0.0, f64::max);
+        let error = relative_error(&found[id], expected);
+        assert!(error < TOLERANCE || size < 1e-4, "{error:e}, {size:e}");
+    }
+}
+
+pub fn attention_equals_burns(device: &Device) {
+    let mut random = Random(81);
+    let (batch, queries, keys, width) = (3, 5, 7, 8);
+    for (quiet, masked) in [(false, false), (false, true), (true, true)] {
+        let config = MultiHeadAttentionConfig::new(width, 2)
+            .with_dropout(0.0)
+            .with_quiet_softmax(quiet)
+            .with_value_bias(!quiet);
+        let burns = config.init(device);
+        let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
+        let lengths = [queries, keys, keys];
+        let [query, key, value] =
+            lengths.map(|length| tokens(&mut random, [batch, length, width], device));
+        let input = MhaInput::new(query.clone(), key.clone(), value.clone());
+        let input = match masked {
+            false => input,
+            true => {
+                let hidden: Vec<_> = (0..batch * queries * keys).map(|i| i % 5 == 1).collect();
+                let hidden = TensorData::new(hidden, [batch, queries, keys]);
+                input
+                    .mask_pad(padding(batch, keys, device))
+                    .mask_attn(Tensor::from_data(hidden, device))
+            }
+        };
+        let inputs = [&query, &key, &value];
+        let expected = burns.forward(attention::MhaInput::from(input.clone()));
+        let found = ours.forward(input);
+        for (found, expected) in [
+            (values(found.weights.clone()), values(expected.weights)),
+            (
+                values(found.context.clone()),
+                values(expected.context.clone()),
+            ),
+        ] {
+            assert!(relative_error(&found, &expected) < TOLERANCE);
+        }
+        assert_equal(
+            backward(&ours, &inputs, found.context),
+            backward(&burns, &inputs, expected.context),
+        );
+    }
+}
+
+pub fn feed_forward_equals_burns(device: &Device) {
+    let mut random = Random(82);
+    for activation in [ActivationConfig::Gelu, ActivationConfig::Relu] {
+        let config = PositionWiseFeedForwardConfig::new(6, 10)
+            .with_dropout(0.0)
+            .with_activation(activation);
+        let burns = config.init(device);
+        let ours = MemAopPositionWiseFeedForward::from_pwff(burns.clone(), all_rows());
+        let input = tokens(&mut random, [2, 5, 6], device);
+        let (found, expected) = (ours.forward(input.clone()), burns.forward(input.clone()));
+        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
+        assert_equal(
+            backward(&ours, &[&input], found),
+            backward(&burns, &[&input], expected),
+        );
+        let single: Tensor<1> = input.slice([0..1, 0..1, 0..6]).reshape([6]);
+        assert_eq!(ours.forward(single).dims(), [6]);
+    }
+}
+
+pub fn encoder_equals_burns(device: &Device) {
+    let mut random = Random(83);
+    let (batch, length, width) = (3, 6, 8);
+    for norm_first in [false, true] {
+        let config = TransformerEncoderConfig::new(width, 12, 2, 2)
+            .with_dropout(0.0)
+            .with_norm_first(norm_first);
+        let burns = config.init(device);
+        let ours = MemAopTransformerEncoder::from_encoder(burns.clone(), all_rows());
+        let tokens = tokens(&mut random, [batch, length, width], device);
+        let input = TransformerEncoderInput::new(tokens.clone())
+            .mask_pad(padding(batch, length, device))
+            .mask_attn(generate_autoregressive_mask(batch, length, device));
+        let expected = burns.forward(transformer::TransformerEncoderInput::from(input.clone()));
+        let found = ours.forward(input);
+        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
+        assert_equal(
+            backward(&ours, &[&tokens], found),
+            backward(&burns, &[&tokens], expected),
+        );
+    }
+}
+
+/// All else being Burn's, the gradients of the weights must be unbiased wherever the tokens of a
+/// transformer meet.
+#[test]
+fn sampled_gradients_are_those_of_burns_encoder_on_average() {
+    let device = Device::flex().autodiff();
+    let burns = TransformerEncoderConfig::new(8, 12, 2, 2)
+        .with_dropout(0.0)
+        .with_norm_first(true)
+        .init(&device);
+    let ours = MemAopTransformerEncoder::from_encoder(burns.clone(), half_of_the_rows());
+    let tokens = tokens(&mut Random(84), [3, 6, 8], &device);
+    let output = burns.forward(transformer::TransformerEncoderInput::new(tokens.clone()));
+    let (_, exact) = backward(&burns, &[&tokens], output);
+
+    const DRAWS: usize = 200;
+    let mut sums: HashMap<ParamId, (Vec<f64>, f64)> = HashMap::new();
+    for _ in 0..DRAWS {
+        let output = ours.forward(TransformerEncoderInput::new(tokens.clone()));
+        for (id, gradient) in backward(&ours, &[&tokens], output).1 {
+            let (sum, square) = sums.entry(id).or_insert((vec![0.0; gradient.len()], 0.0));
+            let difference = gradient.iter().zip(&exact[&id]);
+            *square += difference.map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            for (sum, value) in sum.iter_mut().zip(gradient) {
+                *sum += value;
+            }
+        }
+    }
+    let mut approximate = 0;
+    for (id, (sum, square)) in sums {
+        let draws = DRAWS as f64;
+        let distance = sum.iter().zip(&exact[&id]);
+        let distance = distance.map(|(sum, b)| (sum / draws - b).powi(2));
+        let distance = distance.sum::<f64>().sqrt();
+        // Its standard deviation, were the mean the exact gradient.
+        let deviation = (square / draws / draws).sqrt();
+        assert!(distance < 3.0 * deviation + 1e-4, "{distance} {deviation}");
+        approximate += usize::from(deviation > 1e-3);
+    }
+    assert_eq!(approximate, 12, "the weights of two blocks");
+}
+
+#[test]
+fn conversions_keep_parameters_and_count_the_seeds() {
+    let device = Device::flex().autodiff();
+    let config = TransformerEncoderConfig::new(8, 12, 2, 2);
+    let aop = half_of_the_rows().with_seed(40);
+    let burns = config.init(&device);
+    let ids = burns.layers[1].mha.value.weight.id;
+    let ours = MemAopTransformerEncoder::from_encoder(burns.clone(), aop);
+    assert_eq!(ours.num_params(), burns.num_params());
+    assert_eq!(ours.layers[1].mha.value.weight.id, ids);
+    let seeds = |layers: [&MemAopLinear; 6]| layers.map(|layer| layer.aop().seed);
+    let of_block = |block: usize| {
+        let layer = &ours.layers[block];
+        let (mha, pwff) = (&layer.mha, &layer.pwff);
+        seeds([
+            &mha.query,
+            &mha.key,
+            &mha.value,
+            &mha.output,
+            &pwff.linear_inner,
+            &pwff.linear_outer,
+        ])
+    };
+    assert_eq!(of_block(0), [40, 41, 42, 43, 44, 45]);
+    assert_eq!(of_block(1), [46, 47, 48, 49, 50, 51]);
+    let display = format!("{}", ours.layers[0].mha);
+    assert!(display.contains("n_heads: 2"), "{display}");
+    assert!(display.contains("ratio: 0.5"), "{display}");
+
+    let back = ours.clone().into_encoder();
+    let weight = |encoder: &transformer::TransformerEncoder| {
+        values(encoder.layers[1].pwff.linear_outer.weight.val())
+    };
+    assert_eq!(weight(&back), weight(&burns));
+    assert_eq!(back.layers[1].mha.value.weight.id, ids);
+
+    let mha = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(8, 2))
+        .with_aop(aop)
+        .init(&device);
+    assert_eq!((mha.d_k, mha.output.aop().seed), (4, 43));
+    assert_eq!(mha.into_mha().n_heads, 2);
+    let pwff = MemAopPositionWiseFeedForwardConfig::new(PositionWiseFeedForwardConfig::new(8, 12))
+        .with_aop(aop)
+        .init(&device);
+    assert_eq!(pwff.linear_outer.aop().seed, 41);
+    assert_eq!(pwff.into_pwff().linear_inner.weight.dims(), [8, 12]);
+}
+
+/// A model with Burn's encoder can be saved and go on with ours, and the other way round.
+#[test]
+fn records_load_into_each_other() {
+    let device = Device::flex().autodiff();
+    let config = TransformerEncoderConfig::new(8, 12, 2, 1).with_dropout(0.0);
+    let memaop = MemAopTransformerEncoderConfig::new(config.clone()).with_aop(
+        half_of_the_rows()
+            .with_policy(Policy::TopK)
+            .with_memory(Memory::Balanced { decay: 0.9 }),
+    );
+    let tokens = tokens(&mut Random(85), [2, 4, 8], &device);
+    let bytes = |record: ModuleRecord| -> ModuleRecord {
+        ModuleRecord::from_bytes(record.into_bytes().unwrap()).unwrap()
+    };
+    let burns = config.init(&device);
+    let input = || TransformerEncoderInput::new(tokens.clone());
+    let expected = values(burns.forward(input().into()));
+
+    let record = bytes(burns.into_record()).allow_partial(true);
+    let ours = memaop.init(&device).load_record(record);
+    assert!(relative_error(&values(ours.forward(input())), &expected) < TOLERANCE);
+
+    backward(&ours, &[], ours.forward(input()));
+    assert!(ours.layers[0].mha.key.memory_stats().pending > 0);
+    let record = bytes(ours.into_record()).allow_unused(true);
+    let back = config.init(&device).load_record(record);
+    assert!(relative_error(&values(back.forward(input().into())), &expected) < TOLERANCE);
+}
+
+#[test]
+fn inference_token_by_token_equals_the_whole_sequence() {
+    let device = Device::flex();
+    let (length, width) = (5, 8);
+    let tokens = tokens(&mut Random(86), [2, length, width], &device);
+    let encoder = TransformerEncoderConfig::new(width, 12, 2, 2).with_norm_first(true);
+    let encoder = MemAopTransformerEncoderConfig::new(encoder).init(&device);
+    let causal = |length| generate_autoregressive_mask(2, length, &device);
+    let whole = TransformerEncoderInput::new(tokens.clone()).mask_attn(causal(length));
+    let whole = encoder.forward(whole);
+    let mut cache = encoder.new_autoregressive_cache();
+    for until in 1..=length {
+        let part = tokens.clone().slice([0..2, 0..until, 0..width]);
+        // The cache gives the last token alone to each layer, and it may see all before it.
+        let part = TransformerEncoderInput::new(part);
+        let last = encoder.forward_autoregressive_inference(part, &mut cache);
+        let [_, cached, _] = last.dims();
+        let last = last.slice([0..2, cached - 1..cached, 0..width]);
+        let expected = whole.clone().slice([0..2, until - 1..until, 0..width]);
+        assert!(
+            relative_error(&values(last), &values(expected)) < TOLERANCE,
+            "{until}"
+        );
+    }
+
+    let attention = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(width, 2));
+    let attention = attention.init(&device);
+    let mut cache = MhaCache::autoregressive();
+    let cached = attention.forward_cache(MhaInput::self_attn(tokens.clone()), &mut cache);
+    let whole = attention.forward(MhaInput::self_attn(tokens));
+    assert!(relative_error(&values(cached.context), &values(whole.context)) < TOLERANCE);
+}
+
+#[test]
+fn all_layers_are_observed_and_none_waits_in_inference() {
+    let device = Device::flex().autodiff();
+    let encoder = TransformerEncoderConfig::new(8, 12, 2, 2).with_dropout(0.1);
+    let encoder = MemAopTransformerEncoderConfig::new(encoder)
+        .with_aop(half_of_the_rows())
+        .init(&device);
+    let observer = AopObserver::new(1);
+    observer.observe(&encoder);
+    let tokens = tokens(&mut Random(87), [2, 4, 8], &device);
+    let output = encoder.forward(TransformerEncoderInput::new(tokens));
+    backward(&encoder, &[], output);
+    let report = observer.observe(&encoder);
+    let mut names: Vec<_> = report
+        .layers
+        .iter()
+        .map(|layer| layer.name.as_str())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names.len(), 12);
+    assert!(names.contains(&"layers.0.mha.query"), "{names:?}");
+    assert!(names.contains(&"layers.1.pwff.linear_outer"), "{names:?}");
+    for layer in &report.layers {
+        assert_eq!((layer.outer_products, layer.rows), (4, 8), "{}", layer.name);
+    }
+}
+
+#[test]
+#[should_panic(
+    expected = "assert_shape!(input.key, [batch_size, _, self.d_model]): axis 0 expected 2"
+)]
+fn a_key_that_does_not_fit_is_named() {
+    let device = Device::flex();
+    let attention = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(8, 2));
+    let zeros = |batch| Tensor::<3>::zeros([batch, 3, 8], &device);
+    let input = MhaInput::new(zeros(2), zeros(1), zeros(2));
+    attention.init(&device).forward(input);
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the ratio must be in (0, 1], but got 1.5")]
+fn a_bad_configuration_is_named() {
+    let aop = AopConfig::new().with_outer_products(OuterProducts::Ratio {
+        ratio: 1.5,
+        minimum: 1,
+    });
+    let config = TransformerEncoderConfig::new(8, 12, 2, 1);
+    let config = MemAopTransformerEncoderConfig::new(config).with_aop(aop);
+    config.init(&Device::flex());
+}
