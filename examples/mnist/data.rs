@@ -5,7 +5,11 @@ use burn::data::dataset::InMemDataset;
 use burn_dataset::vision::MnistItem;
 use memaop_examples::mnist::{self, Images, PIXELS, SIDE, Split};
 
-/// A split in the form that `MnistDataset` gives it.
+/// A split in the form that `MnistDataset` gives it, from the four IDX files in a folder.
+///
+/// # Errors
+///
+/// The file, and what is wrong with it.
 pub fn read(folder: &Path, split: Split) -> Result<InMemDataset<MnistItem>> {
     let Images { pixels, labels } = mnist::read(folder, split)?;
     let items = pixels.chunks_exact(PIXELS).zip(labels);

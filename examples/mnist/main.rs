@@ -8,9 +8,7 @@
 //! cargo mnist --out run-2 --policy topk --schedule cosine --follow-lr
 //! ```
 
-mod data;
 mod model;
-mod plain;
 
 use std::path::PathBuf;
 
@@ -38,11 +36,9 @@ use burn_memaop::{
 };
 use clap::{Parser, ValueEnum};
 use memaop_examples::{AopOptions, Backend, mnist::Split};
+use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
-use crate::{
-    model::{Mlp, MnistBatcher},
-    plain::PlainRenderer,
-};
+use crate::model::Mlp;
 
 /// MNIST with MemAopLinear, trained by burn-train
 #[derive(Parser, Debug)]
@@ -133,8 +129,8 @@ fn main() -> Result<()> {
 
     match &options.data {
         Some(folder) => {
-            let train = data::read(folder, Split::Train)?;
-            let test = data::read(folder, Split::Test)?;
+            let train = read(folder, Split::Train)?;
+            let test = read(folder, Split::Test)?;
             train_on(&options, aop, &device, train, test)
         }
         None => train_on(

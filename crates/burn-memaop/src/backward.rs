@@ -171,12 +171,8 @@ fn input_gradient<B: MemAopOps>(
 ) -> FloatTensor<B> {
     let rows = grad.shape()[0];
     let progress = memory.lock().progress;
-    let k = input_rows(config, &progress, rows);
-    if k >= rows {
-        return B::float_matmul(grad, B::float_transpose(weight));
-    }
     let step = InputStep {
-        k,
+        k: input_rows(config, &progress, rows),
         sampled: matches!(config.input_gradient, InputGradient::Sampled { .. }),
         seed: config.seed,
         step: progress.step,

@@ -124,8 +124,7 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
         }
     };
 
-    let k = chosen.selection.rows.len();
-    let [panel_input, panel_grad] = chosen.panels;
+    let Panels { k, input, grad } = chosen.panels;
     let share = match step.measure {
         true => {
             let share = share(&scores, &chosen.selection) as f32;
@@ -136,8 +135,8 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     };
     WeightGradient {
         weight: B::linear_weight_backward(
-            from_values::<B, E>(panel_input, [k, d_input], &device),
-            from_values::<B, E>(panel_grad, [k, d_output], &device),
+            from_values::<B, E>(input, [k, d_input], &device),
+            from_values::<B, E>(grad, [k, d_output], &device),
         ),
         memory,
         bias: match step.bias {
@@ -153,6 +152,9 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
 
 /// The same result as the default body: a pass over the gradient, the product of the chosen rows,
 /// and their places in a matrix of zeros.
+///
+/// A row of zeros takes no part in the product even if all rows are asked for: layers above this one
+/// that compute some of the rows leave the others as zeros.
 pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
     grad: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -164,40 +166,62 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
     let d_input = weight.shape()[0];
     let values = Rows::new(B::values(&grad), d_output);
 
-    let mut sizes = vec![E::zero(); rows];
-    in_parallel(Norm {
-        rows: values,
-        norms: &mut sizes,
-    });
-    let read = sizes.iter().map(|&size| size.into()).collect();
-    let Selection {
-        rows: chosen,
-        weights,
-    } = selection::select_input(read, &step);
-    let weights = weights.unwrap_or_default();
-    let scales: Vec<_> = weights.into_iter().map(E::of).collect();
-    let mut panel = vec![E::zero(); chosen.len() * d_output];
+    let chosen = match step.k >= rows {
+        true => Selection::unweighted(values.not_zero()),
+        false => {
+            let mut sizes = vec![E::zero(); rows];
+            in_parallel(Norm {
+                rows: values,
+                norms: &mut sizes,
+            });
+            let read = sizes.iter().map(|&size| size.into()).collect();
+            selection::select_input(read, &step)
+        }
+    };
+    if chosen.rows.is_empty() {
+        return from_values::<B, E>(vec![E::zero(); rows * d_input], [rows, d_input], &device);
+    }
+    if step.k >= rows && !pays_to_gather(chosen.rows.len(), rows) {
+        return gradient::exact_input_gradient::<B>(grad, weight);
+    }
+    let scales: Vec<_> = match &chosen.weights {
+        None => vec![E::one(); chosen.rows.len()],
+        Some(weights) => weights.iter().copied().map(E::of).collect(),
+    };
+    let mut panel = vec![E::zero(); chosen.rows.len() * d_output];
     in_parallel(Gather {
         from: values,
-        scores: &sizes,
-        rows: &chosen,
+        rows: &chosen.rows,
         scales: &scales,
         panel: &mut panel,
     });
-    let panel = from_values::<B, E>(panel, [chosen.len(), d_output], &device);
+    let panel = from_values::<B, E>(panel, [chosen.rows.len(), d_output], &device);
     let product = B::contiguous(B::float_matmul(panel, B::float_transpose(weight)));
 
     let mut gradient = vec![E::zero(); rows * d_input];
-    for (&row, values) in chosen.iter().zip(B::values(&product).chunks_exact(d_input)) {
+    let product = B::values(&product).chunks_exact(d_input);
+    for (&row, values) in chosen.rows.iter().zip(product) {
         gradient[row * d_input..][..d_input].copy_from_slice(values);
     }
     from_values::<B, E>(gradient, [rows, d_input], &device)
 }
 
-/// The chosen rows: which they are, and their two factors, contiguous.
+/// Whether the product of some of the rows is worth copying them to a panel and back.
+fn pays_to_gather(some: usize, rows: usize) -> bool {
+    4 * some <= 3 * rows
+}
+
+/// The chosen rows: which they are, and what they add to the gradient.
 struct Chosen<E> {
     selection: Selection,
-    panels: [Vec<E>; 2],
+    panels: Panels<E>,
+}
+
+/// The two factors of `k` outer products, contiguous.
+struct Panels<E> {
+    k: usize,
+    input: Vec<E>,
+    grad: Vec<E>,
 }
 
 /// The memory as a contiguous matrix of type `E` with at least `rows` rows, new ones being zero.
@@ -230,29 +254,39 @@ fn select<E: Real>(scores: &[E], step: &AopStep) -> Selection {
     selection::select(scores.len(), step, read)
 }
 
-/// The two factors of the chosen rows times `scale` and the root of their weights; zeros in place
-/// of a row whose score is not finite.
+/// The two factors of the chosen rows times `scale` and the root of their weights, without the rows
+/// that add nothing: those whose score is zero or not finite.
 fn gather<E: Real>(
     from: Batch<'_, E>,
     scores: &[E],
     selection: &Selection,
     scale: f64,
-) -> [Vec<E>; 2] {
-    let scales: Vec<E> = match &selection.weights {
-        None => vec![E::of(scale); selection.rows.len()],
-        Some(weights) => weights.iter().map(|w| E::of(scale * w.sqrt())).collect(),
+) -> Panels<E> {
+    let adds = |row: usize| scores[row].is_finite() && !scores[row].is_zero();
+    let weight = |index: usize| match &selection.weights {
+        None => E::of(scale),
+        Some(weights) => E::of(scale * weights[index].sqrt()),
     };
-    [from.input, from.grad].map(|from| {
-        let mut panel = vec![E::zero(); selection.rows.len() * from.width];
+    let chosen = selection.rows.iter().enumerate();
+    let chosen = chosen.filter(|&(_, &row)| adds(row));
+    let (rows, scales): (Vec<_>, Vec<_>) = chosen.map(|(i, &row)| (row, weight(i))).unzip();
+    // A product needs a row, if only one of zeros.
+    let k = rows.len().max(1);
+    let panel = |from: Rows<'_, E>| {
+        let mut panel = vec![E::zero(); k * from.width];
         in_parallel(Gather {
             from,
-            scores,
-            rows: &selection.rows,
+            rows: &rows,
             scales: &scales,
-            panel: &mut panel,
+            panel: &mut panel[..rows.len() * from.width],
         });
         panel
-    })
+    };
+    Panels {
+        k,
+        input: panel(from.input),
+        grad: panel(from.grad),
+    }
 }
 
 fn share<E: Real>(scores: &[E], selection: &Selection) -> f64 {

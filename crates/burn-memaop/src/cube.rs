@@ -89,6 +89,9 @@ pub(crate) fn weight_gradient(
 /// The gradient of the input for some of the rows, in five launches and a matrix product.
 pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputStep) -> CubeTensor {
     let (rows, d_input) = (grad.shape()[0], weight.shape()[0]);
+    if step.k >= rows {
+        return gradient::exact_input_gradient::<CubeBackend>(grad, weight);
+    }
     let units = grad.client.properties().hardware.max_units_per_cube;
     if supported(grad.dtype, rows, units).is_err() {
         return gradient::input_gradient::<CubeBackend>(grad, weight, step);

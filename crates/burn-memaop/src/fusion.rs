@@ -96,6 +96,9 @@ pub(crate) fn input_gradient<B: FusionBackend + MemAopOps>(
     weight: FusionTensor<B::FusionRuntime>,
     step: InputStep,
 ) -> FusionTensor<B::FusionRuntime> {
+    if step.k >= grad.shape[0] {
+        return gradient::exact_input_gradient::<Fusion<B>>(grad, weight);
+    }
     let client = grad.client.clone();
     let shape = Shape::new([grad.shape[0], weight.shape[0]]);
     let output = TensorIr::uninit(client.create_empty_handle(), shape, grad.dtype);

@@ -77,22 +77,35 @@ pub(crate) fn weight_gradient<B: Backend>(
 /// The factors of some positions of the memory, and their ages.
 type Kept<B> = (Factors<B>, FloatTensor<B>);
 
+pub(crate) fn exact_input_gradient<B: Backend>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+) -> FloatTensor<B> {
+    B::float_matmul(grad, B::float_transpose(weight))
+}
+
 pub(crate) fn input_gradient<B: Backend>(
     grad: FloatTensor<B>,
     weight: FloatTensor<B>,
     step: InputStep,
 ) -> FloatTensor<B> {
+    let rows = grad.shape()[0];
+    if step.k >= rows {
+        return exact_input_gradient::<B>(grad, weight);
+    }
     let dtype: FloatDType = grad.dtype().into();
     let device = grad.device();
-    let rows = grad.shape()[0];
     let d_input = weight.shape()[0];
 
     let working = cast::<B>(grad.clone(), working_dtype(grad.dtype()));
     let sizes = B::float_reshape(row_norms::<B>(&working), Shape::new([rows]));
+    let zeros = B::float_zeros(Shape::new([rows, d_input]), &device, dtype);
     let selection = selection::select_input(read::<B>(sizes.clone()), &step);
+    if selection.rows.is_empty() {
+        return zeros;
+    }
     let chosen = Chosen::<B>::new(selection, &sizes);
-    let broken = B::bool_not(finite::<B>(B::float_select(sizes, 0, chosen.rows.clone())));
-    let panel = clear_rows::<B>(B::float_select(working, 0, chosen.rows.clone()), broken);
+    let panel = B::float_select(working, 0, chosen.rows.clone());
     let panel = match chosen.weights {
         None => panel,
         Some(weights) => {
@@ -101,7 +114,6 @@ pub(crate) fn input_gradient<B: Backend>(
         }
     };
     let product = B::float_matmul(B::float_cast(panel, dtype), B::float_transpose(weight));
-    let zeros = B::float_zeros(Shape::new([rows, d_input]), &device, dtype);
     B::float_select_assign(zeros, 0, chosen.rows, product, IndexingUpdateOp::Add)
 }
 

@@ -164,7 +164,8 @@ pub trait MemAopOps: Backend {
         gradient::weight_gradient::<Self>(input, grad, memory, step)
     }
 
-    /// `grad @ weight^T` for some of the rows, zero in the others.
+    /// `grad @ weight^T` for some of the rows, zero in the others; for all of them where
+    /// `step.k` is not below their number.
     ///
     /// # Shapes
     ///

@@ -18,7 +18,8 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    fn unweighted(rows: Vec<usize>) -> Self {
+    /// Rows that count once each.
+    pub(crate) fn unweighted(rows: Vec<usize>) -> Self {
         Self {
             rows,
             weights: None,
@@ -70,7 +71,7 @@ pub(crate) fn select(rows: usize, step: &AopStep, scores: impl FnOnce() -> Vec<f
 }
 
 /// Chooses among rows of the gradient of the input, of which `sizes` are the norms of the gradient
-/// of the output. Rows that would be zero are not among them.
+/// of the output. Rows that would be zero are not among them; there may be none.
 pub(crate) fn select_input(sizes: Vec<f64>, step: &InputStep) -> Selection {
     let sizes = finite(sizes);
     let noise = StepNoise {
@@ -82,12 +83,9 @@ pub(crate) fn select_input(sizes: Vec<f64>, step: &InputStep) -> Selection {
         false => Selection::unweighted(largest(&sizes, step.k)),
     };
     let weights = all.weights.unwrap_or_else(|| vec![1.0; all.rows.len()]);
-    let mut rows: Vec<_> = all.rows.into_iter().zip(weights).collect();
-    // A product needs a row.
-    if rows.iter().any(|&(row, weight)| sizes[row] * weight > 0.0) {
-        rows.retain(|&(row, weight)| sizes[row] * weight > 0.0);
-    }
-    let (rows, weights) = rows.into_iter().unzip();
+    let rows = all.rows.into_iter().zip(weights);
+    let rows = rows.filter(|&(row, weight)| sizes[row] * weight > 0.0);
+    let (rows, weights) = rows.unzip();
     Selection::weighted(rows, weights)
 }
 

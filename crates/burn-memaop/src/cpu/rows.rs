@@ -44,6 +44,16 @@ impl<'a, E> Rows<'a, E> {
     }
 }
 
+impl<E: Real> Rows<'_, E> {
+    /// The rows that hold something else than zeros; most are known by their first values.
+    pub(super) fn not_zero(&self) -> Vec<usize> {
+        let rows = self.values.chunks_exact(self.width).enumerate();
+        rows.filter(|(_, row)| row.iter().any(|value| !value.is_zero()))
+            .map(|(row, _)| row)
+            .collect()
+    }
+}
+
 pub(super) struct RowsMut<'a, E> {
     pub(super) values: &'a mut [E],
     pub(super) width: usize,
@@ -170,7 +180,13 @@ impl<E: Real> RowWork for Score<'_, E> {
         let mut sums = columns(self.sum, self.batch.grad.width);
         for (row, score) in self.scores.iter_mut().enumerate() {
             let (x, g) = (self.batch.input.row(row), self.batch.grad.row(row));
-            *score = square_sum(x).sqrt() * square_sum(g).sqrt();
+            let size = square_sum(g).sqrt();
+            // A row of zeros, as layers above leave behind, adds nothing whatever x is.
+            if size.is_zero() {
+                *score = E::zero();
+                continue;
+            }
+            *score = square_sum(x).sqrt() * size;
             add_up(&mut sums, g);
         }
         sums
@@ -305,7 +321,6 @@ fn balance<E: Real>([x, g]: [E; 2], [a, b]: [E; 2], sign: E) -> (E, E) {
 /// Copies the chosen rows, scaled, to a panel of their own.
 pub(super) struct Gather<'a, E> {
     pub(super) from: Rows<'a, E>,
-    pub(super) scores: &'a [E],
     pub(super) rows: &'a [usize],
     pub(super) scales: &'a [E],
     pub(super) panel: &'a mut [E],
@@ -341,10 +356,8 @@ impl<E: Real> RowWork for Gather<'_, E> {
     fn run(self) {
         let panel = self.panel.chunks_exact_mut(self.from.width);
         for ((&row, &scale), to) in self.rows.iter().zip(self.scales).zip(panel) {
-            if self.scores[row].is_finite() {
-                for (to, &value) in to.iter_mut().zip(self.from.row(row)) {
-                    *to = scale * value;
-                }
+            for (to, &value) in to.iter_mut().zip(self.from.row(row)) {
+                *to = scale * value;
             }
         }
     }

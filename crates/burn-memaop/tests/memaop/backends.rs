@@ -31,12 +31,14 @@ macro_rules! suite {
                 a_change_of_precision_keeps_the_memory,
                 half_and_double_precision_equal_the_oracle,
                 rows_that_are_not_finite_are_left_out,
+                rows_of_zeros_add_nothing,
                 equal_seeds_draw_the_rows_of_the_oracle,
             );
 
             checks!($device; input_gradient:
                 input_gradients_equal_their_definition,
                 zero_and_broken_rows_stay_zero,
+                rows_of_zeros_change_nothing,
             );
 
             mod autodiff {

@@ -127,6 +127,37 @@ pub fn zero_and_broken_rows_stay_zero(device: &Device) {
     }
 }
 
+/// As below a layer that left rows of zeros behind: the same gradient, with and without the choice of
+/// rows, from few rows and from most of them.
+pub fn rows_of_zeros_change_nothing(device: &Device) {
+    let mut random = Random(75);
+    let (m, n, p) = (40, 7, 5);
+    let w = random.matrix(n, p);
+    for kept in [0, 1, 9, 30, 39] {
+        let mut g = random.matrix(m, p);
+        let start = random.range(0, m - 1);
+        let rows: Vec<_> = (0..kept).map(|row| (row * 7 + start) % m).collect();
+        for row in (0..m).filter(|row| !rows.contains(row)) {
+            g.0[row] = vec![0.0; p];
+        }
+        let rows: Vec<_> = rows.into_iter().map(|row| (row, 1.0)).collect();
+        let expected = expected(&g, &w, &rows);
+        for k in [m, m - 1, kept.max(1)] {
+            for sampled in [false, true] {
+                let settings = InputStep {
+                    k,
+                    sampled,
+                    seed: 3,
+                    step: 0,
+                };
+                let found = gradient(device, DType::F32, &g, &w, settings);
+                let error = found.relative_error(&expected);
+                assert!(error < 1e-5, "{kept} {k} {sampled}: {error:e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn sampled_rows_are_the_exact_gradient_on_average() {
     let device = Device::flex();

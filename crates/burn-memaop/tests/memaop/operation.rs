@@ -229,6 +229,37 @@ pub fn a_change_of_precision_keeps_the_memory(device: &Device) {
     }
 }
 
+/// As below a layer that computes some rows of the gradient of its input: fewer rows hold something
+/// than are asked for.
+pub fn rows_of_zeros_add_nothing(device: &Device) {
+    let mut random = Random(13);
+    let (m, n, p) = (48, 9, 5);
+    for (policy, memory) in methods() {
+        let mut comparison = Comparison::new(device, policy, memory, n, p);
+        let zeroed = |g: &mut Matrix, step: usize| {
+            let zero = (0..m).filter(|row| (row + step) % 5 != 0);
+            zero.for_each(|row| g.0[row] = vec![0.0; p]);
+        };
+        for step in 0..3 {
+            let (x, mut g) = (random.matrix(m, n), random.matrix(m, p));
+            zeroed(&mut g, step);
+            comparison.step(&x, &g, m / 2);
+        }
+
+        // A row of zeros adds nothing whatever the other factor is.
+        let (mut x, mut g) = (random.matrix(m, n), random.matrix(m, p));
+        zeroed(&mut g, 0);
+        x.0[1][0] = f64::NAN;
+        x.0[2][1] = f64::INFINITY;
+        let (x, g) = (x.tensor(device, DType::F32), g.tensor(device, DType::F32));
+        let gradient = Matrix::from_tensor(comparison.operation.step(x, g, m / 2));
+        assert!(
+            gradient.0.iter().flatten().all(|value| value.is_finite()),
+            "{policy:?} {memory:?}"
+        );
+    }
+}
+
 /// Sizes around those at which kernels work in another way, K from 1 to M - 1.
 pub fn batches_of_every_size_equal_the_oracle(device: &Device) {
     let mut random = Random(11);

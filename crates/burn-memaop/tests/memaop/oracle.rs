@@ -209,14 +209,16 @@ fn draws(sizes: &[f64], count: usize, uniform: impl Fn(usize) -> f64) -> Vec<(us
 
 /// `min(1, c size)`, with c found by bisection so that they sum to K.
 pub fn inclusion_probabilities(sizes: &[f64], k: usize) -> Vec<f64> {
-    let least = sizes.iter().copied().fold(f64::INFINITY, f64::min);
+    // With this c every row that is not zero is certain, even if they are fewer than K.
+    let positive = sizes.iter().copied().filter(|&size| size > 0.0);
+    let least = positive.fold(f64::INFINITY, f64::min);
     let (mut low, mut high) = (0.0, 1.0 / least);
     for _ in 0..200 {
         let c = 0.5 * (low + high);
         let sum: f64 = sizes.iter().map(|size| (c * size).min(1.0)).sum();
         if sum < k as f64 { low = c } else { high = c }
     }
-    sizes.iter().map(|size| (low * size).min(1.0)).collect()
+    sizes.iter().map(|size| (high * size).min(1.0)).collect()
 }
 
 /// The words of Philox4x32-10 for the counter `(row, 0, step low, step high)`.

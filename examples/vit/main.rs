@@ -1,0 +1,187 @@
+//! MNIST with a small vision transformer through burn-train: images as 49 patches, attention and
+//! feed-forward networks with approximate gradients, or with Burn's own modules.
+//!
+//! ```text
+//! cargo vit
+//! cargo vit --data DIR --plain --k-ratio 0.125
+//! cargo vit --data DIR --plain --exact --out vit-exact
+//! ```
+
+mod model;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow, ensure};
+use burn::{
+    data::{dataloader::DataLoaderBuilder, dataset::Dataset},
+    optim::AdamConfig,
+    tensor::Device,
+    train::{
+        ExecutionStrategy, Learner, SupervisedTraining,
+        metric::{AccuracyMetric, LossMetric},
+    },
+};
+use burn_dataset::vision::{MnistDataset, MnistItem};
+use burn_memaop::train::{AopOuterProductsMetric, AopSavedFlopsMetric, AopShareMetric};
+use clap::Parser;
+use memaop_examples::{AopOptions, Backend, mnist::Split};
+use memaop_mnist::{MnistBatcher, PlainRenderer, read};
+
+use crate::model::{Encoder, Size, TOKENS, Vit};
+
+/// MNIST with a small vision transformer, trained by burn-train
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    aop: AopOptions,
+    /// Burn's own modules, with the same initial weights and batches
+    #[arg(long)]
+    exact: bool,
+    /// A folder with the four IDX files, plain or .gz; they are downloaded without it
+    #[arg(long)]
+    data: Option<PathBuf>,
+    #[arg(long, default_value_t = 5)]
+    epochs: usize,
+    /// Images in a batch; the rows of a gradient are 49 times as many
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// The size of a token
+    #[arg(long, default_value_t = 64)]
+    width: usize,
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    /// Transformer blocks
+    #[arg(long, default_value_t = 2)]
+    blocks: usize,
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Learning rate of Adam
+    #[arg(long, default_value_t = 1e-3)]
+    lr: f64,
+    /// Measures one of so many steps for the metrics; 0 for no metrics of burn-memaop
+    #[arg(long, default_value_t = 20)]
+    observe: usize,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[arg(long, value_enum, default_value_t = Backend::Flex)]
+    backend: Backend,
+    /// No dashboard, but a line for each epoch
+    #[arg(long)]
+    plain: bool,
+    /// Where logs go
+    #[arg(long, default_value = "vit-run")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    options.validate()?;
+    let device = options.backend.device()?;
+    match &options.data {
+        Some(folder) => {
+            let train = read(folder, Split::Train)?;
+            start(&options, &device, train, read(folder, Split::Test)?)
+        }
+        None => start(
+            &options,
+            &device,
+            MnistDataset::train(),
+            MnistDataset::test(),
+        ),
+    }
+}
+
+/// The seed comes before the weights, so that both kinds of model begin with the same.
+fn start(
+    options: &Options,
+    device: &Device,
+    train: impl Dataset<MnistItem> + 'static,
+    test: impl Dataset<MnistItem> + 'static,
+) -> Result<()> {
+    let aop = options.aop.config(options.seed << 32)?;
+    device.seed(options.seed);
+    let size = Size {
+        width: options.width,
+        heads: options.heads,
+        blocks: options.blocks,
+        dropout: options.dropout,
+    };
+    let exact = Vit::new(size, &device.clone().autodiff());
+    match options.exact {
+        true => train_on(options, device, exact, train, test),
+        false => {
+            println!("M = {}", TOKENS * options.batch);
+            let memaop = exact.with_memaop(aop, options.observe);
+            train_on(options, device, memaop, train, test)
+        }
+    }
+}
+
+fn train_on<E: Encoder>(
+    options: &Options,
+    device: &Device,
+    model: Vit<E>,
+    train: impl Dataset<MnistItem> + 'static,
+    test: impl Dataset<MnistItem> + 'static,
+) -> Result<()> {
+    // Without worker threads the order of the batches is the same in every run.
+    let loader = || {
+        DataLoaderBuilder::new(MnistBatcher)
+            .batch_size(options.batch)
+            .num_workers(0)
+    };
+    let train = loader().shuffle(options.seed).build(train);
+    let test = loader().build(test);
+    let strategy = ExecutionStrategy::single(device.clone().autodiff());
+    let mut training = SupervisedTraining::new(&options.out, train, test)
+        .metrics((AccuracyMetric::new(), LossMetric::new()))
+        .with_training_strategy(strategy.into())
+        .num_epochs(options.epochs)
+        .summary();
+    if options.observe > 0 && !options.exact {
+        training = training
+            .metric_train_numeric(AopSavedFlopsMetric::new())
+            .metric_train_numeric(AopOuterProductsMetric::new())
+            .metric_train_numeric(AopShareMetric::new());
+    }
+    if options.plain {
+        training = training.renderer(Box::new(PlainRenderer::default()));
+    }
+    let optimizer = AdamConfig::new().init();
+    let result = training.launch(Learner::new(model, optimizer, options.lr));
+    match result.error {
+        None => Ok(()),
+        Some(error) => Err(anyhow!("{error}")),
+    }
+}
+
+impl Options {
+    fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("epochs", self.epochs),
+            ("batch", self.batch),
+            ("width", self.width),
+            ("heads", self.heads),
+            ("blocks", self.blocks),
+        ] {
+            ensure!(value > 0, "--{name} must be at least 1, but got 0");
+        }
+        ensure!(
+            self.width.is_multiple_of(self.heads),
+            "--width must be a multiple of --heads {}, but got {}",
+            self.heads,
+            self.width
+        );
+        ensure!(
+            (0.0..1.0).contains(&self.dropout),
+            "--dropout must be from 0 to below 1, but got {}",
+            self.dropout
+        );
+        ensure!(
+            self.lr > 0.0 && self.lr.is_finite(),
+            "--lr must be positive and finite, but got {}",
+            self.lr
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+use burn::{
+    module::{Module, ModuleDisplay},
+    nn::{
+        Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
+        transformer::{self, TransformerEncoder, TransformerEncoderConfig},
+    },
+    tensor::{Device, Tensor},
+    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+};
+use burn_memaop::{
+    AopConfig, AopObserver,
+    transformer::{MemAopTransformerEncoder, TransformerEncoderInput},
+};
+use memaop_examples::mnist::SIDE;
+use memaop_mnist::{MnistBatch, Observed, classified};
+
+/// Pixels along each side of a patch.
+const PATCH: usize = 4;
+/// Patches along each side of an image.
+const GRID: usize = SIDE / PATCH;
+/// The tokens of an image.
+pub const TOKENS: usize = GRID * GRID;
+
+/// Burn's encoder or its counterpart.
+pub trait Encoder: Module + ModuleDisplay {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3>;
+}
+
+impl Encoder for TransformerEncoder {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
+        self.forward(transformer::TransformerEncoderInput::new(tokens))
+    }
+}
+
+impl Encoder for MemAopTransformerEncoder {
+    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
+        self.forward(TransformerEncoderInput::new(tokens))
+    }
+}
+
+/// A vision transformer: patches as tokens, an encoder, the mean of the tokens classified.
+#[derive(Module, Debug)]
+pub struct Vit<E: Encoder> {
+    patches: Linear,
+    positions: Embedding,
+    encoder: E,
+    norm: LayerNorm,
+    output: Linear,
+    #[module(skip)]
+    observer: Option<AopObserver>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    pub width: usize,
+    pub heads: usize,
+    pub blocks: usize,
+    pub dropout: f64,
+}
+
+impl Vit<TransformerEncoder> {
+    pub fn new(size: Size, device: &Device) -> Self {
+        let Size { width, .. } = size;
+        let encoder = TransformerEncoderConfig::new(width, 4 * width, size.heads, size.blocks)
+            .with_norm_first(true)
+            .with_dropout(size.dropout);
+        Self {
+            patches: LinearConfig::new(PATCH * PATCH, width).init(device),
+            positions: EmbeddingConfig::new(TOKENS, width).init(device),
+            encoder: encoder.init(device),
+            norm: LayerNormConfig::new(width).init(device),
+            output: LinearConfig::new(width, 10).init(device),
+            observer: None,
+        }
+    }
+
+    /// The same weights, approximate gradients; observed at one of `observe` steps, if at any.
+    pub fn with_memaop(self, aop: AopConfig, observe: usize) -> Vit<MemAopTransformerEncoder> {
+        Vit {
+            patches: self.patches,
+            positions: self.positions,
+            encoder: MemAopTransformerEncoder::from_encoder(self.encoder, aop),
+            norm: self.norm,
+            output: self.output,
+            observer: (observe > 0).then(|| AopObserver::new(observe)),
+        }
+    }
+}
+
+impl<E: Encoder> Vit<E> {
+    /// Logits, shape `[batch, 10]`, of images, shape `[batch, 784]`.
+    pub fn forward(&self, images: Tensor<2>) -> Tensor<2> {
+        let device = images.device();
+        let positions = Tensor::arange(0..TOKENS as i64, &device).unsqueeze();
+        let tokens = self.patches.forward(patches(images)) + self.positions.forward(positions);
+        let tokens = self.norm.forward(self.encoder.encode(tokens));
+        self.output.forward(tokens.mean_dim(1).squeeze_dim(1))
+    }
+}
+
+/// Images, shape `[batch, 784]`, as patches row by row, shape `[batch, 49, 16]`.
+fn patches(images: Tensor<2>) -> Tensor<3> {
+    let [batch, _] = images.dims();
+    images
+        .reshape([batch, GRID, PATCH, GRID, PATCH])
+        .swap_dims(2, 3)
+        .reshape([batch, TOKENS, PATCH * PATCH])
+}
+
+impl<E: Encoder> TrainStep for Vit<E> {
+    type Input = MnistBatch;
+    type Output = Observed;
+
+    fn step(&self, batch: MnistBatch) -> TrainOutput<Observed> {
+        let output = classified(self.forward(batch.images), batch.labels);
+        let grads = output.loss.backward();
+        let aop = self.observer.map(|observer| observer.observe(self));
+        let aop = aop.unwrap_or_default();
+        TrainOutput::new(self, grads, Observed { output, aop })
+    }
+}
+
+impl<E: Encoder> InferenceStep for Vit<E> {
+    type Input = MnistBatch;
+    type Output = ClassificationOutput;
+
+    fn step(&self, batch: MnistBatch) -> ClassificationOutput {
+        classified(self.forward(batch.images), batch.labels)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Int;
+
+    #[test]
+    fn patches_are_squares_of_the_image() {
+        let device = Device::flex();
+        let pixels = Tensor::<1, Int>::arange(0..2 * 784, &device).float();
+        let patches = patches(pixels.reshape([2, 784]));
+        let patch = patches.slice([1..2, 8..9, 0..16]).into_data();
+        // The second patch of the second row of patches of the second image.
+        let expected: Vec<f32> = (0..16)
+            .map(|i| (784 + (4 + i / 4) * 28 + 4 + i % 4) as f32)
+            .collect();
+        assert_eq!(patch.to_vec::<f32>().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_counterpart_gives_the_same_logits() {
+        let device = Device::flex();
+        let size = Size {
+            width: 16,
+            heads: 2,
+            blocks: 1,
+            dropout: 0.0,
+        };
+        let exact = Vit::new(size, &device);
+        let memaop = exact.clone().with_memaop(AopConfig::new(), 0);
+        let images = Tensor::<1, Int>::arange(0..3 * 784, &device).float() / 2352.0;
+        let images = images.reshape([3, 784]);
+        let difference = exact.forward(images.clone()) - memaop.forward(images);
+        assert!(difference.abs().max().into_scalar::<f32>() < 1e-5);
+    }
+}
