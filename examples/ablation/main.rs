@@ -6,6 +6,7 @@
 //! ```
 
 mod grid;
+mod race;
 mod report;
 mod setting;
 mod study;
@@ -23,6 +24,7 @@ use memaop_examples::{
 };
 
 use crate::{
+    race::Race,
     setting::{Optimizer, Setting},
     training::Data,
 };
@@ -41,6 +43,8 @@ struct Cli {
 enum Command {
     /// All that docs/choosing.md reports; goes on where it was interrupted
     Study(Study),
+    /// Time to an accuracy, at several batch sizes, all trainings in turns
+    Race(Race),
 }
 
 /// Options with several values (separated by commas) span a grid.
@@ -116,6 +120,7 @@ fn main() -> Result<()> {
     let (common, settings) = match &cli.command {
         None => (&cli.grid.common, cli.grid.settings()?),
         Some(Command::Study(study)) => (&study.common, study::settings()),
+        Some(Command::Race(race)) => return race.run(),
     };
     ensure!(common.seeds > 0, "--seeds must be at least 1, but got 0");
     let data = Data::load(&common.data)?;

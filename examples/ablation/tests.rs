@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{Cli, grid, report, setting::Setting, study, training::Data};
 
 /// MNIST of a few images: each class has rows of its own that are white.
-fn data(folder: &Path) -> Data {
+pub fn data(folder: &Path) -> Data {
     for (prefix, count) in [("train", 320), ("t10k", 100)] {
         let mut images = Vec::new();
         let mut labels = Vec::new();

@@ -3,7 +3,10 @@ use std::{path::Path, time::Instant};
 use anyhow::Result;
 use burn::{
     module::{Module, Param},
-    nn::{Initializer, LinearConfig, loss::CrossEntropyLossConfig},
+    nn::{
+        Initializer, LinearConfig,
+        loss::{CrossEntropyLoss, CrossEntropyLossConfig},
+    },
     optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig},
     tensor::{Device, Int, Tensor, TensorData, activation::relu},
 };
@@ -128,45 +131,91 @@ pub struct Run {
     pub train_seconds: Vec<f64>,
 }
 
-/// Trains; `after_epoch` is called after each epoch. An unequal last batch is left out.
+/// Trains; `after_epoch` is called after each epoch.
 pub fn run(data: &Data, setting: &Setting, seed: u64, after_epoch: impl Fn()) -> Run {
-    let device = Device::flex();
-    let autodiff = device.clone().autodiff();
-    let mut random = StdRng::seed_from_u64(seed);
-    let mut model = Mlp::new(setting, &mut random, &autodiff);
-    let mut optimizer: ModuleOptimizer = match setting.optimizer {
-        Optimizer::Sgd if setting.momentum > 0.0 => {
-            let momentum = MomentumConfig::new()
-                .with_momentum(setting.momentum)
-                .with_dampening(0.0);
-            SgdConfig::new().with_momentum(Some(momentum)).init()
-        }
-        Optimizer::Sgd => SgdConfig::new().init(),
-        Optimizer::Adam => AdamConfig::new().init(),
-    };
-    let loss = CrossEntropyLossConfig::new().init(&autodiff);
-
-    let mut order: Vec<_> = (0..data.train.len()).collect();
+    let mut training = Training::new(data, setting, seed);
     let mut run = Run {
         seed,
         test_accuracy: Vec::new(),
         train_seconds: Vec::new(),
     };
     for _ in 0..setting.epochs {
-        order.shuffle(&mut random);
-        let mut seconds = 0.0;
-        for indices in order.chunks_exact(setting.batch) {
-            let (images, labels) = data.train.batch(indices, &autodiff);
-            let start = Instant::now();
-            let loss = loss.forward(model.forward(images), labels);
-            let grads = GradientsParams::from_grads(loss.backward(), &model);
-            model = optimizer.step(setting.lr, model, grads);
-            seconds += start.elapsed().as_secs_f64();
-        }
+        let seconds = training.advance(data.train.len() / setting.batch);
         run.train_seconds.push(seconds);
-        run.test_accuracy
-            .push(model.test_accuracy(&data.test, &device));
+        run.test_accuracy.push(training.test_accuracy());
         after_epoch();
     }
     run
+}
+
+/// A training in progress. An unequal last batch of an epoch is left out.
+pub struct Training<'a> {
+    data: &'a Data,
+    setting: &'a Setting,
+    /// Moved through the optimizer by each step.
+    model: Option<Mlp>,
+    optimizer: ModuleOptimizer,
+    loss: CrossEntropyLoss,
+    device: Device,
+    random: StdRng,
+    order: Vec<usize>,
+    /// The next batch of the epoch.
+    next: usize,
+}
+
+impl<'a> Training<'a> {
+    pub fn new(data: &'a Data, setting: &'a Setting, seed: u64) -> Self {
+        let device = Device::flex().autodiff();
+        let mut random = StdRng::seed_from_u64(seed);
+        let model = Mlp::new(setting, &mut random, &device);
+        let optimizer = match setting.optimizer {
+            Optimizer::Sgd if setting.momentum > 0.0 => {
+                let momentum = MomentumConfig::new()
+                    .with_momentum(setting.momentum)
+                    .with_dampening(0.0);
+                SgdConfig::new().with_momentum(Some(momentum)).init()
+            }
+            Optimizer::Sgd => SgdConfig::new().init(),
+            Optimizer::Adam => AdamConfig::new().init(),
+        };
+        Self {
+            data,
+            setting,
+            model: Some(model),
+            optimizer,
+            loss: CrossEntropyLossConfig::new().init(&device),
+            device,
+            random,
+            order: (0..data.train.len()).collect(),
+            next: 0,
+        }
+    }
+
+    /// Takes some steps; returns their time in seconds: forward, backward, optimizer.
+    pub fn advance(&mut self, steps: usize) -> f64 {
+        let batch = self.setting.batch;
+        let mut seconds = 0.0;
+        for _ in 0..steps {
+            if self.next == 0 {
+                self.order.shuffle(&mut self.random);
+            }
+            let indices = &self.order[self.next * batch..][..batch];
+            self.next = (self.next + 1) % (self.order.len() / batch);
+            let (images, labels) = self.data.train.batch(indices, &self.device);
+
+            let start = Instant::now();
+            let model = self.model.take().expect("put back by every step");
+            let loss = self.loss.forward(model.forward(images), labels);
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            self.model = Some(self.optimizer.step(self.setting.lr, model, grads));
+            seconds += start.elapsed().as_secs_f64();
+        }
+        seconds
+    }
+
+    /// The share of test images that are recognised.
+    pub fn test_accuracy(&self) -> f64 {
+        let model = self.model.as_ref().expect("put back by every step");
+        model.test_accuracy(&self.data.test, &Device::flex())
+    }
 }
