@@ -14,9 +14,8 @@ use burn::{
 };
 use burn_memaop::{AopStep, MemAopLinear, MemAopOps, OuterProducts, RowMemory};
 use clap::Parser;
-use memaop_benches::{Common, Method, Observed, Precision, interleaved, observe, random};
+use memaop_benches::{Buffers, Common, Method, Observed, Precision, interleaved, observe, random};
 use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
-use rayon::prelude::*;
 use serde::Serialize;
 
 /// One layer, exact and approximate; without sizes, a table of several
@@ -279,35 +278,4 @@ fn measure(
         exact_dw,
         aop_dw,
     })
-}
-
-/// As many values as the batch has, to be copied as fast as the machine can.
-enum Buffers {
-    Host(Vec<f32>, Vec<f32>),
-    Device(Box<Tensor<1>>),
-}
-
-impl Buffers {
-    fn new(backend: Backend, values: usize, device: &Device, precision: Precision) -> Self {
-        if !backend.is_cpu() {
-            let values = Tensor::ones([values], (device, precision.dtype()));
-            return Self::Device(Box::new(values));
-        }
-        let values = values * precision.dtype().size() / size_of::<f32>();
-        Self::Host(vec![1.0; values], vec![0.0; values])
-    }
-
-    fn copy(&mut self) {
-        match self {
-            Self::Host(from, to) => {
-                let block = from.len().div_ceil(rayon::current_num_threads());
-                let blocks = to.par_chunks_mut(block).zip(from.par_chunks(block));
-                blocks.for_each(|(to, from)| to.copy_from_slice(from));
-                black_box(to);
-            }
-            Self::Device(values) => {
-                black_box(*values.clone() * 2.0);
-            }
-        }
-    }
 }

@@ -12,9 +12,11 @@ use clap::{Args, ValueEnum};
 use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
 use serde::Serialize;
 
+mod buffers;
 mod observed;
 mod steps;
 
+pub use buffers::Buffers;
 pub use observed::{Observed, observe};
 pub use steps::{Size, Step, StepOptions, Training, step_table};
 

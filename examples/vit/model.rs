@@ -22,7 +22,7 @@ const GRID: usize = SIDE / PATCH;
 pub const TOKENS: usize = GRID * GRID;
 
 /// Burn's encoder or its counterpart.
-pub trait Encoder: Module + ModuleDisplay {
+pub trait Encoder: Module + ModuleDisplay + 'static {
     fn encode(&self, tokens: Tensor<3>) -> Tensor<3>;
 }
 
@@ -144,7 +144,7 @@ mod tests {
         let expected: Vec<f32> = (0..16)
             .map(|i| (784 + (4 + i / 4) * 28 + 4 + i % 4) as f32)
             .collect();
-        assert_eq!(patch.to_vec::<f32>().unwrap(), expected);
+        assert_eq!(patch.try_to_vec::<f32>().unwrap(), expected);
     }
 
     #[test]

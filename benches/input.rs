@@ -1,0 +1,172 @@
+//! The gradient of a layer's input, for all rows and for some.
+//!
+//! ```text
+//! cargo bench --bench input -- --m 1024 --n 1024 --p 1024 --dx-ratio 0.25
+//! ```
+
+use std::hint::black_box;
+
+use anyhow::{Result, bail, ensure};
+use burn::{backend::Dispatch, tensor::Tensor};
+use burn_memaop::{InputStep, MemAopOps};
+use clap::Parser;
+use memaop_benches::{Buffers, Common, Observed, interleaved, observe, random};
+use serde::Serialize;
+
+/// The gradient of the input of one layer; without sizes, a table of several
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Rows of the batch
+    #[arg(long, requires_all = ["n", "p"])]
+    m: Option<usize>,
+    /// Inputs
+    #[arg(long, requires = "m")]
+    n: Option<usize>,
+    /// Outputs
+    #[arg(long, requires = "m")]
+    p: Option<usize>,
+    /// Rows that are computed, as a share of the batch; without it 1/4 and 1/8
+    #[arg(long)]
+    dx_ratio: Option<f64>,
+}
+
+const SIZES: [(usize, usize, usize); 4] = [
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (4096, 1024, 1024),
+    (2048, 4096, 1024),
+];
+
+#[derive(Serialize)]
+struct Row {
+    m: usize,
+    n: usize,
+    p: usize,
+    k: usize,
+    sampled: bool,
+    exact_ms: f64,
+    aop_ms: f64,
+    limit_ms: f64,
+    /// Of the same gradient, for all rows, where only so many hold something else than zeros.
+    sparse_ms: f64,
+    ratio: f64,
+    limit_ratio: f64,
+    sparse_ratio: f64,
+    /// What one gradient asks of a GPU, the product included.
+    observed: Option<Observed>,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let common = &options.common;
+    let device = common.device()?;
+    let sizes = match (options.m, options.n, options.p) {
+        (Some(m), Some(n), Some(p)) => vec![(m, n, p)],
+        _ => SIZES.to_vec(),
+    };
+    println!(
+        "{:>5} {:>5} {:>5} {:>5}  {:<8} {:>9} {:>9} {:>9} {:>6} {:>6}  {:>9} {:>6}",
+        "M",
+        "N",
+        "P",
+        "rows",
+        "method",
+        "exact",
+        "aop",
+        "limit",
+        "ratio",
+        "limit",
+        "sparse",
+        "ratio"
+    );
+    let mut rows = Vec::new();
+    for (m, n, p) in sizes {
+        ensure!(
+            m > 1 && n > 0 && p > 0,
+            "--m must be at least 2, --n and --p at least 1"
+        );
+        for ratio in options.dx_ratio.map_or(vec![0.25, 0.125], |r| vec![r]) {
+            ensure!(
+                ratio > 0.0 && ratio < 1.0,
+                "--dx-ratio must be in (0, 1), but got {ratio}"
+            );
+            let k = ((ratio * m as f64) as usize).max(1);
+            for sampled in [false, true] {
+                let random = |rows, columns| random(rows, columns, &device, common.dtype);
+                let (g, w) = (random(m, p), random(n, p));
+                let some = random(k, p);
+                let zeros = Tensor::<2>::zeros([m - k, p], &device).cast(common.dtype.dtype());
+                let sparse = Tensor::cat(vec![some.clone(), zeros], 0);
+                let product = |g: &Tensor<2>| {
+                    black_box(g.clone().matmul(w.clone().transpose()));
+                };
+                let gradient = |g: &Tensor<2>, k: usize, step: u64| {
+                    let settings = InputStep {
+                        k,
+                        sampled,
+                        seed: 0,
+                        step,
+                    };
+                    let (g, w) = (g.clone().into_dispatch(), w.clone().into_dispatch());
+                    black_box(Dispatch::memaop_input_gradient(g, w, settings));
+                };
+                let mut step = 0;
+                let mut aop = || {
+                    step += 1;
+                    gradient(&g, k, step);
+                };
+                let mut buffers =
+                    Buffers::new(common.backend, m * (n + p) / 2, &device, common.dtype);
+                let times = interleaved(
+                    &device,
+                    common.repeats,
+                    &mut [
+                        &mut || product(&g),
+                        &mut aop,
+                        &mut || product(&some),
+                        &mut || buffers.copy(),
+                        &mut || gradient(&sparse, m, 0),
+                    ],
+                )?;
+                let [exact_ms, aop_ms, product_ms, copy_ms, sparse_ms] = times[..] else {
+                    bail!("five sides were timed");
+                };
+                // The gradient of the output is read once, that of the input written once.
+                let limit_ms = product_ms + copy_ms;
+                let row = Row {
+                    m,
+                    n,
+                    p,
+                    k,
+                    sampled,
+                    exact_ms,
+                    aop_ms,
+                    limit_ms,
+                    sparse_ms,
+                    ratio: aop_ms / exact_ms,
+                    limit_ratio: aop_ms / limit_ms,
+                    sparse_ratio: sparse_ms / exact_ms,
+                    observed: observe(&device, aop)?,
+                };
+                println!(
+                    "{m:>5} {n:>5} {p:>5} {k:>5}  {:<8} {exact_ms:>9.3} {aop_ms:>9.3} \
+                     {limit_ms:>9.3} {:>6.3} {:>6.2}  {sparse_ms:>9.3} {:>6.3}  {}",
+                    if sampled { "sampled" } else { "largest" },
+                    row.ratio,
+                    row.limit_ratio,
+                    row.sparse_ratio,
+                    row.observed
+                        .map_or(String::new(), |observed| observed.to_string())
+                );
+                rows.push(row);
+            }
+        }
+    }
+    println!(
+        "\nMilliseconds; limit: the product of so many rows, and one pass over both gradients"
+    );
+    println!("at copy bandwidth; sparse: all rows, of which so many are not zeros.");
+    common.save(&rows)
+}
