@@ -1,7 +1,7 @@
 //! For training with burn-train: metrics for its dashboard and logs, checkpoints that survive a kill,
 //! and a scheduler that memories follow.
 //!
-//! A model's training output carries an [`AopReport`](crate::AopReport), and one adaptor hands it
+//! A model's training output carries an [`AopReport`], and one adaptor hands it
 //! to all metrics:
 //!
 //! ```
