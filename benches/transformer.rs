@@ -7,21 +7,19 @@
 
 use anyhow::{Result, ensure};
 use burn::{
-    module::{Module, ModuleDisplay},
+    module::Module,
     nn::{
         Linear, LinearConfig,
         loss::CrossEntropyLossConfig,
-        transformer::{self, TransformerEncoder, TransformerEncoderConfig},
+        transformer::{TransformerEncoder, TransformerEncoderConfig},
     },
     optim::AdamConfig,
     tensor::{Device, Distribution, Int, Tensor},
 };
-use burn_memaop::{
-    AopConfig,
-    transformer::{MemAopTransformerEncoder, TransformerEncoderInput},
-};
+use burn_memaop::{AopConfig, transformer::MemAopTransformerEncoder};
 use clap::Parser;
 use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
+use memaop_examples::Encoder;
 
 const CLASSES: usize = 10;
 
@@ -46,22 +44,6 @@ struct Options {
     length: usize,
     #[command(flatten)]
     steps: StepOptions,
-}
-
-trait Encoder: Module + ModuleDisplay {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3>;
-}
-
-impl Encoder for TransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
-        self.forward(transformer::TransformerEncoderInput::new(tokens))
-    }
-}
-
-impl Encoder for MemAopTransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
-        self.forward(TransformerEncoderInput::new(tokens))
-    }
 }
 
 #[derive(Module, Debug)]
@@ -95,7 +77,7 @@ impl<E: Encoder> Classifier<E> {
     fn loss(&self, tokens: &Tensor<3>, labels: &Tensor<1, Int>) -> Tensor<1> {
         let encoded = self
             .encoder
-            .encode(tokens.clone())
+            .encode(tokens.clone(), None)
             .mean_dim(1)
             .squeeze_dim(1);
         let loss = CrossEntropyLossConfig::new().init(&tokens.device());

@@ -1,33 +1,14 @@
 use burn::{
-    module::{Module, ModuleDisplay},
+    module::Module,
     nn::{
         Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
         attention::generate_autoregressive_mask,
-        transformer::{self, TransformerEncoder, TransformerEncoderConfig},
+        transformer::{TransformerEncoder, TransformerEncoderConfig},
     },
-    tensor::{Bool, Device, Int, Tensor},
+    tensor::{Device, Int, Tensor},
 };
-use burn_memaop::{
-    AopConfig,
-    transformer::{MemAopTransformerEncoder, TransformerEncoderInput},
-};
-
-/// Burn's encoder or its counterpart.
-pub trait Encoder: Module + ModuleDisplay {
-    fn encode(&self, tokens: Tensor<3>, mask: Tensor<3, Bool>) -> Tensor<3>;
-}
-
-impl Encoder for TransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>, mask: Tensor<3, Bool>) -> Tensor<3> {
-        self.forward(transformer::TransformerEncoderInput::new(tokens).mask_attn(mask))
-    }
-}
-
-impl Encoder for MemAopTransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>, mask: Tensor<3, Bool>) -> Tensor<3> {
-        self.forward(TransformerEncoderInput::new(tokens).mask_attn(mask))
-    }
-}
+use burn_memaop::{AopConfig, transformer::MemAopTransformerEncoder};
+use memaop_examples::Encoder;
 
 /// Predicts the next character from those before it.
 #[derive(Module, Debug)]
@@ -89,7 +70,7 @@ impl<E: Encoder> CharLm<E> {
         let positions = Tensor::arange(0..length as i64, &device).unsqueeze();
         let hidden = self.characters.forward(tokens) + self.positions.forward(positions);
         let mask = generate_autoregressive_mask(batch, length, &device);
-        let hidden = self.norm.forward(self.encoder.encode(hidden, mask));
+        let hidden = self.norm.forward(self.encoder.encode(hidden, Some(mask)));
         self.output.forward(hidden).flatten(0, 1)
     }
 }

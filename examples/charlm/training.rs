@@ -7,13 +7,11 @@ use burn::{
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
     tensor::{Device, Int, Tensor, TensorData, activation::softmax},
 };
+use memaop_examples::Encoder;
 use rand::{RngExt, rngs::StdRng};
 use serde::Serialize;
 
-use crate::{
-    model::{CharLm, Encoder},
-    text::Batch,
-};
+use crate::{model::CharLm, text::Batch};
 
 /// The course of one training.
 #[derive(Debug, Clone, Serialize)]

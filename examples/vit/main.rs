@@ -24,10 +24,10 @@ use burn::{
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::train::{AopOuterProductsMetric, AopSavedFlopsMetric, AopShareMetric};
 use clap::Parser;
-use memaop_examples::{AopOptions, Backend, mnist::Split};
+use memaop_examples::{AopOptions, Backend, Encoder, mnist::Split};
 use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
-use crate::model::{Encoder, Size, TOKENS, Vit};
+use crate::model::{Size, TOKENS, Vit};
 
 /// MNIST with a small vision transformer, trained by burn-train
 #[derive(Parser, Debug)]

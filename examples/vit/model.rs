@@ -1,17 +1,14 @@
 use burn::{
-    module::{Module, ModuleDisplay},
+    module::Module,
     nn::{
         Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
-        transformer::{self, TransformerEncoder, TransformerEncoderConfig},
+        transformer::{TransformerEncoder, TransformerEncoderConfig},
     },
     tensor::{Device, Tensor},
     train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
 };
-use burn_memaop::{
-    AopConfig, AopObserver,
-    transformer::{MemAopTransformerEncoder, TransformerEncoderInput},
-};
-use memaop_examples::mnist::SIDE;
+use burn_memaop::{AopConfig, AopObserver, transformer::MemAopTransformerEncoder};
+use memaop_examples::{Encoder, mnist::SIDE};
 use memaop_mnist::{MnistBatch, Observed, classified};
 
 /// Pixels along each side of a patch.
@@ -20,23 +17,6 @@ const PATCH: usize = 4;
 const GRID: usize = SIDE / PATCH;
 /// The tokens of an image.
 pub const TOKENS: usize = GRID * GRID;
-
-/// Burn's encoder or its counterpart.
-pub trait Encoder: Module + ModuleDisplay + 'static {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3>;
-}
-
-impl Encoder for TransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
-        self.forward(transformer::TransformerEncoderInput::new(tokens))
-    }
-}
-
-impl Encoder for MemAopTransformerEncoder {
-    fn encode(&self, tokens: Tensor<3>) -> Tensor<3> {
-        self.forward(TransformerEncoderInput::new(tokens))
-    }
-}
 
 /// A vision transformer: patches as tokens, an encoder, the mean of the tokens classified.
 #[derive(Module, Debug)]
@@ -93,7 +73,7 @@ impl<E: Encoder> Vit<E> {
         let device = images.device();
         let positions = Tensor::arange(0..TOKENS as i64, &device).unsqueeze();
         let tokens = self.patches.forward(patches(images)) + self.positions.forward(positions);
-        let tokens = self.norm.forward(self.encoder.encode(tokens));
+        let tokens = self.norm.forward(self.encoder.encode(tokens, None));
         self.output.forward(tokens.mean_dim(1).squeeze_dim(1))
     }
 }

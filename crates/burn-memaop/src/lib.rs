@@ -12,7 +12,7 @@
 //!
 //! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: the same parameters, the same
 //! forward pass, the same exact gradients of input and bias, and an approximate gradient of the
-//! weight, as [`AopConfig`] says.
+//! weight, as [`AopConfig`] says. [`transformer`] has counterparts of Burn's transformer modules.
 //!
 //! ```
 //! use burn::nn::Relu;

@@ -1,13 +1,15 @@
-//! What the examples share: the options of the layer, the backends, MNIST, charts.
+//! What the examples share: the options of the layer, the backends, encoders, MNIST, charts.
 
 mod backend;
 pub mod chart;
+mod encoder;
 pub mod mnist;
 mod options;
 pub mod parallel;
 pub mod statistics;
 
 pub use backend::Backend;
+pub use encoder::Encoder;
 pub use options::{
     AopOptions, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
 };
