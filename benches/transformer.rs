@@ -19,7 +19,7 @@ use burn::{
 use burn_memaop::{AopConfig, transformer::MemAopTransformerEncoder};
 use clap::Parser;
 use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
-use memaop_examples::Encoder;
+use memaop_examples::{Encoder, check};
 
 const CLASSES: usize = 10;
 
@@ -90,11 +90,7 @@ fn main() -> Result<()> {
     let device = options.common.device()?;
     let autodiff = device.clone().autodiff();
     let (width, batch, length) = (options.width, options.batch, options.length);
-    ensure!(
-        options.heads > 0 && width > 0 && width.is_multiple_of(options.heads),
-        "--width must be a multiple of --heads {}, but got {width}",
-        options.heads
-    );
+    check::heads(width, options.heads)?;
     ensure!(
         batch > 0 && length > 1,
         "--batch must be at least 1, --length at least 2"

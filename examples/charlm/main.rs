@@ -13,12 +13,12 @@ mod training;
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use burn::tensor::Device;
 use burn_memaop::AopConfig;
 use clap::Parser;
 use memaop_examples::{
-    AopOptions, Backend, InputGradientOptions, MemoryPrecisionOption, PolicyOption, parallel,
+    AopOptions, Backend, InputGradientOptions, MemoryPrecisionOption, PolicyOption, check, parallel,
 };
 use rand::{SeedableRng, rngs::StdRng};
 
@@ -167,30 +167,16 @@ fn compare(
 
 impl Options {
     fn validate(&self) -> Result<()> {
-        for (name, value) in [
+        check::at_least_one(&[
             ("steps", self.steps),
             ("batch", self.batch),
             ("length", self.length),
-            ("width", self.width),
-            ("heads", self.heads),
             ("blocks", self.blocks),
             ("interval", self.interval),
             ("seeds", self.seeds as usize),
-        ] {
-            ensure!(value > 0, "--{name} must be at least 1, but got 0");
-        }
-        ensure!(
-            self.width.is_multiple_of(self.heads),
-            "--width must be a multiple of --heads {}, but got {}",
-            self.heads,
-            self.width
-        );
-        ensure!(
-            self.lr.is_finite() && self.lr > 0.0,
-            "--lr must be positive and finite, but got {}",
-            self.lr
-        );
-        Ok(())
+        ])?;
+        check::heads(self.width, self.heads)?;
+        check::positive("lr", self.lr)
     }
 
     /// Burn's own modules first, then every policy with every K.

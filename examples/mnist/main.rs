@@ -35,7 +35,7 @@ use burn_memaop::{
     },
 };
 use clap::{Parser, ValueEnum};
-use memaop_examples::{AopOptions, Backend, mnist::Split};
+use memaop_examples::{AopOptions, Backend, check, mnist::Split};
 use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::Mlp;
@@ -111,19 +111,13 @@ impl LrSchedule {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    for (name, value) in [
+    check::at_least_one(&[
         ("batch", options.batch),
         ("width", options.width),
         ("epochs", options.epochs),
         ("devices", options.devices),
-    ] {
-        ensure!(value > 0, "--{name} must be at least 1, but got 0");
-    }
-    ensure!(
-        options.lr > 0.0 && options.lr.is_finite(),
-        "--lr must be positive and finite, but got {}",
-        options.lr
-    );
+    ])?;
+    check::positive("lr", options.lr)?;
     let device = options.backend.device()?;
     let aop = options.aop.config(options.seed)?;
 

@@ -7,6 +7,7 @@ use burn::{
     optim::{GradientsParams, ModuleOptimizer, SgdConfig},
     tensor::{Device, Tensor},
 };
+use memaop_examples::check;
 use serde::Serialize;
 
 use crate::{
@@ -25,19 +26,13 @@ pub struct Settings {
 impl Settings {
     pub fn validate(&self) -> Result<()> {
         let train = Digits::load().train_len();
-        ensure!(self.epochs > 0, "--epochs must be at least 1, but got 0");
+        check::at_least_one(&[("epochs", self.epochs), ("width", self.width)])?;
         ensure!(
             (1..=train).contains(&self.batch),
             "--batch must be from 1 to {train}, but got {}",
             self.batch
         );
-        ensure!(self.width > 0, "--width must be at least 1, but got 0");
-        ensure!(
-            self.lr.is_finite() && self.lr > 0.0,
-            "--lr must be a positive number, but got {}",
-            self.lr
-        );
-        Ok(())
+        check::positive("lr", self.lr)
     }
 }
 

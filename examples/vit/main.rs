@@ -24,7 +24,7 @@ use burn::{
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::train::{AopOuterProductsMetric, AopSavedFlopsMetric, AopShareMetric};
 use clap::Parser;
-use memaop_examples::{AopOptions, Backend, Encoder, mnist::Split};
+use memaop_examples::{AopOptions, Backend, Encoder, check, mnist::Split};
 use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::{Size, TOKENS, Vit};
@@ -157,30 +157,17 @@ fn train_on<E: Encoder>(
 
 impl Options {
     fn validate(&self) -> Result<()> {
-        for (name, value) in [
+        check::at_least_one(&[
             ("epochs", self.epochs),
             ("batch", self.batch),
-            ("width", self.width),
-            ("heads", self.heads),
             ("blocks", self.blocks),
-        ] {
-            ensure!(value > 0, "--{name} must be at least 1, but got 0");
-        }
-        ensure!(
-            self.width.is_multiple_of(self.heads),
-            "--width must be a multiple of --heads {}, but got {}",
-            self.heads,
-            self.width
-        );
+        ])?;
+        check::heads(self.width, self.heads)?;
+        check::positive("lr", self.lr)?;
         ensure!(
             (0.0..1.0).contains(&self.dropout),
             "--dropout must be from 0 to below 1, but got {}",
             self.dropout
-        );
-        ensure!(
-            self.lr > 0.0 && self.lr.is_finite(),
-            "--lr must be positive and finite, but got {}",
-            self.lr
         );
         Ok(())
     }

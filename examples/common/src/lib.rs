@@ -2,6 +2,7 @@
 
 mod backend;
 pub mod chart;
+pub mod check;
 mod encoder;
 pub mod mnist;
 mod options;
