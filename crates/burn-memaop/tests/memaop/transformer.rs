@@ -235,6 +235,11 @@ fn sampled_gradients_are_those_of_burns_encoder_on_average() {
             }
         }
     }
+    let norm = |values: &[f64]| values.iter().map(|b| b * b).sum::<f64>().sqrt();
+    let largest = exact
+        .values()
+        .map(|values| norm(values))
+        .fold(0.0, f64::max);
     let mut approximate = 0;
     for (id, (sum, square)) in sums {
         let draws = DRAWS as f64;
@@ -243,7 +248,11 @@ fn sampled_gradients_are_those_of_burns_encoder_on_average() {
         let distance = distance.sum::<f64>().sqrt();
         // Its standard deviation, were the mean the exact gradient.
         let deviation = (square / draws / draws).sqrt();
-        let size = exact[&id].iter().map(|b| b * b).sum::<f64>().sqrt();
+        let size = norm(&exact[&id]);
+        // The gradient of the bias of the keys is nothing but rounding.
+        if size < 1e-5 * largest {
+            continue;
+        }
         assert!(
             distance < 3.0 * deviation + 1e-5 * size,
             "{distance} {deviation} {size}"
