@@ -4,7 +4,7 @@
 #     benches/gpu.sh cuda              # or vulkan, wgpu, metal, rocm
 #     benches/gpu.sh vulkan f32 f16    # these types only
 #
-# Writes OUT/layer-TYPE.json and OUT/step-TYPE.json (OUT is target/gpu-BACKEND unless set), and with
+# Writes OUT/BENCHMARK-TYPE.json (OUT is target/gpu-BACKEND unless set) for each benchmark, and with
 # PyTorch on the same card OUT/torch-TYPE.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +25,9 @@ for type in "${types[@]}"; do
     options=(--backend "$backend" --dtype "$type")
     "${bench[@]}" --bench layer -- "${options[@]}" --json "$out/layer-$type.json"
     "${bench[@]}" --bench step -- "${options[@]}" --width 4096 --m 8192 --json "$out/step-$type.json"
+    "${bench[@]}" --bench input -- "${options[@]}" --json "$out/input-$type.json"
+    "${bench[@]}" --bench transformer -- "${options[@]}" --width 1024 --heads 16 --batch 64 --length 128 \
+        --json "$out/transformer-$type.json"
     if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
         python3 benches/torch_linear.py --dtype "$type" --json "$out/torch-$type.json"
     fi
