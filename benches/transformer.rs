@@ -16,9 +16,9 @@ use burn::{
     optim::AdamConfig,
     tensor::{Device, Distribution, Int, Tensor},
 };
-use burn_memaop::{AopConfig, transformer::MemAopTransformerEncoder};
+use burn_memaop::{AopConfig, Schedule, transformer::MemAopTransformerEncoder};
 use clap::Parser;
-use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
+use memaop_benches::{Common, Size, Step, StepOptions, Training, random, step_table};
 use memaop_examples::{Encoder, check};
 
 const CLASSES: usize = 10;
@@ -42,6 +42,10 @@ struct Options {
     /// Tokens in a sequence
     #[arg(long, default_value_t = 64)]
     length: usize,
+    /// Compares with the counterpart at exact gradients: products of all tokens at once, where Burn's
+    /// own modules make one for each sequence
+    #[arg(long)]
+    flat: bool,
     #[command(flatten)]
     steps: StepOptions,
 }
@@ -114,15 +118,26 @@ fn main() -> Result<()> {
         let (tokens, labels) = (&tokens, &labels);
         let memaop = burns.clone().with_memaop(aop);
         let adam = || AdamConfig::new().init();
-        let mut exact = Training::new(burns.clone(), adam(), |model: &Classifier<_>| {
-            model.loss(tokens, labels)
-        });
+        let exact: Step<'_> = match options.flat {
+            false => {
+                let loss = |model: &Classifier<_>| model.loss(tokens, labels);
+                let mut exact = Training::new(burns.clone(), adam(), loss);
+                Box::new(move || exact.step())
+            }
+            true => {
+                let flat = burns
+                    .clone()
+                    .with_memaop(aop.with_schedule(Schedule::Constant {
+                        exact_steps: usize::MAX,
+                    }));
+                let loss = |model: &Classifier<_>| model.loss(tokens, labels);
+                let mut flat = Training::new(flat, adam(), loss);
+                Box::new(move || flat.step())
+            }
+        };
         let mut memaop = Training::new(memaop, adam(), |model: &Classifier<_>| {
             model.loss(tokens, labels)
         });
-        [
-            Box::new(move || exact.step()),
-            Box::new(move || memaop.step()),
-        ]
+        [exact, Box::new(move || memaop.step())]
     })
 }
