@@ -182,11 +182,11 @@ impl<E: Real> RowWork for Score<'_, E> {
             let (x, g) = (self.batch.input.row(row), self.batch.grad.row(row));
             let size = square_sum(g).sqrt();
             // A row of zeros, as layers above leave behind, adds nothing whatever x is.
-            if size.is_zero() {
-                *score = E::zero();
-                continue;
-            }
-            *score = square_sum(x).sqrt() * size;
+            *score = match size.is_zero() {
+                true => E::zero(),
+                false => square_sum(x).sqrt() * size,
+            };
+            // Also where the squares underflow: the gradient of the bias is exact.
             add_up(&mut sums, g);
         }
         sums

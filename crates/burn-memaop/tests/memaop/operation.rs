@@ -260,6 +260,18 @@ pub fn rows_of_zeros_add_nothing(device: &Device) {
     }
 }
 
+/// Rows whose squares underflow have no score, but a share in the bias.
+#[test]
+fn the_gradient_of_the_bias_is_exact_for_tiny_rows() {
+    let device = Device::flex();
+    let mut operation = Operation::new(Policy::Systematic, Memory::None, 3);
+    let x = Matrix(vec![vec![1.0; 3]; 4]).tensor(&device, DType::F32);
+    let g = Matrix(vec![vec![1e-30; 2]; 4]).tensor(&device, DType::F32);
+    operation.step(x, g, 2);
+    let bias = Matrix::from_tensor(operation.bias.unwrap().unsqueeze());
+    assert!(bias.relative_error(&Matrix(vec![vec![4e-30; 2]])) < 1e-6);
+}
+
 /// Sizes around those at which kernels work in another way, K from 1 to M - 1.
 pub fn batches_of_every_size_equal_the_oracle(device: &Device) {
     let mut random = Random(11);
