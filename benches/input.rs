@@ -7,8 +7,8 @@
 use std::hint::black_box;
 
 use anyhow::{Result, bail, ensure};
-use burn::{backend::Dispatch, tensor::Tensor};
-use burn_memaop::{InputStep, MemAopOps};
+use burn::tensor::Tensor;
+use burn_memaop::op::{InputStep, input_gradient};
 use clap::Parser;
 use memaop_benches::{Buffers, Common, Observed, interleaved, observe, random};
 use serde::Serialize;
@@ -109,8 +109,7 @@ fn main() -> Result<()> {
                         seed: 0,
                         step,
                     };
-                    let (g, w) = (g.clone().into_dispatch(), w.clone().into_dispatch());
-                    black_box(Dispatch::memaop_input_gradient(g, w, settings));
+                    black_box(input_gradient(g.clone(), w.clone(), settings));
                 };
                 let mut step = 0;
                 let mut aop = || {

@@ -8,11 +8,13 @@ use std::hint::black_box;
 
 use anyhow::{Result, bail, ensure};
 use burn::{
-    backend::Dispatch,
     nn::LinearConfig,
     tensor::{Device, Tensor},
 };
-use burn_memaop::{AopStep, MemAopLinear, MemAopOps, OuterProducts, RowMemory};
+use burn_memaop::{
+    MemAopLinear, OuterProducts,
+    op::{AopStep, weight_gradient},
+};
 use clap::Parser;
 use memaop_benches::{Buffers, Common, Method, Observed, Precision, interleaved, observe, random};
 use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
@@ -183,7 +185,7 @@ fn measure(
     let mut exact_dw = || product(&x, &g);
     let mut limit_dw = || product(&chosen.0, &chosen.1);
 
-    let mut memory = RowMemory::<Dispatch>::Empty;
+    let mut memory = None;
     let mut step = 0;
     let mut aop_dw = || {
         if exact_by_rule {
@@ -200,9 +202,7 @@ fn measure(
             measure: false,
         };
         step += 1;
-        let kept = std::mem::replace(&mut memory, RowMemory::Empty);
-        let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
-        let gradient = Dispatch::memaop_weight_gradient(x, g, kept, settings);
+        let gradient = weight_gradient(x.clone(), g.clone(), memory.take(), settings);
         memory = gradient.memory;
         black_box(gradient.weight);
     };

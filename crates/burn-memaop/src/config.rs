@@ -316,9 +316,10 @@ pub enum AopConfigError {
 }
 
 impl AopConfig {
-    /// Whether the gradients of a batch of `rows` rows are exact at every step.
-    pub fn is_exact(&self, rows: usize) -> bool {
-        if self.input_gradient.k(rows) < rows {
+    /// Whether the gradients of a batch of `rows` rows are exact at every step; that of the input counts
+    /// where a backward pass asks for it (`with_input`).
+    pub(crate) fn is_exact(&self, rows: usize, with_input: bool) -> bool {
+        if with_input && self.input_gradient.k(rows) < rows {
             return false;
         }
         match self.schedule {

@@ -57,44 +57,66 @@
 //! - `autotune`: kernel autotuning on CubeCL backends.
 //! - `train`: what needs burn-train.
 
-mod backends;
-#[cfg(feature = "autodiff")]
-mod backward;
-mod config;
-mod cost;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod cpu;
-#[cfg(feature = "cubecl-backend")]
-mod cube;
-#[cfg(feature = "cubecl-backend")]
-mod fusion;
-mod gradient;
-#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
-mod learning_rate;
-mod linear;
-mod memory;
-mod noise;
-#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
-mod observe;
-mod ops;
-mod record;
-#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
-mod schedule;
-mod selection;
+// From the top to the bottom: each imports only what comes after it.
 #[cfg(feature = "train")]
 pub mod train;
-pub mod transformer;
-mod tree;
+
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod model;
+
+mod layers;
+
+pub mod op;
+
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod state;
+
+mod config;
 
 pub use config::{
     AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, OuterProducts, Policy,
     Schedule,
 };
-pub use learning_rate::{LearningRateError, SharedLearningRate};
-pub use linear::{MemAopLinear, MemAopLinearConfig};
-pub use memory::MemoryStats;
-pub use observe::{AopObserver, AopReport, LayerReport, Measured};
-pub use ops::{AopLayer, AopStep, Bias, InputStep, MemAopOps, RowMemory, Share, WeightGradient};
+pub use layers::{
+    linear::{MemAopLinear, MemAopLinearConfig},
+    transformer,
+};
+pub use model::{
+    observe::{AopObserver, AopReport, LayerReport},
+    tree::with_aop,
+};
+pub use state::{
+    learning_rate::{LearningRateError, SharedLearningRate},
+    measurement::Measured,
+    memory::MemoryStats,
+};
+
+/// [`burn::nn`] with the layers of this crate in the places of its own: a model whose imports come from here
+/// is the swap.
+///
+/// ```
+/// use burn::prelude::*;
+/// use burn_memaop::nn::{Linear, LinearConfig, Relu}; // was: burn::nn
+///
+/// #[derive(Module, Debug)]
+/// struct Model {
+///     hidden: Linear,
+///     activation: Relu,
+/// }
+///
+/// let device = Device::flex().autodiff();
+/// let model = Model {
+///     hidden: LinearConfig::new(784, 512).with_bias(false).init(&device),
+///     activation: Relu::new(),
+/// };
+/// let output = model.activation.forward(model.hidden.forward(Tensor::<2>::ones([8, 784], &device)));
+/// assert_eq!(output.dims(), [8, 512]);
+/// ```
+pub mod nn {
+    pub use burn::nn::*;
+
+    pub use crate::{MemAopLinear as Linear, MemAopLinearConfig as LinearConfig};
+}
 
 /// Compiles the code of the README.
 #[cfg(doctest)]

@@ -9,15 +9,14 @@ use std::{
 };
 
 use burn::{
-    backend::Dispatch,
     module::Module,
     nn::{Linear, LinearConfig},
     optim::{GradientsParams, SgdConfig},
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopStep, MemAopLinear, MemAopOps, Memory, MemoryPrecision, OuterProducts, Policy,
-    RowMemory,
+    AopConfig, MemAopLinear, Memory, MemoryPrecision, OuterProducts, Policy,
+    op::{AopStep, weight_gradient},
 };
 
 /// The system's allocator, counting requests of at least [`LARGE`] bytes.
@@ -75,7 +74,7 @@ fn random(columns: usize, device: &Device) -> Tensor<2> {
 fn operation(memory: Memory) -> Vec<usize> {
     let device = Device::flex();
     let (x, g) = (random(N, &device), random(P, &device));
-    let mut kept = RowMemory::<Dispatch>::Empty;
+    let mut kept = None;
     let mut step = |number| {
         let settings = AopStep {
             k: 32,
@@ -87,9 +86,7 @@ fn operation(memory: Memory) -> Vec<usize> {
             bias: false,
             measure: false,
         };
-        let old = std::mem::replace(&mut kept, RowMemory::Empty);
-        let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
-        kept = Dispatch::memaop_weight_gradient(x, g, old, settings).memory;
+        kept = weight_gradient(x.clone(), g.clone(), kept.take(), settings).memory;
     };
     (0..4)
         .map(|number| large_requests(|| step(number)))

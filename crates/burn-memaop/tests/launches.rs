@@ -8,14 +8,11 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use burn::{
-    backend::Dispatch,
-    tensor::{DType, Device, Distribution, Tensor},
-};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopObserver, AopStep, InputStep, MemAopLinearConfig, MemAopOps, Memory,
-    MemoryPrecision, OuterProducts, Policy, RowMemory,
+    AopConfig, AopObserver, MemAopLinearConfig, Memory, MemoryPrecision, OuterProducts, Policy,
+    op::{self, AopStep, InputStep},
 };
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -121,7 +118,7 @@ fn operation(device: &Device) {
             random([200, 24], device, dtype),
         );
         for (policy, memory) in methods {
-            let mut kept = RowMemory::<Dispatch>::Empty;
+            let mut kept = None;
             let mut step = 0;
             let mut gradient = || {
                 let settings = AopStep {
@@ -135,9 +132,7 @@ fn operation(device: &Device) {
                     measure: false,
                 };
                 step += 1;
-                let memory = std::mem::replace(&mut kept, RowMemory::Empty);
-                let (x, g) = (x.clone().into_dispatch(), g.clone().into_dispatch());
-                let gradient = Dispatch::memaop_weight_gradient(x, g, memory, settings);
+                let gradient = op::weight_gradient(x.clone(), g.clone(), kept.take(), settings);
                 kept = gradient.memory;
                 gradient.weight
             };
@@ -165,8 +160,7 @@ fn input_gradient(device: &Device) {
             step: 0,
         };
         let (kernels, reads) = observe(device, || {
-            let (grad, weight) = (grad.clone().into_dispatch(), weight.clone().into_dispatch());
-            drop(Dispatch::memaop_input_gradient(grad, weight, step));
+            drop(op::input_gradient(grad.clone(), weight.clone(), step));
         });
         let products = kernels.iter().filter(|name| name.contains("matmul"));
         assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
@@ -181,10 +175,10 @@ fn host_selection_is_reported(device: &Device) {
     );
     let reported = READS.reported.load(Ordering::Relaxed);
     let (_, reads) = observe(device, || {
-        Dispatch::memaop_weight_gradient(
-            x.into_dispatch(),
-            g.into_dispatch(),
-            RowMemory::<Dispatch>::Empty,
+        op::weight_gradient(
+            x,
+            g,
+            None,
             AopStep {
                 k: 8,
                 policy: Policy::Bernoulli,

@@ -33,6 +33,7 @@ macro_rules! suite {
                 rows_that_are_not_finite_are_left_out,
                 rows_of_zeros_add_nothing,
                 equal_seeds_draw_the_rows_of_the_oracle,
+                one_tensor_as_both_factors,
             );
 
             checks!($device; input_gradient:

@@ -116,14 +116,6 @@ fn wrong_input_width() {
 }
 
 #[test]
-#[should_panic(
-    expected = "MemAopLinear: the input must have at least 1 row, but its shape is [0, 4]"
-)]
-fn empty_batch() {
-    init(AopConfig::new()).forward(Tensor::<2>::zeros([0, 4], &Device::flex()));
-}
-
-#[test]
 fn bad_input_loses_no_memory() {
     let device = Device::flex().autodiff();
     let layer = MemAopLinearConfig::new(4, 2)
@@ -135,12 +127,10 @@ fn bad_input_loses_no_memory() {
         .backward();
     let before = layer.memory_stats();
     assert_eq!(before.rows, 8);
-    for shape in [[0, 4], [8, 3]] {
-        let forward = std::panic::AssertUnwindSafe(|| {
-            layer.forward(Tensor::<2>::zeros(shape, &device));
-        });
-        assert!(std::panic::catch_unwind(forward).is_err());
-    }
+    let forward = std::panic::AssertUnwindSafe(|| {
+        layer.forward(Tensor::<2>::zeros([8, 3], &device));
+    });
+    assert!(std::panic::catch_unwind(forward).is_err());
     assert_eq!(layer.memory_stats(), before);
 }
 

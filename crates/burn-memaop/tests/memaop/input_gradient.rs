@@ -1,16 +1,16 @@
 //! The gradient of the input for some of the rows.
 
 use burn::{
-    backend::Dispatch,
     nn::LinearConfig,
-    tensor::{DType, Device, Tensor},
+    tensor::{DType, Device},
 };
 use burn_memaop::{
-    AopConfig, InputGradient, InputStep, MemAopLinear, MemAopOps, OuterProducts, Schedule,
+    AopConfig, InputGradient, MemAopLinear, OuterProducts, Schedule,
+    op::{InputStep, input_gradient},
 };
 
 use crate::{
-    oracle::{inclusion_probabilities, philox},
+    oracle::{inclusion_probabilities, permutation, philox},
     support::{Matrix, Random, bits, published},
 };
 
@@ -30,11 +30,11 @@ fn chosen(g: &Matrix, k: usize, sampled: bool, seed: u64, step: u64) -> Vec<(usi
     let start = (philox([0, 0, step], seed)[2] as f64 + 0.5) / 4_294_967_296.0;
     let mut drawn = Vec::new();
     let mut reached = start;
-    for (row, &p) in p.iter().enumerate() {
+    for row in permutation(sizes.len(), step, seed) {
         let before = reached;
-        reached += p;
+        reached += p[row];
         if reached.floor() > before.floor() {
-            drawn.push((row, 1.0 / p));
+            drawn.push((row, 1.0 / p[row]));
         }
     }
     drawn
@@ -54,8 +54,7 @@ fn expected(g: &Matrix, w: &Matrix, rows: &[(usize, f64)]) -> Matrix {
 
 fn gradient(device: &Device, dtype: DType, g: &Matrix, w: &Matrix, step: InputStep) -> Matrix {
     let (g, w) = (g.tensor(device, dtype), w.tensor(device, dtype));
-    let gradient = Dispatch::memaop_input_gradient(g.into_dispatch(), w.into_dispatch(), step);
-    let gradient: Tensor<2> = Tensor::from_dispatch(gradient);
+    let gradient = input_gradient(g, w, step);
     assert_eq!(gradient.dtype(), dtype);
     Matrix::from_tensor(gradient)
 }
@@ -77,6 +76,10 @@ pub fn input_gradients_equal_their_definition(device: &Device) {
             for sampled in [false, true] {
                 for k in [1, m / 4, m - 1] {
                     let k = k.max(1);
+                    // A row that stands for a thousand has values beyond half precision.
+                    if dtype == DType::F16 && m > 100 * k {
+                        continue;
+                    }
                     let (seed, step) = (9, 1 << 33 | 5);
                     let g = random.matrix(m, p).rounded(dtype);
                     let rows = chosen(&g, k, sampled, seed, step);
@@ -229,6 +232,9 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
     let scheduled = exact
         .with_input_gradient(some(0.25))
         .with_schedule(Schedule::Constant { exact_steps: 1 });
+    assert_eq!(backward(scheduled).0, all);
+    // Also where the gradient of the weight is exact all along.
+    let scheduled = scheduled.with_outer_products(OuterProducts::Count(m));
     assert_eq!(backward(scheduled).0, all);
 }
 

@@ -1,12 +1,15 @@
 //! The rules of the memory: when it changes, who shares it, how many rows it has.
 
 use burn::{
-    module::Module,
+    module::{Module, ModuleMapper, Param},
     nn::LinearConfig,
     optim::{GradientsParams, SgdConfig},
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy};
+use burn_memaop::{
+    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts,
+    Policy, with_aop,
+};
 
 use crate::{
     oracle::Oracle,
@@ -201,46 +204,110 @@ fn an_optimizer_step_keeps_the_memory() {
     assert_eq!(cloned.unwrap().memory_stats().step, 4);
 }
 
-/// What burn-train's multi-device strategy does: each step, each worker forks a clone.
-#[test]
-fn forks_of_a_worker_find_the_memory_of_the_step_before() {
-    let mut random = Random(28);
-    let (model, mut oracle) = (layer(), oracle());
-    for _ in 0..4 {
-        let fork = model.clone().fork(&Device::flex());
-        let (x, g) = batch(&mut random, 10);
-        assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
+/// What makes a step of an optimizer, as far as memories go.
+struct Optimizer;
+impl ModuleMapper for Optimizer {}
+
+/// What burn-train's multi-device strategy does: each step clones the model for each worker, in order;
+/// each worker forks its clone, in any order and on any thread, and drops it.
+struct Strategy {
+    model: MemAopLinear,
+    oracles: Vec<Oracle>,
+    random: Random,
+}
+
+impl Strategy {
+    fn new(model: MemAopLinear, workers: usize, seed: u64) -> Self {
+        Self {
+            model,
+            oracles: (0..workers).map(|_| oracle()).collect(),
+            random: Random(seed),
+        }
     }
-    assert_eq!(
-        model.memory_stats().step,
-        0,
-        "the model itself has not trained"
-    );
+
+    fn step(&mut self, order: &[usize]) {
+        let clone = self.model.clone();
+        let mut clones: Vec<_> = self.oracles.iter().map(|_| Some(clone.clone())).collect();
+        for &worker in order {
+            let (x, g) = batch(&mut self.random, 10);
+            let expected = self.oracles[worker].step(&x, &g, K);
+            let clone = clones[worker].take().unwrap();
+            let gradient = std::thread::spawn(move || {
+                let fork = clone.fork(&Device::flex());
+                step(&fork, &x, &g)
+            });
+            assert_close(&gradient.join().unwrap(), &expected);
+        }
+        self.model = self.model.clone().map(&mut Optimizer);
+    }
 }
 
 #[test]
-fn workers_on_one_device_do_not_disturb_each_other() {
-    let model = layer();
-    // Both live until both are done: a worker may take over from one that has ended.
-    let barrier = std::sync::Arc::new(std::sync::Barrier::new(2));
-    let workers: Vec<_> = (0..2)
-        .map(|worker| {
-            let (model, barrier) = (model.clone(), barrier.clone());
-            std::thread::spawn(move || {
-                let mut random = Random(30 + worker);
-                let mut oracle = oracle();
-                for _ in 0..20 {
-                    let fork = model.clone().fork(&Device::flex());
-                    let (x, g) = batch(&mut random, 10);
-                    assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
-                }
-                barrier.wait();
-            })
-        })
-        .collect();
-    for worker in workers {
-        worker.join().unwrap();
+fn each_worker_finds_its_memory_of_the_step_before() {
+    let mut training = Strategy::new(layer(), 3, 28);
+    for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2], [2, 0, 1], [0, 1, 2]] {
+        training.step(&order);
     }
+}
+
+/// An average of the weights, say, that is a model of its own.
+#[test]
+fn mapped_clones_leave_the_memories_of_workers_alone() {
+    let mut training = Strategy::new(layer(), 2, 29);
+    for _ in 0..4 {
+        let average = training.model.clone().map(&mut Optimizer);
+        let again = average.clone().map(&mut Optimizer).map(&mut Optimizer);
+        training.step(&[0, 1]);
+        drop((average, again));
+    }
+}
+
+#[test]
+fn a_second_training_from_the_same_model_begins_anew() {
+    let start = layer();
+    let mut first = Strategy::new(start.clone(), 2, 34);
+    first.step(&[0, 1]);
+    let mut second = Strategy::new(start.clone(), 2, 35);
+    // In turns from the second step on.
+    first.step(&[0, 1]);
+    for _ in 0..3 {
+        second.step(&[1, 0]);
+        first.step(&[0, 1]);
+    }
+    let mut third = Strategy::new(start, 2, 36);
+    third.step(&[0, 1]);
+}
+
+#[test]
+fn a_clone_that_forgets_leaves_the_original_and_its_workers_alone() {
+    let mut training = Strategy::new(layer(), 2, 37);
+    training.step(&[0, 1]);
+    let clone = training.model.clone();
+    clone.reset_memory();
+    training.step(&[0, 1]);
+
+    // The model itself forgets those of its workers too.
+    training.model.reset_memory();
+    training.oracles = (0..2).map(|_| oracle()).collect();
+    training.step(&[0, 1]);
+}
+
+/// A fork that is trained itself, as burn-train's single-device strategy does, is no worker.
+#[test]
+fn a_fork_that_is_trained_keeps_its_memory() {
+    let mut random = Random(38);
+    let (model, mut oracle) = (layer(), oracle());
+    let mut fork = model.clone().fork(&Device::flex());
+    for _ in 0..4 {
+        let (x, g) = batch(&mut random, 10);
+        assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
+        fork = fork.clone().map(&mut Optimizer);
+    }
+    assert_eq!(fork.memory_stats().step, 4);
+    // The next fork of the model does not find it.
+    let other = model.clone().fork(&Device::flex());
+    other.forward(random.matrix(10, N).tensor(&device(), DType::F32));
+    assert_eq!(other.memory_stats().step, 0);
 }
 
 #[test]
@@ -348,4 +415,143 @@ fn column_layout_trains() {
         assert_close(&step(&layer, &x, &g), &oracle.step(&x, &g, K));
     }
     let _: Tensor<2> = layer.into_linear().weight.val();
+}
+
+/// Widths are those of the weight, however it is stored.
+#[test]
+fn column_layout_has_its_widths_in_order() {
+    let config = MemAopLinearConfig::new(N, P)
+        .with_layout(burn::nn::LinearLayout::Col)
+        .with_aop(aop());
+    assert!(format!("{}", config.init(&device())).contains("d_input: 6, d_output: 4"));
+
+    let layer = config.init(&device());
+    let observer = AopObserver::new(1);
+    observer.observe(&layer);
+    let mut random = Random(39);
+    let (x, g) = batch(&mut random, 10);
+    step(&layer, &x, &g);
+    let report = &observer.observe(&layer).layers[0];
+    assert_eq!((report.d_input, report.d_output), (N, P));
+
+    let record = layer.clone().into_record();
+    let loaded = config.init(&device()).load_record(record);
+    assert_eq!(loaded.memory_stats(), layer.memory_stats());
+    let (x, g) = batch(&mut random, 10);
+    assert_eq!(step(&loaded, &x, &g), step(&layer, &x, &g));
+}
+
+#[test]
+fn another_configuration_keeps_the_memory() {
+    let mut random = Random(40);
+    let (mut layer, mut oracle) = (layer(), oracle());
+    for k in [K, 5, 2] {
+        layer = layer.with_aop(aop().with_outer_products(OuterProducts::Count(k)));
+        let (x, g) = batch(&mut random, 10);
+        assert_close(&step(&layer, &x, &g), &oracle.step(&x, &g, k));
+    }
+    let kept = layer.memory_stats();
+    let layer = layer.with_aop(aop().with_policy(Policy::RandK));
+    assert_eq!(layer.memory_stats(), kept);
+    let layer = layer.with_aop(aop().with_memory(Memory::None));
+    assert_eq!(
+        (layer.memory_stats().step, layer.memory_stats().rows),
+        (3, 0)
+    );
+}
+
+#[derive(Module, Debug)]
+struct Pair {
+    first: MemAopLinear,
+    other: Vec<MemAopLinear>,
+}
+
+#[test]
+fn a_whole_model_is_configured_in_one_call() {
+    let mut random = Random(41);
+    let model = Pair {
+        first: layer(),
+        other: vec![layer(), layer()],
+    };
+    let (x, g) = batch(&mut random, 10);
+    step(&model.other[1], &x, &g);
+    let before = model.other[1].memory_stats();
+
+    let mut names = Vec::new();
+    let model = with_aop(model, |name, aop| {
+        names.push(name.to_string());
+        match name {
+            "first" => aop,
+            _ => aop.with_outer_products(OuterProducts::Count(names.len())),
+        }
+    });
+    assert_eq!(names, ["first", "other.0", "other.1"]);
+    assert_eq!(model.first.aop(), aop());
+    let count = |layer: &MemAopLinear| layer.aop().outer_products.k(10);
+    assert_eq!((count(&model.other[0]), count(&model.other[1])), (2, 3));
+    assert_eq!(model.other[1].memory_stats(), before);
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.outer_products: the count must be at least 1, but got 0")]
+fn a_bad_configuration_for_a_model_is_named() {
+    with_aop(layer(), |_, aop| {
+        aop.with_outer_products(OuterProducts::Count(0))
+    });
+}
+
+/// Where one layer's draw decides which rows of the gradient the other sees, the draws must not go by the
+/// same numbers. With equal seeds, the default.
+#[test]
+fn stacked_samples_are_unbiased() {
+    let (m, draws) = (16, 4000u64);
+    let sampled = |ratio| InputGradient::Sampled { ratio, minimum: 1 };
+    let config = |ratio: f64, outer: f64| {
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Ratio {
+                ratio: outer,
+                minimum: 1,
+            })
+            .with_input_gradient(sampled(ratio))
+            .with_cost_rule(false)
+    };
+    let device = device();
+    let make = |n, p| LinearConfig::new(n, p).with_bias(false).init(&device);
+    let linears = [make(4, 5), make(5, 3)];
+    let lower = MemAopLinear::from_linear(linears[0].clone(), config(0.125, 0.25));
+    let upper = MemAopLinear::from_linear(linears[1].clone(), config(0.5, 0.5));
+    let mut random = Random(42);
+    let (x, g) = (random.matrix(m, 4), random.matrix(m, 3));
+    let (x, g) = (x.tensor(&device, DType::F32), g.tensor(&device, DType::F32));
+    // The gradients of the lowest input and of the lower weight.
+    let gradients = |output: &dyn Fn(Tensor<2>) -> Tensor<2>, weight: &Param<Tensor<2>>| {
+        let input = x.clone().require_grad();
+        let grads = (output(input.clone()) * g.clone()).sum().backward();
+        let values = |tensor: Tensor<2>| Matrix::from_tensor(tensor).0.concat();
+        [
+            values(input.grad(&grads).unwrap()),
+            values(weight.grad(&grads).unwrap()),
+        ]
+    };
+    let exact = gradients(
+        &|x| linears[1].forward(linears[0].forward(x)),
+        &linears[0].weight,
+    );
+    let mut sums = exact.clone().map(|values| vec![0.0; values.len()]);
+    let mut squares = [0.0, 0.0];
+    for _ in 0..draws {
+        let drawn = gradients(&|x| upper.forward(lower.forward(x)), &lower.weight);
+        for (index, drawn) in drawn.iter().enumerate() {
+            for (value, (sum, exact)) in drawn.iter().zip(sums[index].iter_mut().zip(&exact[index]))
+            {
+                *sum += value - exact;
+                squares[index] += (value - exact).powi(2);
+            }
+        }
+    }
+    for (sums, squares) in sums.iter().zip(squares) {
+        // The squared distance of the mean in units of its expectation.
+        let distance = sums.iter().map(|sum| sum * sum).sum::<f64>() / squares;
+        assert!(distance < 2.0, "{distance}");
+    }
 }

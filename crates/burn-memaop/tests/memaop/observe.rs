@@ -11,7 +11,7 @@ use burn_memaop::{
 };
 
 use crate::{
-    oracle::Oracle,
+    oracle::{Oracle, layer_seed},
     support::{Matrix, Random, published},
 };
 
@@ -96,8 +96,13 @@ fn all_layers_are_found_by_their_fields() {
     observer.observe(&sparse);
     sparse.backward(input());
     let report = observer.observe(&sparse);
-    assert_eq!(report.layers[2].input_rows, 10);
+    assert_eq!(report.layers[2].input_rows, Some(10));
     assert_eq!(report.layers[2].saved_flops(), 2.0 * (15.0 + 10.0) * 24.0);
+    // Nothing asks for the gradient of the first layer's input.
+    let first = &report.layers[0];
+    assert_eq!(first.input_rows, None);
+    assert_eq!(first.exact_flops(), 2.0 * 20.0 * 36.0);
+    assert_eq!(first.saved_flops(), 2.0 * 15.0 * 36.0);
     assert!(observer.observe(&model).layers.is_empty(), "told already");
 
     // Steps 0 and 2 are measured.
@@ -145,7 +150,7 @@ pub fn figures_equal_their_definitions(device: &Device) {
             .with_memory(memory)
             .with_seed(9);
         let layer = MemAopLinearConfig::new(n, p).with_aop(aop).init(device);
-        let mut oracle = Oracle::new(policy, memory, 9, n, p);
+        let mut oracle = Oracle::new(policy, memory, layer_seed(9, 1), n, p);
         let observer = AopObserver::new(1).with_exact(2);
         observer.observe(&layer);
         let mut random = Random(51);

@@ -1,10 +1,12 @@
 //! The operation against the oracle.
 
-use burn::{
-    backend::Dispatch,
-    tensor::{DType, Device, Tensor},
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::tensor::{DType, Device, Tensor};
+use burn_memaop::{
+    Memory, MemoryPrecision, Policy,
+    op::{AopStep, InputStep, Rows, input_gradient, weight_gradient},
 };
-use burn_memaop::{AopStep, Bias, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
 
 use crate::{
     oracle::Oracle,
@@ -42,8 +44,7 @@ struct Operation {
     precision: MemoryPrecision,
     seed: u64,
     step: u64,
-    /// `m^X`, `m^G` and the ages.
-    rows: Option<[Tensor<2>; 3]>,
+    rows: Option<Rows>,
     /// The gradient of the bias from the last step.
     bias: Option<Tensor<1>>,
 }
@@ -62,14 +63,6 @@ impl Operation {
     }
 
     fn step(&mut self, input: Tensor<2>, grad: Tensor<2>, k: usize) -> Tensor<2> {
-        let memory = match self.rows.take() {
-            None => RowMemory::<Dispatch>::Empty,
-            Some([input, grad, age]) => RowMemory::Rows {
-                input: input.into_dispatch(),
-                grad: grad.into_dispatch(),
-                age: age.into_dispatch(),
-            },
-        };
         let step = AopStep {
             k,
             policy: self.policy,
@@ -80,25 +73,16 @@ impl Operation {
             bias: true,
             measure: false,
         };
-        let gradient = Dispatch::memaop_weight_gradient(
-            input.into_dispatch(),
-            grad.into_dispatch(),
-            memory,
-            step,
-        );
+        let gradient = weight_gradient(input, grad, self.rows.take(), step);
         self.step += 1;
-        if let RowMemory::Rows { input, grad, age } = gradient.memory {
-            self.rows = Some([input, grad, age].map(Tensor::from_dispatch));
-        }
-        if let Bias::Some(bias) = gradient.bias {
-            self.bias = Some(Tensor::from_dispatch(bias));
-        }
-        Tensor::from_dispatch(gradient.weight)
+        self.rows = gradient.memory;
+        self.bias = gradient.bias;
+        gradient.weight
     }
 
     fn memory(&self) -> Option<[Matrix; 3]> {
-        let rows = self.rows.clone()?;
-        Some(rows.map(Matrix::from_tensor))
+        let Rows { input, grad, age } = self.rows.clone()?;
+        Some([input, grad, age].map(Matrix::from_tensor))
     }
 }
 
@@ -292,6 +276,127 @@ pub fn batches_of_every_size_equal_the_oracle(device: &Device) {
     }
 }
 
+/// As the gradient of `sum(x * linear(x))` has it: one buffer holds both factors.
+pub fn one_tensor_as_both_factors(device: &Device) {
+    let mut random = Random(15);
+    let (m, n, k) = (40, 8, 9);
+    for (policy, memory) in methods() {
+        let mut operation = Operation::new(policy, memory, 3);
+        let mut oracle = Oracle::new(policy, memory, 3, n, n);
+        for _ in 0..2 {
+            let x = random.matrix(m, n);
+            let tensor = x.tensor(device, DType::F32);
+            let gradient = Matrix::from_tensor(operation.step(tensor.clone(), tensor, k));
+            let error = gradient.relative_error(&oracle.step(&x, &x, k));
+            assert!(error < 1e-5, "{policy:?} {memory:?}: {error:e}");
+        }
+    }
+}
+
+/// What the operations refuse, in release builds too: kernels behind them read without checks.
+#[test]
+fn arguments_that_do_not_fit_are_named() {
+    let device = Device::flex();
+    let zeros = |shape: [usize; 2]| Tensor::<2>::zeros(shape, &device);
+    let rows = |input, grad, age| Rows {
+        input: zeros(input),
+        grad: zeros(grad),
+        age: zeros(age),
+    };
+    let step = AopStep {
+        k: 2,
+        policy: Policy::TopK,
+        memory: Memory::Published { decay: 1.0 },
+        memory_precision: MemoryPrecision::Full,
+        seed: 0,
+        step: 0,
+        bias: false,
+        measure: false,
+    };
+    let (x, g) = (|| zeros([4, 3]), || zeros([4, 2]));
+    let sampled = AopStep {
+        policy: Policy::Systematic,
+        ..step
+    };
+    let input = |k| InputStep {
+        k,
+        sampled: true,
+        seed: 0,
+        step: 0,
+    };
+    type Call<'a> = Box<dyn Fn() + 'a>;
+    let calls: Vec<(Call, &str)> = vec![
+        (
+            Box::new(|| drop(weight_gradient(x(), zeros([5, 2]), None, step))),
+            "the rows of grad must be 4",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g().cast(DType::F64), None, step))),
+            "the dtype of grad must be F32",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 5, ..step }))),
+            "step.k must be in 1..=4, the rows of the batch, but is 5",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 0, ..step }))),
+            "but is 0",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g(), None, sampled))),
+            "step.memory must be None with Systematic",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([4, 2], [4, 2], [4, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the width of memory.input must be 3",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([6, 3], [5, 2], [6, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the shape of memory.grad must be [6, 2]",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([6, 3], [6, 2], [4, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the shape of memory.age must be [6, 1]",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(Tensor::from_inner(x()), g(), None, step))),
+            "without autodiff",
+        ),
+        (
+            Box::new(|| drop(input_gradient(g(), zeros([3, 4]), input(2)))),
+            "the second axis of weight must be 2",
+        ),
+        (
+            Box::new(|| {
+                drop(input_gradient(
+                    g(),
+                    zeros([3, 2]).cast(DType::F64),
+                    input(2),
+                ))
+            }),
+            "the dtype of weight must be F32",
+        ),
+        (
+            Box::new(|| drop(input_gradient(g(), zeros([3, 2]), input(5)))),
+            "step.k must be in 1..=4",
+        ),
+    ];
+    for (call, expected) in calls {
+        let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
+        let message = panic.downcast_ref::<String>().expect("a message");
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
 /// Large enough to be split among cores, wide enough for units to take turns.
 pub fn large_batches_equal_the_oracle(device: &Device) {
     let mut random = Random(11);
@@ -348,7 +453,7 @@ pub fn a_memory_in_half_precision_is_close_to_the_oracle(device: &Device) {
             comparison.memory_tolerance = tolerance;
             for _ in 0..4 {
                 comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
-                let [input, grad, _] = comparison.operation.rows.as_ref().unwrap();
+                let Rows { input, grad, .. } = comparison.operation.rows.as_ref().unwrap();
                 assert_eq!((input.dtype(), grad.dtype()), (dtype, dtype));
             }
         }

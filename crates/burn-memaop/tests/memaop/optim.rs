@@ -11,7 +11,7 @@ use burn::{
 use burn_memaop::{AopConfig, MemAopLinear, Memory, OuterProducts, Policy};
 
 use crate::{
-    oracle::Oracle,
+    oracle::{Oracle, layer_seed},
     support::{Matrix, Random, published},
 };
 
@@ -55,7 +55,7 @@ fn plus(a: &Matrix, b: &Matrix, factor: f64) -> Matrix {
 }
 
 fn oracle() -> Oracle {
-    Oracle::new(Policy::TopK, MEMORY, 0, N, P)
+    Oracle::new(Policy::TopK, MEMORY, layer_seed(0, 1), N, P)
 }
 
 #[test]

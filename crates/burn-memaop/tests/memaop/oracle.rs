@@ -85,7 +85,8 @@ impl Oracle {
         let words: Vec<u64> = (0..m.max(k))
             .map(|i| philox([i as u64, 0, self.step], self.seed)[0])
             .collect();
-        let chosen = choose(self.policy, &sizes, &words, k);
+        let order = permutation(m, self.step, self.seed);
+        let chosen = choose(self.policy, &sizes, &words, &order, k);
 
         let mut taken = vec![false; m];
         chosen.iter().for_each(|&(row, _)| taken[row] = true);
@@ -125,8 +126,14 @@ fn norm(row: &[f64]) -> f64 {
 }
 
 /// The chosen rows and their weights, by the formulas of the policies, for `|x^| |g^|` and a
-/// random word of every row.
-pub fn choose(policy: Policy, sizes: &[f64], words: &[u64], k: usize) -> Vec<(usize, f64)> {
+/// random word of every row, and a random order of the rows.
+pub fn choose(
+    policy: Policy,
+    sizes: &[f64],
+    words: &[u64],
+    order: &[usize],
+    k: usize,
+) -> Vec<(usize, f64)> {
     let m = sizes.len();
     let uniform = |i: usize| (words[i] as f64 + 0.5) / 4_294_967_296.0;
     let best = |keys: Vec<f64>| -> Vec<usize> {
@@ -156,11 +163,11 @@ pub fn choose(policy: Policy, sizes: &[f64], words: &[u64], k: usize) -> Vec<(us
             let mut chosen = Vec::new();
             for point in 1..=k {
                 let mut reached = uniform(0);
-                let row = (0..m).find(|&i| {
+                let row = order.iter().find(|&&i| {
                     reached += p[i];
                     reached >= point as f64
                 });
-                chosen.extend(row.map(|i| (i, 1.0 / p[i])));
+                chosen.extend(row.map(|&i| (i, 1.0 / p[i])));
             }
             chosen
         }
@@ -221,10 +228,44 @@ pub fn inclusion_probabilities(sizes: &[f64], k: usize) -> Vec<f64> {
     sizes.iter().map(|size| (high * size).min(1.0)).collect()
 }
 
-/// The words of Philox4x32-10 for the counter `(row, 0, step low, step high)`.
-pub fn philox([row, zero, step]: [u64; 3], seed: u64) -> [u64; 4] {
-    const MASK: u64 = 0xFFFF_FFFF;
-    let mut c = [row, zero, step & MASK, step >> 32];
+const MASK: u64 = 0xFFFF_FFFF;
+
+/// The seed that a layer with this seed draws by, where its operation is at this place of the graph: 1 where
+/// its input is a leaf.
+pub fn layer_seed(seed: u64, place: u64) -> u64 {
+    let words = philox([place & MASK, place >> 32, MASK], seed);
+    words[0] + (words[1] << 32)
+}
+
+/// The order in which systematic sampling takes the rows: numbers of as many bits as the last row needs are
+/// permuted by four rounds of an odd factor, an addition and a shift, and again while they are no rows.
+pub fn permutation(rows: usize, step: u64, seed: u64) -> Vec<usize> {
+    let keys = philox([0, 1, step], seed);
+    let mut size = 2;
+    while size < rows as u64 {
+        size *= 2;
+    }
+    let bits = size.ilog2();
+    let sent_on = |row: u64| {
+        keys.iter().fold(row, |row, key| {
+            let odd = key - key % 2 + 1;
+            let row = (row * odd + key / 65_536) % size;
+            row ^ (row / 2u64.pow(bits - bits / 2))
+        })
+    };
+    let row = |place| {
+        let mut row = sent_on(place);
+        while row >= rows as u64 {
+            row = sent_on(row);
+        }
+        row as usize
+    };
+    (0..rows as u64).map(row).collect()
+}
+
+/// The words of Philox4x32-10 for the counter `(row, second, step low, step high)`.
+pub fn philox([row, second, step]: [u64; 3], seed: u64) -> [u64; 4] {
+    let mut c = [row, second, step & MASK, step >> 32];
     let mut key = [seed & MASK, seed >> 32];
     for _ in 0..10 {
         let first = 0xD251_1F53 * c[0];

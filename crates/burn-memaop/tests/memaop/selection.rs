@@ -1,10 +1,10 @@
 //! The random policies draw with the right probabilities.
 
-use burn::{
-    backend::Dispatch,
-    tensor::{DType, Device, Tensor},
+use burn::tensor::{DType, Device};
+use burn_memaop::{
+    Memory, MemoryPrecision, Policy,
+    op::{AopStep, weight_gradient},
 };
-use burn_memaop::{AopStep, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
 
 use crate::support::Matrix;
 
@@ -15,10 +15,10 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
     let device = Device::flex();
     let input = Matrix(sizes.iter().map(|&size| vec![size]).collect());
     let grad = Matrix(vec![vec![1.0]; sizes.len()]);
-    let gradient = Dispatch::memaop_weight_gradient(
-        input.tensor(&device, DType::F32).into_dispatch(),
-        grad.tensor(&device, DType::F32).into_dispatch(),
-        RowMemory::<Dispatch>::Empty,
+    let gradient = weight_gradient(
+        input.tensor(&device, DType::F32),
+        grad.tensor(&device, DType::F32),
+        None,
         AopStep {
             k,
             policy,
@@ -30,10 +30,7 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
             measure: false,
         },
     );
-    let RowMemory::Rows { grad, .. } = gradient.memory else {
-        panic!("the memory has rows");
-    };
-    let kept = Matrix::from_tensor(Tensor::from_dispatch(grad));
+    let kept = Matrix::from_tensor(gradient.memory.expect("rows are left out").grad);
     (0..sizes.len())
         .filter(|&row| kept.0[row][0] == 0.0)
         .collect()

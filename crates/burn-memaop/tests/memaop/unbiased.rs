@@ -1,11 +1,11 @@
 //! Estimators: unbiased policies give the exact gradient on average, with the variance of theory;
 //! the balanced memory gives back the sum of the outer products that it was given.
 
-use burn::{
-    backend::Dispatch,
-    tensor::{DType, Device, Tensor},
+use burn::tensor::{DType, Device};
+use burn_memaop::{
+    Memory, MemoryPrecision, Policy,
+    op::{AopStep, Rows, weight_gradient},
 };
-use burn_memaop::{AopStep, MemAopOps, Memory, MemoryPrecision, Policy, RowMemory};
 
 use crate::{
     oracle::{choose, inclusion_probabilities},
@@ -21,26 +21,18 @@ fn gradient(
     step: AopStep,
 ) -> (Matrix, Option<(Matrix, Matrix)>) {
     let device = Device::flex();
-    let tensor = |matrix: &Matrix| matrix.tensor(&device, DType::F32).into_dispatch();
-    let memory = match &memory {
-        None => RowMemory::<Dispatch>::Empty,
-        Some((input, grad)) => RowMemory::Rows {
-            input: tensor(input),
-            grad: tensor(grad),
-            // It decides nothing.
-            age: tensor(&Matrix::zeros(input.rows(), 1)),
-        },
-    };
-    let gradient = Dispatch::memaop_weight_gradient(tensor(x), tensor(g), memory, step);
-    let memory = match gradient.memory {
-        RowMemory::Empty => None,
-        RowMemory::Rows { input, grad, .. } => Some((
-            Matrix::from_tensor(Tensor::from_dispatch(input)),
-            Matrix::from_tensor(Tensor::from_dispatch(grad)),
-        )),
-    };
-    let weight = Matrix::from_tensor(Tensor::from_dispatch(gradient.weight));
-    (weight, memory)
+    let tensor = |matrix: &Matrix| matrix.tensor(&device, DType::F32);
+    let memory = memory.map(|(input, grad)| Rows {
+        input: tensor(&input),
+        grad: tensor(&grad),
+        // It decides nothing.
+        age: tensor(&Matrix::zeros(input.rows(), 1)),
+    });
+    let gradient = weight_gradient(tensor(x), tensor(g), memory, step);
+    let memory = gradient.memory;
+    let memory = memory
+        .map(|Rows { input, grad, .. }| (Matrix::from_tensor(input), Matrix::from_tensor(grad)));
+    (Matrix::from_tensor(gradient.weight), memory)
 }
 
 fn outer(x: &[f64], g: &[f64], weight: f64) -> Vec<f64> {
@@ -118,6 +110,57 @@ fn measure(policy: Policy) -> Measured {
     }
 }
 
+fn shuffled(random: &mut Random, count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    for place in (1..count).rev() {
+        order.swap(place, random.range(0, place));
+    }
+    order
+}
+
+/// Patches of images, of which those of a column are alike: in the order of the rows, every seventh would be
+/// of one column.
+#[test]
+fn systematic_sampling_is_not_misled_by_a_period() {
+    let (images, patches) = (16, 49);
+    let (m, k) = (images * patches, images * patches / 7);
+    let mut random = Random(33);
+    let columns: Vec<Vec<f64>> = (0..7).map(|_| random.matrix(1, 4).0.remove(0)).collect();
+    let mut x = Matrix::zeros(m, 4);
+    for row in 0..m {
+        // Of one size, as after a norm.
+        let column = &columns[row % 7];
+        let size = square(column).sqrt();
+        x.0[row] = column.iter().map(|value| value / size).collect();
+    }
+    let g = Matrix(vec![vec![1.0]; m]);
+    let exact = sum((0..m).map(|i| outer(&x.0[i], &g.0[i], 1.0)));
+    let variance = |policy| {
+        let draws = 400;
+        let error = |step| {
+            let step = AopStep {
+                k,
+                policy,
+                memory: Memory::None,
+                memory_precision: MemoryPrecision::Full,
+                seed: 78,
+                step,
+                bias: false,
+                measure: false,
+            };
+            let drawn = gradient(&x, &g, None, step).0.0.concat();
+            drawn
+                .iter()
+                .zip(&exact)
+                .map(|(a, b)| (a - b).powi(2))
+                .sum::<f64>()
+        };
+        (0..draws).map(error).sum::<f64>() / draws as f64
+    };
+    let ratio = variance(Policy::Systematic) / variance(Policy::Bernoulli);
+    assert!(ratio < 1.1, "{ratio}");
+}
+
 /// The variance of each policy by its formula.
 fn theory(policy: Policy) -> f64 {
     let (x, g) = batch();
@@ -148,7 +191,7 @@ fn theory(policy: Policy) -> f64 {
         Policy::ColumnRow => (total * total - square(&exact)) / K as f64,
         Policy::WinnerTakeAll => {
             // The winners do not vary; the rest is column-row sampling.
-            let chosen = choose(policy, &sizes, &[0; M], K);
+            let chosen = choose(policy, &sizes, &[0; M], &[], K);
             let winners: Vec<_> = chosen.iter().filter(|&&(_, w)| w == 1.0).collect();
             let rest: Vec<_> = (0..M)
                 .filter(|i| winners.iter().all(|(row, _)| row != i))
@@ -158,12 +201,12 @@ fn theory(policy: Policy) -> f64 {
             (total * total - square(&sum)) / (K - winners.len()) as f64
         }
         Policy::Systematic => {
-            // The mean over the one random number, on a grid.
-            let grid = 20_000;
-            let error = |index: u64| {
+            // The mean over the one random number, on a grid, and over orders of the rows.
+            let (grid, orders) = (50, 2000);
+            let error = |index: u64, order: &[usize]| {
                 let mut words = vec![0; M];
                 words[0] = (index << 32) / grid;
-                let chosen = choose(policy, &sizes, &words, K).into_iter();
+                let chosen = choose(policy, &sizes, &words, order, K).into_iter();
                 let drawn = sum(chosen.map(|(i, weight)| outer(&x.0[i], &g.0[i], weight)));
                 drawn
                     .iter()
@@ -171,7 +214,14 @@ fn theory(policy: Policy) -> f64 {
                     .map(|(a, b)| (a - b).powi(2))
                     .sum::<f64>()
             };
-            (0..grid).map(error).sum::<f64>() / grid as f64
+            let mut random = Random(32);
+            let total: f64 = (0..orders)
+                .map(|_| {
+                    let order = shuffled(&mut random, M);
+                    (0..grid).map(|index| error(index, &order)).sum::<f64>()
+                })
+                .sum();
+            total / (grid * orders) as f64
         }
         Policy::TopK | Policy::RandK | Policy::WeightedK => unreachable!("biased"),
     }

@@ -1,0 +1,422 @@
+use core::{fmt, ptr};
+
+use burn::{
+    backend::Dispatch,
+    config::Config,
+    module::{
+        Content, Devices, DisplaySettings, Initializer, Module, ModuleDisplay,
+        ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    },
+    nn::{Linear, LinearConfig, LinearLayout},
+    tensor::{DType, Device, Tensor, assert_shape, module::linear},
+};
+
+use crate::{
+    config::AopConfig,
+    op::{AopLayer, MemAopOps, backends::assert_supported, cost, step::Bias},
+    state::{
+        LayerMemory,
+        memory::MemoryStats,
+        offer::{self, Purpose},
+    },
+};
+
+/// Configuration to create a [`MemAopLinear`] layer using the
+/// [init function](MemAopLinearConfig::init): all of [`LinearConfig`], and [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct MemAopLinearConfig {
+    /// The size of the input features.
+    pub d_input: usize,
+    /// The size of the output features.
+    pub d_output: usize,
+    /// If a bias should be applied during the linear transformation.
+    #[config(default = true)]
+    pub bias: bool,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// The layout in which the linear parameters are stored.
+    #[config(default = "LinearLayout::Row")]
+    pub layout: LinearLayout,
+    /// How the weight gradient is approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl MemAopLinearConfig {
+    /// Initialize a new [`MemAopLinear`] module, with the same parameters as
+    /// [`LinearConfig::init`] gives from the same random state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn init(&self, device: &Device) -> MemAopLinear {
+        let linear = LinearConfig::new(self.d_input, self.d_output)
+            .with_bias(self.bias)
+            .with_initializer(self.initializer.clone())
+            .with_layout(self.layout)
+            .init(device);
+        MemAopLinear::from_linear(linear, self.aop)
+    }
+}
+
+/// Applies a linear transformation to the input tensor, `O = IW + b`, and back-propagates to `W`
+/// with K of the M outer products of the exact gradient.
+///
+/// Should be created with [`MemAopLinearConfig`], or from a [`Linear`] with
+/// [`from_linear`](Self::from_linear).
+///
+/// The gradients of the input and the bias are exact. So is everything where K >= M, where the
+/// weight is frozen and in inference: there this layer is [`Linear`]. K, the rows and what becomes
+/// of the others are set by [`AopConfig`]; the method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021,
+/// arXiv:2110.09164).
+///
+/// # Memory
+///
+/// With a [`Memory`](crate::Memory) the layer keeps, for each position of the batch, the sum of the rows that were
+/// left out since the position was last chosen: `rows * (d_input + d_output)` values, in single
+/// precision (double for double-precision layers).
+///
+/// - Only a backward pass changes it, once for each forward pass that it goes through; a layer used
+///   twice in a forward pass folds in twice. Inference, [`valid`](Module::valid) and the
+///   recomputation of gradient checkpointing do not.
+/// - It is allocated in the first backward pass. A smaller batch uses its first rows and leaves the
+///   others alone; a larger one grows it with rows of zeros.
+/// - A clone gets a memory of its own, with the present state. The n-th clone of a model since its last
+///   optimizer step, once [forked](Module::fork), goes on with the memory of the n-th of the step before:
+///   so each worker of burn-train's multi-device strategy has one, wherever and whenever it runs.
+/// - It moves with the layer to other devices, and is part of its record, under `memory`, with those of
+///   workers. The record of a [`Linear`] has none and loads with
+///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), the record of this layer
+///   into a [`Linear`] with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused). Weights that
+///   are loaded without a memory empty it.
+/// - burn-store, which exchanges weights with other frameworks, does not see it: models are imported and
+///   exported as those with [`Linear`] are.
+///
+/// # Rows that are not finite
+///
+/// A row is left out of the weight gradient, and its position in the memory cleared, where the
+/// norm of one of its factors is NaN, infinite or above 1.8e19 (the square overflows). The other
+/// rows are not affected. The gradients of input and bias are those of [`Linear`] and do carry
+/// such values on.
+#[derive(Debug, Clone)]
+pub struct MemAopLinear {
+    /// Matrix of shape `[d_input, d_output]`, initialized as that of [`Linear`].
+    pub weight: Param<Tensor<2>>,
+    /// Vector of size `d_output`, initialized as that of [`Linear`].
+    pub bias: Option<Param<Tensor<1>>>,
+    aop: AopConfig,
+    memory: LayerMemory,
+}
+
+impl MemAopLinear {
+    /// Takes over the parameters of a [`Linear`], with their ids, so that the state of an
+    /// optimizer stays with them. The memory is empty.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_linear(linear: Linear, aop: AopConfig) -> Self {
+        let memory = LayerMemory::new(&linear.weight.lazy_device());
+        Self {
+            weight: linear.weight,
+            bias: linear.bias,
+            aop: valid(aop),
+            memory,
+        }
+    }
+
+    /// The same layer, approximated in another way from now on; [`with_aop`](crate::with_aop) does that for
+    /// all layers of a model. What a memory holds stays, unless there is to be none; so do the steps that a
+    /// schedule counts.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn with_aop(mut self, aop: AopConfig) -> Self {
+        self.aop = valid(aop);
+        if aop.memory.decay().is_none() {
+            self.memory.drop_rows();
+        }
+        self
+    }
+
+    /// Gives the parameters back, with their ids, and drops the memory.
+    pub fn into_linear(self) -> Linear {
+        self.to_linear()
+    }
+
+    /// A [`Linear`] on the same parameters.
+    pub(crate) fn to_linear(&self) -> Linear {
+        Linear {
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
+        }
+    }
+
+    /// Applies the forward pass on the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[..., d_input]`, of any rank
+    /// - output: `[..., d_output]`
+    ///
+    /// The rows of the weight gradient are the elements of all leading dimensions, and all products are
+    /// taken over all rows at once. A tensor of rank 1 is one row, for which the gradient is always exact.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the last axis of `input` is not `d_input`, and if the feature for the backend of `input` is
+    /// not enabled; the message names the feature.
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        let weight = self.weight.val();
+        let [d_input, d_output] = weight.dims();
+        assert_shape!(input, [.., d_input]);
+        assert_supported(input.device().as_dispatch());
+
+        let mut shape = input.shape();
+        let rows = shape[..D - 1].iter().product();
+        // As Burn has it, a product for each matrix of a higher rank takes longer than one for all rows, and
+        // so does the sum of the weight gradients of each (`docs/benchmarks.md`).
+        if D <= 2 || rows == 0 {
+            return self.apply(input, rows, weight);
+        }
+        let output = self.apply(input.reshape([rows, d_input]), rows, weight);
+        shape[D - 1] = d_output;
+        output.reshape(shape)
+    }
+
+    /// The forward pass for a matrix or a vector.
+    fn apply<const D: usize>(&self, input: Tensor<D>, rows: usize, weight: Tensor<2>) -> Tensor<D> {
+        let bias = self.bias.as_ref().map(Param::val);
+        let device = input.device();
+        let tracked = is_tracked(&input);
+        // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
+        let quantized = matches!(weight.dtype(), DType::QFloat(_));
+        if quantized || self.takes_exact_path(rows, tracked, &device) {
+            if device.is_autodiff() && self.weight.is_require_grad() {
+                self.memory.note_exact(rows, tracked);
+            }
+            return linear(input, weight, bias);
+        }
+        let layer = AopLayer {
+            config: self.aop,
+            memory: self.memory.in_training(),
+        };
+        let bias = match bias {
+            Some(bias) => Bias::<Dispatch>::Some(bias.into_dispatch()),
+            None => Bias::None,
+        };
+        Tensor::from_dispatch(Dispatch::memaop_linear(
+            input.into_dispatch(),
+            weight.into_dispatch(),
+            bias,
+            layer,
+        ))
+    }
+
+    /// How the weight gradient is approximated.
+    pub fn aop(&self) -> AopConfig {
+        self.aop
+    }
+
+    /// Whether the gradients of a batch of `rows` rows on `device` are exact at every step: because
+    /// K >= M, or by the [cost rule](AopConfig::cost_rule). That of the input is taken to be asked for, as it
+    /// is of all layers but the first.
+    pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
+        self.takes_exact_path(rows, true, device)
+    }
+
+    fn takes_exact_path(&self, rows: usize, tracked: bool, device: &Device) -> bool {
+        let [d_input, d_output] = self.weight.shape().dims();
+        let device = device.as_dispatch();
+        // A batch without rows has a gradient of zeros.
+        rows == 0
+            || self.aop.is_exact(rows, tracked)
+            || self.aop.cost_rule
+                && !cost::pays(device, &self.aop, [rows, d_input, d_output], tracked)
+    }
+
+    /// Reads the state of the memory. Waits for the device.
+    pub fn memory_stats(&self) -> MemoryStats {
+        let state = self.memory.handle().lock().clone();
+        state.stats()
+    }
+
+    /// Forgets what the memory holds and starts counting steps from 0, as at the first step. Clones keep
+    /// what they have.
+    pub fn reset_memory(&self) {
+        self.memory.reset();
+    }
+}
+
+fn valid(aop: AopConfig) -> AopConfig {
+    if let Err(error) = aop.validate() {
+        panic!("{error}");
+    }
+    aop
+}
+
+/// Whether a backward pass asks for the gradient of a tensor.
+fn is_tracked<const D: usize>(tensor: &Tensor<D>) -> bool {
+    #[cfg(feature = "autodiff")]
+    return tensor.is_tracked();
+    #[cfg(not(feature = "autodiff"))]
+    return {
+        let _ = tensor;
+        false
+    };
+}
+
+/// As derived, but that weight and bias are shown as those of a [`Linear`]: the adapters of burn-store, for
+/// PyTorch's layout and for half precision, go by the name of the module that a tensor is in.
+impl Module for MemAopLinear {
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        visitor.enter_module("weight", LINEAR);
+        self.weight.visit(visitor);
+        visitor.exit_module("weight", LINEAR);
+        visitor.enter_module("bias", LINEAR);
+        self.bias.visit(visitor);
+        visitor.exit_module("bias", LINEAR);
+        visitor.enter_module("memory", LAYER);
+        self.memory.visit(&self.weight, visitor);
+        visitor.exit_module("memory", LAYER);
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        // Another reference to the weight keeps an optimizer from changing it in place.
+        let loading = Purpose::of::<M>() != Purpose::Other;
+        let before = loading.then(|| self.weight.clone());
+
+        mapper.enter_module("weight", LINEAR);
+        let weight = Module::map(self.weight, mapper);
+        mapper.exit_module("weight", LINEAR);
+        mapper.enter_module("bias", LINEAR);
+        let bias = Module::map(self.bias, mapper);
+        mapper.exit_module("bias", LINEAR);
+
+        let replaced = before.is_some_and(|before| is_replaced(&before, &weight));
+        mapper.enter_module("memory", LAYER);
+        let (aop, memory) = offer::offer(self.aop, || self.memory.map(&weight, replaced, mapper));
+        mapper.exit_module("memory", LAYER);
+        let layer = Self {
+            weight,
+            bias,
+            aop: self.aop,
+            memory,
+        };
+        match aop == self.aop {
+            true => layer,
+            false => layer.with_aop(aop),
+        }
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        let devices = self.weight.collect_devices(devices);
+        self.bias.collect_devices(devices)
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self {
+            weight: self.weight.to_device(device),
+            bias: self.bias.to_device(device),
+            aop: self.aop,
+            memory: self.memory.to_device(device),
+        }
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self {
+            weight: self.weight.fork(device),
+            bias: self.bias.fork(device),
+            aop: self.aop,
+            memory: self.memory.fork(device),
+        }
+    }
+
+    fn valid(&self) -> Self {
+        Self {
+            weight: self.weight.valid(),
+            bias: self.bias.valid(),
+            aop: self.aop,
+            memory: self.memory.valid(),
+        }
+    }
+
+    fn train(self) -> Self {
+        Self {
+            weight: self.weight.train(),
+            bias: self.bias.train(),
+            ..self
+        }
+    }
+
+    fn materialize(self) -> Self {
+        Self {
+            weight: self.weight.materialize(),
+            bias: self.bias.materialize(),
+            ..self
+        }
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(&self.weight) + Module::num_params(&self.bias)
+    }
+}
+
+const LINEAR: &str = "Struct:Linear";
+const LAYER: &str = "Struct:MemAopLinear";
+
+/// Whether a mapper has put another weight in the place of a weight.
+fn is_replaced(before: &Param<Tensor<2>>, after: &Param<Tensor<2>>) -> bool {
+    match (before.is_initialized(), after.is_initialized()) {
+        (false, false) => false,
+        // The value of a parameter stays where it is while it is cloned and moved.
+        (true, true) => !ptr::eq::<Tensor<2>>(&**before, &**after),
+        _ => true,
+    }
+}
+
+impl fmt::Display for MemAopLinear {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", ModuleDisplay::format(self, Default::default()))
+    }
+}
+
+impl ModuleDisplayDefault for MemAopLinear {
+    fn content(&self, content: Content) -> Option<Content> {
+        content
+            .set_top_level_type("MemAopLinear")
+            .add("weight", &self.weight)
+            .add("bias", &self.bias)
+            .add_debug_attribute("aop", &self.aop)
+            .optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl ModuleDisplay for MemAopLinear {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_input, d_output] = self.weight.shape().dims();
+        content
+            .add("d_input", &d_input)
+            .add("d_output", &d_output)
+            .add("bias", &self.bias.is_some())
+            .add_debug_attribute("outer_products", &self.aop.outer_products)
+            .add_debug_attribute("policy", &self.aop.policy)
+            .add_debug_attribute("memory", &self.aop.memory)
+            .add_debug_attribute("schedule", &self.aop.schedule)
+            .optional()
+    }
+}

@@ -1,0 +1,4 @@
+//! The layers.
+
+pub(crate) mod linear;
+pub mod transformer;

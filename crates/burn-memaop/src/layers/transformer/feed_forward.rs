@@ -1,0 +1,123 @@
+use burn::{
+    config::Config,
+    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    nn::{
+        Dropout,
+        activation::Activation,
+        transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
+    },
+    tensor::{Device, Tensor, assert_shape},
+};
+
+use super::later;
+use crate::{AopConfig, MemAopLinear};
+
+/// Configuration to create a [`MemAopPositionWiseFeedForward`] layer using the
+/// [init function](MemAopPositionWiseFeedForwardConfig::init): Burn's own, and [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct MemAopPositionWiseFeedForwardConfig {
+    /// The feed-forward network, as Burn's own module is configured.
+    pub feed_forward: PositionWiseFeedForwardConfig,
+    /// How the weight gradients of the two linear layers are approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl MemAopPositionWiseFeedForwardConfig {
+    /// Initialize a new [`MemAopPositionWiseFeedForward`] module, with the same parameters as
+    /// [`PositionWiseFeedForwardConfig::init`] gives from the same random state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn init(&self, device: &Device) -> MemAopPositionWiseFeedForward {
+        MemAopPositionWiseFeedForward::from_pwff(self.feed_forward.init(device), self.aop)
+    }
+}
+
+/// [`PositionWiseFeedForward`] whose two linear layers are [`MemAopLinear`].
+///
+/// Should be created with [`MemAopPositionWiseFeedForwardConfig`], or from a
+/// [`PositionWiseFeedForward`] with [`from_pwff`](Self::from_pwff). As there, the state of an
+/// activation that has parameters (`SwiGlu`) is not part of the record.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct MemAopPositionWiseFeedForward {
+    /// Linear layer with `d_model` input features and `d_ff` output features.
+    pub linear_inner: MemAopLinear,
+    /// Linear layer with `d_ff` input features and `d_model` output features.
+    pub linear_outer: MemAopLinear,
+    /// Dropout layer.
+    pub dropout: Dropout,
+    /// Activation function.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+impl ModuleDisplay for MemAopPositionWiseFeedForward {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_model, d_ff] = self.linear_inner.weight.shape().dims();
+        content
+            .add("d_model", &d_model)
+            .add("d_ff", &d_ff)
+            .add("prob", &self.dropout.prob)
+            .add_debug_attribute("aop", &self.linear_inner.aop())
+            .optional()
+    }
+}
+
+impl MemAopPositionWiseFeedForward {
+    /// Takes over the parameters of a [`PositionWiseFeedForward`], with their ids. The memories are
+    /// empty.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_pwff(pwff: PositionWiseFeedForward, aop: AopConfig) -> Self {
+        Self {
+            linear_inner: MemAopLinear::from_linear(pwff.linear_inner, aop),
+            linear_outer: MemAopLinear::from_linear(pwff.linear_outer, later(aop, 1)),
+            dropout: pwff.dropout,
+            activation: pwff.activation,
+        }
+    }
+
+    /// Gives the parameters back, with their ids, and drops the memories.
+    pub fn into_pwff(self) -> PositionWiseFeedForward {
+        self.to_pwff()
+    }
+
+    /// Burn's module on the same parameters.
+    pub(super) fn to_pwff(&self) -> PositionWiseFeedForward {
+        PositionWiseFeedForward {
+            linear_inner: self.linear_inner.to_linear(),
+            linear_outer: self.linear_outer.to_linear(),
+            dropout: self.dropout.clone(),
+            activation: self.activation.clone(),
+        }
+    }
+
+    /// Applies the forward pass on the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[..., d_model]`, of any rank
+    /// - output: `[..., d_model]`
+    ///
+    /// # Panics
+    ///
+    /// Panics if the last axis of `input` is not `d_model`, and where [`MemAopLinear::forward`] does.
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        let [d_model, _] = self.linear_inner.weight.shape().dims();
+        assert_shape!(input, [.., d_model]);
+
+        let hidden = self.activation.forward(self.linear_inner.forward(input));
+        self.linear_outer.forward(self.dropout.forward(hidden))
+    }
+}

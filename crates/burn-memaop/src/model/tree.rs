@@ -1,0 +1,97 @@
+//! Finds the layers of a model, whatever its fields are called.
+
+use burn::{
+    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    tensor::{Int, Tensor},
+};
+
+use crate::{
+    config::AopConfig,
+    state::offer::{self, Shown},
+};
+
+/// All layers of the tree in the order of the fields, each with the fields that lead to it, separated by
+/// dots.
+pub(crate) fn layers<M: Module>(module: &M) -> Vec<(String, Shown)> {
+    let mut finder = Finder::default();
+    module.visit(&mut finder);
+    finder.found
+}
+
+#[derive(Default)]
+struct Finder {
+    path: Vec<String>,
+    found: Vec<(String, Shown)>,
+}
+
+impl ModuleVisitor for Finder {
+    fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {
+        if let Some(shown) = offer::shown() {
+            self.found.push((layer(&self.path), shown));
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+}
+
+/// Of the path to the tensor by which a layer is found: below the layer come its memory and that tensor.
+fn layer(path: &[String]) -> String {
+    path[..path.len().saturating_sub(2)].join(".")
+}
+
+/// The model with other configurations for its `MemAopLinear` layers: `config` is given the fields that lead
+/// to a layer, separated by dots, and its present configuration. Layers keep what they hold as
+/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says.
+///
+/// ```
+/// # use burn::{prelude::*, tensor::Device};
+/// # use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, OuterProducts};
+/// # #[derive(Module, Debug)]
+/// # struct Model { hidden: MemAopLinear, output: MemAopLinear }
+/// # let device = Device::flex();
+/// # let layer = MemAopLinearConfig::new(3, 3).init(&device);
+/// # let model = Model { hidden: layer.clone(), output: layer };
+/// // Half of the outer products from here on, but for the last layer.
+/// let model = burn_memaop::with_aop(model, |layer, aop| match layer {
+///     "output" => aop,
+///     _ => aop.with_outer_products(OuterProducts::Ratio { ratio: 0.5, minimum: 1 }),
+/// });
+/// assert_ne!(model.hidden.aop(), model.output.aop());
+/// ```
+///
+/// # Panics
+///
+/// Panics if [`AopConfig::validate`] rejects a configuration.
+pub fn with_aop<M: Module>(model: M, config: impl FnMut(&str, AopConfig) -> AopConfig) -> M {
+    let mut exchange = Exchange {
+        path: Vec::new(),
+        config,
+    };
+    model.map(&mut exchange)
+}
+
+struct Exchange<F> {
+    path: Vec<String>,
+    config: F,
+}
+
+impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        offer::exchange(|aop| (self.config)(&layer(&self.path), aop));
+        param
+    }
+
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+}

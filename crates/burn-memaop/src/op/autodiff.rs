@@ -1,0 +1,384 @@
+//! The autodiff operation.
+
+use std::sync::Arc;
+
+use burn::backend::{
+    Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
+    ops::ModuleOps, tensor::FloatTensor,
+};
+use burn::tensor::Tensor;
+use burn_autodiff::{
+    NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, NodeGuard, Ops, OpsKind},
+};
+
+use super::{
+    AopLayer, MemAopOps,
+    noise::layer_key,
+    step::{AopStep, Bias, InputStep, RowMemory, Share},
+};
+use crate::{
+    config::{AopConfig, InputGradient, Memory, Schedule},
+    state::{
+        learning_rate::{self, SharedLearningRate},
+        measurement::Measurement,
+        memory::{Carried, MemoryState},
+        rows::RowTensors,
+        schedule::{self, Progress},
+        watch::{Due, Seen, Watch},
+    },
+};
+
+impl<B, C> MemAopOps for Autodiff<B, C>
+where
+    B: MemAopOps,
+    C: CheckpointStrategy,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    fn memaop_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Bias<Self>,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        if !weight.is_tracked() {
+            return Self::linear(input, weight, bias.into_option());
+        }
+
+        match bias {
+            Bias::Some(bias) => {
+                let nodes = [input.node(), weight.node(), bias.node()];
+                tracked::<B, C, 3>(nodes, input, weight, Some(bias), layer)
+            }
+            Bias::None => {
+                let nodes = [input.node(), weight.node()];
+                tracked::<B, C, 2>(nodes, input, weight, None, layer)
+            }
+        }
+    }
+}
+
+/// The forward pass, registered with the backward pass of this module.
+fn tracked<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
+    nodes: [NodeGuard; N],
+    input: FloatTensor<Autodiff<B, C>>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<Autodiff<B, C>>>,
+    layer: AopLayer,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    MemAopLinearBackward: Backward<B, N, State = State>,
+{
+    let prep = MemAopLinearBackward.prepare::<C>(nodes).compute_bound();
+    let OpsKind::Tracked(mut prep) = prep.stateful() else {
+        unreachable!("the weight is tracked");
+    };
+    let state = State {
+        input: prep.checkpoint(&input),
+        // Only the gradient of the input needs the weight.
+        weight: input.is_tracked().then(|| prep.checkpoint(&weight)),
+        layer,
+    };
+    let output = B::linear(
+        input.into_primitive(),
+        weight.into_primitive(),
+        bias.map(|bias| bias.into_primitive()),
+    );
+    prep.finish(state, output)
+}
+
+/// The backward pass of a linear layer whose weight is tracked and whose K is below M.
+#[derive(Debug)]
+struct MemAopLinearBackward;
+
+#[derive(Debug, Clone)]
+struct State {
+    input: NodeId,
+    /// Only when the input is tracked.
+    weight: Option<NodeId>,
+    layer: AopLayer,
+}
+
+impl<B> Backward<B, 3> for MemAopLinearBackward
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let parents = ops.parents.map(|parent| parent.map(|node| node.id));
+        let grad = grads.consume::<B>(&ops.node);
+        propagate::<B>(
+            ops.state,
+            ops.node.order,
+            parents,
+            grad,
+            grads,
+            checkpointer,
+        );
+    }
+}
+
+impl<B> Backward<B, 2> for MemAopLinearBackward
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let [input, weight] = ops.parents.map(|parent| parent.map(|node| node.id));
+        let grad = grads.consume::<B>(&ops.node);
+        let parents = [input, weight, None];
+        propagate::<B>(
+            ops.state,
+            ops.node.order,
+            parents,
+            grad,
+            grads,
+            checkpointer,
+        );
+    }
+}
+
+/// The gradients of input, weight and bias. `order` is the place of the operation in the graph.
+fn propagate<B>(
+    State {
+        input,
+        weight,
+        layer,
+    }: State,
+    order: usize,
+    [input_node, weight_node, bias_node]: [Option<NodeId>; 3],
+    grad: FloatTensor<B>,
+    grads: &mut Gradients,
+    checkpointer: &mut Checkpointer,
+) where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(input);
+    let weight = weight.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+    let step = LayerStep {
+        config: &layer.config,
+        key: layer_key(layer.config.seed, order as u64),
+        rows: input.shape()[0],
+        with_input: input_node.is_some(),
+        with_bias: bias_node.is_some(),
+    };
+
+    if let (Some(node), Some(weight)) = (input_node, weight) {
+        let progress = layer.memory.lock().progress;
+        let gradient = step.input_gradient::<B>(grad.clone(), weight, &progress);
+        grads.register::<B>(node, gradient);
+    }
+    let sums = match weight_node {
+        None => Bias::None,
+        Some(node) => {
+            let mut state = layer.memory.lock();
+            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), &mut state);
+            grads.register::<B>(node, gradient);
+            sums
+        }
+    };
+    if let Some(node) = bias_node {
+        let gradient = sums.into_option();
+        let gradient = gradient.unwrap_or_else(|| B::linear_bias_backward(grad));
+        grads.register::<B>(node, gradient);
+    }
+}
+
+/// One backward pass of a layer.
+struct LayerStep<'a> {
+    config: &'a AopConfig,
+    /// Of the noise of the layer.
+    key: u64,
+    rows: usize,
+    with_input: bool,
+    with_bias: bool,
+}
+
+impl LayerStep<'_> {
+    /// The rows of the gradient of the input.
+    fn input_rows(&self, progress: &Progress) -> usize {
+        match schedule::is_exact_for_now(self.config, progress, self.rows) {
+            true => self.rows,
+            false => self.config.input_gradient.k(self.rows),
+        }
+    }
+
+    fn input_gradient<B: MemAopOps>(
+        &self,
+        grad: FloatTensor<B>,
+        weight: FloatTensor<B>,
+        progress: &Progress,
+    ) -> FloatTensor<B> {
+        let step = InputStep {
+            k: self.input_rows(progress),
+            sampled: matches!(self.config.input_gradient, InputGradient::Sampled { .. }),
+            seed: self.key,
+            step: progress.step,
+        };
+        B::memaop_input_gradient(grad, weight, step)
+    }
+
+    /// The gradient of the weight, with the memory that is taken out of the state and put back. The gradient
+    /// of the bias comes along where the pass over the batch has it at hand.
+    fn weight_gradient<B>(
+        &self,
+        input: FloatTensor<B>,
+        grad: FloatTensor<B>,
+        state: &mut MemoryState,
+    ) -> (FloatTensor<B>, Bias<B>)
+    where
+        B: MemAopOps,
+        DispatchTensor: DispatchKindConversion<B>,
+    {
+        let adapts = schedule::measures(self.config, state.progress.step);
+        if adapts {
+            self.adapt(state);
+        }
+        let intervals = state.watch.intervals;
+        let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
+        let step = self.start(state, adapts || due.is_some());
+        if step.k >= self.rows {
+            return (B::linear_weight_backward(input, grad), Bias::None);
+        }
+
+        let memory = self.take_memory::<B>(&grad, state);
+        let compared = due.is_some_and(|due| due.exact);
+        let batch = compared.then(|| (input.clone(), grad.clone()));
+        let gradient = B::memaop_weight_gradient(input, grad, memory, step);
+        state.rows = put_back::<B>(gradient.memory);
+
+        let share = match gradient.share {
+            Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
+            Share::Skipped => None,
+        };
+        if let Some(Due { .. }) = due {
+            let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
+            let measurement = Measurement::new(
+                share.clone(),
+                state.rows.as_ref(),
+                &from_primitive::<B, 2>(gradient.weight.clone()),
+                exact.map(from_primitive::<B, 2>),
+            );
+            let seen = state.watch.seen.as_mut();
+            seen.expect("a step was begun").measurement = Some(Arc::new(measurement));
+        }
+        if adapts {
+            state.carried = share.map(|share| Carried {
+                ratio: step.k as f64 / self.rows as f64,
+                share,
+            });
+        }
+        (gradient.weight, gradient.bias)
+    }
+
+    /// Adjusts K by the measurement of an earlier step, if there is one.
+    fn adapt(&self, state: &mut MemoryState) {
+        if let Schedule::Adaptive { share, .. } = self.config.schedule
+            && let Some(carried) = state.carried.take()
+        {
+            let ratio = schedule::adapt(carried.ratio, carried.read(), share);
+            state.progress.ratio = Some(ratio);
+        }
+    }
+
+    /// The settings of the step, which is counted and noted.
+    fn start(&self, state: &mut MemoryState, measure: bool) -> AopStep {
+        let Progress { step, .. } = state.progress;
+        let k = schedule::k(self.config, &state.progress, self.rows);
+        state.watch.seen = Some(Seen {
+            step,
+            k: k.min(self.rows),
+            rows: self.rows,
+            input_rows: self.with_input.then(|| self.input_rows(&state.progress)),
+            measurement: None,
+        });
+        state.progress.step += 1;
+        state.progress.k = k;
+        AopStep {
+            k,
+            policy: self.config.policy,
+            memory: self.config.memory,
+            memory_precision: self.config.memory_precision,
+            seed: self.key,
+            step,
+            bias: self.with_bias,
+            measure,
+        }
+    }
+
+    /// The memory on the device of the gradient, in the units of the learning rate of this step.
+    fn take_memory<B>(&self, grad: &FloatTensor<B>, state: &mut MemoryState) -> RowMemory<B>
+    where
+        B: MemAopOps,
+        DispatchTensor: DispatchKindConversion<B>,
+    {
+        let memory = match (self.config.memory, state.rows.take()) {
+            (Memory::None, _) | (_, None) => RowMemory::Empty,
+            (_, Some(rows)) => {
+                let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());
+                let rows = follow(rows, state.rate, &state.watch);
+                RowMemory::Rows {
+                    input: into_primitive::<B>(rows.input),
+                    grad: into_primitive::<B>(rows.grad),
+                    age: into_primitive::<B>(rows.age),
+                }
+            }
+        };
+        state.rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
+        memory
+    }
+}
+
+fn put_back<B>(memory: RowMemory<B>) -> Option<RowTensors>
+where
+    B: MemAopOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    match memory {
+        RowMemory::Empty => None,
+        RowMemory::Rows { input, grad, age } => Some(RowTensors {
+            input: from_primitive::<B, 2>(input),
+            grad: from_primitive::<B, 2>(grad),
+            age: from_primitive::<B, 2>(age),
+        }),
+    }
+}
+
+/// The rows in the units of the learning rate that they follow.
+fn follow(rows: RowTensors, rate: Option<f64>, watch: &Watch) -> RowTensors {
+    let target = watch.rate.as_ref().and_then(SharedLearningRate::get);
+    match rate.zip(target) {
+        Some((from, to)) if from != to => {
+            let factor = learning_rate::rescale(from, to);
+            RowTensors {
+                input: rows.input * factor,
+                grad: rows.grad * factor,
+                age: rows.age,
+            }
+        }
+        _ => rows,
+    }
+}
+
+fn from_primitive<B: MemAopOps, const D: usize>(tensor: FloatTensor<B>) -> Tensor<D>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Float(tensor)))
+}
+
+fn into_primitive<B: MemAopOps>(tensor: Tensor<2>) -> FloatTensor<B>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    DispatchTensor::try_into_backend(tensor.into_dispatch())
+        .expect("the memory was moved to the device of the gradient")
+        .float()
+}

@@ -1,0 +1,237 @@
+//! The backends that supply [`MemAopOps`]: CPU backends by the code of `cpu.rs`, for the types that
+//! they keep a memory in, all others by its default bodies.
+
+use burn::backend::DispatchDevice;
+#[cfg(feature = "ndarray")]
+use burn::backend::ndarray::NdArrayTensor;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use burn::backend::tensor::FloatTensor;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use burn::{backend::TensorMetadata, tensor::DType};
+#[cfg(feature = "flex")]
+use {burn::tensor::Element, bytemuck::Pod};
+
+#[cfg(any(
+    feature = "flex",
+    feature = "ndarray",
+    feature = "tch",
+    feature = "cubecl-backend"
+))]
+use crate::op::MemAopOps;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use crate::op::step::{AopStep, InputStep, RowMemory, WeightGradient};
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use crate::op::{
+    cpu::{self, HostTensors},
+    portable,
+};
+#[cfg(feature = "cubecl-backend")]
+use crate::op::{cube, fusion};
+
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+macro_rules! cpu_backend {
+    ($backend:ty) => {
+        impl MemAopOps for $backend {
+            fn memaop_weight_gradient(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                memory: RowMemory<Self>,
+                step: AopStep,
+            ) -> WeightGradient<Self> {
+                match TensorMetadata::dtype(&input) {
+                    DType::F32 => cpu::weight_gradient::<Self, f32>(input, grad, memory, step),
+                    DType::F64 => cpu::weight_gradient::<Self, f64>(input, grad, memory, step),
+                    _ => portable::weight_gradient::<Self>(input, grad, memory, step),
+                }
+            }
+
+            fn memaop_input_gradient(
+                grad: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                step: InputStep,
+            ) -> FloatTensor<Self> {
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => cpu::input_gradient::<Self, f32>(grad, weight, step),
+                    DType::F64 => cpu::input_gradient::<Self, f64>(grad, weight, step),
+                    _ => portable::input_gradient::<Self>(grad, weight, step),
+                }
+            }
+        }
+    };
+}
+
+#[cfg(feature = "flex")]
+cpu_backend!(burn::backend::Flex);
+
+#[cfg(feature = "flex")]
+impl<E: Element + Pod> HostTensors<E> for burn::backend::Flex {
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+        match tensor.is_contiguous() {
+            true => tensor,
+            false => tensor.to_contiguous(),
+        }
+    }
+
+    fn values(tensor: &FloatTensor<Self>) -> &[E] {
+        tensor.as_slice().expect("a contiguous tensor of this type")
+    }
+
+    fn values_mut(tensor: &mut FloatTensor<Self>) -> &mut [E] {
+        let range = tensor.layout().contiguous_offsets();
+        let (start, end) = range.expect("a contiguous tensor");
+        &mut tensor.storage_mut()[start..end]
+    }
+}
+
+#[cfg(feature = "ndarray")]
+cpu_backend!(burn::backend::NdArray);
+
+#[cfg(feature = "ndarray")]
+macro_rules! ndarray_tensors {
+    ($element:ty, $variant:ident) => {
+        impl HostTensors<$element> for burn::backend::NdArray {
+            fn contiguous(mut tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+                if let NdArrayTensor::$variant(storage) = &mut tensor
+                    && !storage.view().is_standard_layout()
+                {
+                    let array = storage.ensure_owned();
+                    *array = array.as_standard_layout().into_owned().into_shared();
+                }
+                tensor
+            }
+
+            fn values(tensor: &FloatTensor<Self>) -> &[$element] {
+                let NdArrayTensor::$variant(storage) = tensor else {
+                    unreachable!("a tensor of this type");
+                };
+                storage.view().to_slice().expect("a contiguous tensor")
+            }
+
+            fn values_mut(tensor: &mut FloatTensor<Self>) -> &mut [$element] {
+                let NdArrayTensor::$variant(storage) = tensor else {
+                    unreachable!("a tensor of this type");
+                };
+                let values = storage.ensure_owned().as_slice_mut();
+                values.expect("a contiguous tensor")
+            }
+        }
+    };
+}
+
+#[cfg(feature = "ndarray")]
+ndarray_tensors!(f32, F32);
+#[cfg(feature = "ndarray")]
+ndarray_tensors!(f64, F64);
+
+#[cfg(feature = "tch")]
+impl MemAopOps for burn::backend::LibTorch {}
+
+#[cfg(feature = "cubecl-backend")]
+impl MemAopOps for burn_cubecl::CubeBackend {
+    fn memaop_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        memory: RowMemory<Self>,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        cube::weight_gradient(input, grad, memory, step)
+    }
+
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        cube::input_gradient(grad, weight, step)
+    }
+}
+
+// With and without the feature `fusion` of this crate: Burn's own features can turn Fusion on too.
+#[cfg(feature = "cubecl-backend")]
+impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusion<B> {
+    fn memaop_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        memory: RowMemory<Self>,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        fusion::weight_gradient::<B>(input, grad, memory, step)
+    }
+
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        fusion::input_gradient::<B>(grad, weight, step)
+    }
+}
+
+/// Stops with the feature to enable when the device's backend is compiled into Burn, but not into
+/// this crate.
+pub(crate) fn assert_supported(device: &DispatchDevice) {
+    match device {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => {}
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => {}
+        #[cfg(feature = "tch")]
+        DispatchDevice::LibTorch(_) => {}
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(_) => {}
+        #[cfg(feature = "autodiff")]
+        DispatchDevice::Autodiff(device) => assert_supported(device),
+        #[allow(unreachable_patterns)]
+        device => panic!("{}", unsupported(&format!("{device:?}"))),
+    }
+}
+
+/// The message for an unsupported device, from its debug form (its variants are only there when
+/// Burn's features are).
+fn unsupported(device: &str) -> String {
+    let features = [
+        ("Flex", "flex"),
+        ("NdArray", "ndarray"),
+        ("LibTorch", "tch"),
+        ("Cube(Cuda", "cuda"),
+        ("Cube(Hip", "rocm"),
+        ("Cube(Metal", "metal"),
+        ("Cube(Cpu", "cpu"),
+        ("Cube", "wgpu"),
+    ];
+    let device = device.strip_prefix("Autodiff { device: ").unwrap_or(device);
+    match features.iter().find(|(name, _)| device.starts_with(name)) {
+        Some((_, feature)) => format!(
+            "MemAopLinear does not support the device {device} in this build: enable the feature \
+             `{feature}` of burn-memaop"
+        ),
+        None => format!(
+            "MemAopLinear does not support the device {device}: burn-memaop has no implementation \
+             for its backend"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_names_the_feature() {
+        for (device, feature) in [
+            ("Flex(Cpu)", "`flex`"),
+            ("NdArray(Cpu)", "`ndarray`"),
+            ("LibTorch(Cpu)", "`tch`"),
+            ("Cube(Cuda(CudaDevice { index: 0 }))", "`cuda`"),
+            ("Cube(Hip(AmdDevice { index: 0 }))", "`rocm`"),
+            ("Cube(Cpu(CpuDevice))", "`cpu`"),
+            ("Cube(Wgpu(DefaultDevice))", "`wgpu`"),
+            ("Autodiff { device: Cube(Wgpu(DefaultDevice))", "`wgpu`"),
+        ] {
+            let message = unsupported(device);
+            assert!(message.contains(feature), "{message}");
+            assert!(message.contains("of burn-memaop"), "{message}");
+        }
+        assert!(unsupported("Remote(0)").contains("has no implementation"));
+    }
+}

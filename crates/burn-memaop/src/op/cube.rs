@@ -1,0 +1,263 @@
+//! The approximate weight gradient on CubeCL backends: the same result as the default body of
+//! `portable.rs`, in three launches and a matrix product, none of which waits for the host.
+
+use std::sync::Once;
+
+use burn::{
+    backend::{
+        TensorMetadata,
+        ops::{FloatTensorOps, ModuleOps},
+    },
+    tensor::{DType, FloatDType, Shape},
+};
+use burn_cubecl::{
+    CubeBackend, cubecl, kernel::into_contiguous, ops::numeric::empty_device_dtype,
+    tensor::CubeTensor,
+};
+use cubecl::{
+    calculate_cube_count_elemwise,
+    ir::{FloatKind, VectorSize},
+    prelude::*,
+    tensor_vector_size_parallel,
+};
+
+mod fold;
+mod gather;
+mod noise;
+mod select;
+mod units;
+
+use crate::{
+    config::Memory,
+    op::portable::{self, LEAST_DECAY},
+    op::step::{AopStep, Bias, InputStep, RowMemory, WeightGradient},
+};
+
+pub(crate) fn weight_gradient(
+    input: CubeTensor,
+    grad: CubeTensor,
+    memory: RowMemory<CubeBackend>,
+    step: AopStep,
+) -> WeightGradient<CubeBackend> {
+    let units = input.client.properties().hardware.max_units_per_cube;
+    let supported = supported(input.dtype, input.shape()[0], units);
+    if let Err(reason) = supported.and_then(|()| supports_decay(step.memory)) {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            log::warn!(
+                "burn-memaop: the weight gradient takes primitive operations, which are slower \
+                 than kernels and may wait for the device: {reason}"
+            );
+        });
+        return portable::weight_gradient::<CubeBackend>(input, grad, memory, step);
+    }
+    let dtype = input.dtype;
+    let bias = match step.bias {
+        true => Bias::Some(CubeBackend::linear_bias_backward(grad.clone())),
+        false => Bias::None,
+    };
+    let batch = [input, grad].map(row_major);
+
+    let (chosen, panels, memory) = match step.memory.decay() {
+        None => {
+            let [input, grad] = &batch;
+            let scores = fold::score(input, grad);
+            let chosen = select::choose(&scores, &step);
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, 1.0, None);
+            (chosen, panels, RowMemory::Empty)
+        }
+        Some(decay) => {
+            let kept = at_least(memory, &batch, &step);
+            let [input, grad, age] = &kept;
+            let scores = fold::fold_in(&batch, &kept, &step);
+            let chosen = select::choose(&scores, &step);
+            let scale = (1.0 / decay.sqrt()) as f32;
+            let panels = gather::gather([input, grad], &scores, &chosen, dtype, scale, Some(age));
+            let [input, grad, age] = kept;
+            (chosen, panels, RowMemory::Rows { input, grad, age })
+        }
+    };
+    let [input, grad] = panels;
+    WeightGradient {
+        weight: CubeBackend::linear_weight_backward(input, grad),
+        memory,
+        bias,
+        share: chosen.share,
+    }
+}
+
+/// The gradient of the input for some of the rows, in five launches and a matrix product.
+pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputStep) -> CubeTensor {
+    let (rows, d_input) = (grad.shape()[0], weight.shape()[0]);
+    if step.k >= rows {
+        return portable::exact_input_gradient::<CubeBackend>(grad, weight);
+    }
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    if supported(grad.dtype, rows, units).is_err() {
+        return portable::input_gradient::<CubeBackend>(grad, weight, step);
+    }
+    let grad = row_major(grad);
+    let sizes = fold::norms(&grad);
+    let chosen = select::choose_input(&sizes, &step);
+    let panel = gather::gather_rows(&grad, &sizes, &chosen);
+    let product = CubeBackend::float_matmul(panel, CubeBackend::float_transpose(weight));
+    let shape = Shape::new([rows, d_input]);
+    let gradient = CubeBackend::float_zeros(shape, &grad.device(), grad.dtype.into());
+    gather::scatter_rows(&row_major(product), &sizes, &chosen, &gradient);
+    gradient
+}
+
+/// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.
+const LEAST_UNITS: u32 = 256;
+/// The most rows: the kernels count them in single precision too.
+const MOST_ROWS: usize = 1 << 24;
+
+/// Whether the kernels can take so many rows of such a type on a device with so many units in a cube,
+/// or why not.
+fn supported(dtype: DType, rows: usize, units: u32) -> Result<(), String> {
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(format!(
+            "they score rows in single precision, and the input is {dtype:?}"
+        ));
+    }
+    if units < LEAST_UNITS {
+        return Err(format!(
+            "they need cubes of {LEAST_UNITS} units, and the device has {units}"
+        ));
+    }
+    if rows > MOST_ROWS {
+        return Err(format!(
+            "they take at most {MOST_ROWS} rows, and the input has {rows}"
+        ));
+    }
+    Ok(())
+}
+
+fn supports_decay(memory: Memory) -> Result<(), String> {
+    match memory.decay() {
+        Some(decay) if decay < LEAST_DECAY => Err(format!(
+            "they need a decay of at least {LEAST_DECAY}, and that of the memory is {decay}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A matrix whose rows have no gaps between their values.
+fn row_major(matrix: CubeTensor) -> CubeTensor {
+    match matrix.meta.strides()[1] == 1 && !matrix.meta.is_tiled() {
+        true => matrix,
+        false => into_contiguous(matrix),
+    }
+}
+
+/// The memory (`m^X`, `m^G`, ages) with at least as many rows as the batch, new ones being zero, in
+/// buffers that no other tensor shares.
+fn at_least(
+    memory: RowMemory<CubeBackend>,
+    batch: &[CubeTensor; 2],
+    step: &AopStep,
+) -> [CubeTensor; 3] {
+    let precision = portable::memory_dtype(batch[0].dtype, step);
+    let [input, grad] = batch.each_ref().map(|batch| batch.shape()[1]);
+    let described = [(input, precision), (grad, precision), (1, FloatDType::F32)];
+    let kept = match memory {
+        RowMemory::Empty => [None, None, None],
+        RowMemory::Rows { input, grad, age } => [Some(input), Some(grad), Some(age)],
+    };
+    let (rows, device) = (batch[0].shape()[0], batch[0].device());
+    let mut kept = kept.into_iter();
+    described.map(|(width, dtype)| {
+        let kept = match kept.next().flatten() {
+            None => CubeBackend::float_zeros(Shape::new([rows, width]), &device, dtype),
+            Some(kept) => {
+                // A layer can have been cast since its last step.
+                let kept = portable::cast::<CubeBackend>(kept, dtype);
+                match kept.shape()[0] < rows {
+                    true => portable::resize_rows::<CubeBackend>(kept, rows),
+                    false => kept,
+                }
+            }
+        };
+        let kept = row_major(kept);
+        match kept.can_mut() && kept.is_nonoverlapping() {
+            true => kept,
+            false => kept.copy(),
+        }
+    })
+}
+
+/// The extent of a matrix in memory, in vectors.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct RowLayout {
+    width: usize,
+    stride: usize,
+}
+
+fn layout(matrix: &CubeTensor, size: VectorSize) -> RowLayoutLaunch {
+    let width = matrix.meta.shape()[1];
+    RowLayoutLaunch::new(width / size, matrix.meta.strides()[0] / size)
+}
+
+/// The widest vectors in which the rows of all these matrices can be read and written.
+fn vector_size(matrices: &[&CubeTensor]) -> VectorSize {
+    let sizes = matrices.iter().map(|matrix| {
+        let (shape, strides) = (matrix.meta.shape(), matrix.meta.strides());
+        // As in single precision: wider vectors of it than of half precision do not exist.
+        let sizes = matrix.client.io_optimized_vector_sizes(size_of::<f32>());
+        tensor_vector_size_parallel(sizes, shape, strides, 1)
+    });
+    sizes.min().unwrap_or(1)
+}
+
+/// The units that share a row: enough to have work for each.
+fn row_units(matrices: [&CubeTensor; 2], sizes: [VectorSize; 2]) -> u32 {
+    let vectors = |i: usize| matrices[i].meta.shape()[1] / sizes[i];
+    let most = vectors(0).max(vectors(1)).min(LEAST_UNITS as usize);
+    (most as u32).next_power_of_two().max(32)
+}
+
+/// `count` cubes of `units` units.
+fn cubes(like: &CubeTensor, count: usize, units: u32) -> (CubeCount, CubeDim) {
+    let dim = CubeDim::new_1d(units);
+    let count = calculate_cube_count_elemwise(&like.client, count * units as usize, dim);
+    (count, dim)
+}
+
+fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_dtype(client, device, Shape::new(shape), dtype)
+}
+
+fn address_type(tensors: &[&CubeTensor]) -> AddressType {
+    let types = tensors.iter().map(|tensor| tensor.required_address_type());
+    types.max().unwrap_or_default()
+}
+
+fn elem_type(dtype: DType) -> ElemType {
+    match dtype {
+        DType::F32 => ElemType::Float(FloatKind::F32),
+        DType::F16 => ElemType::Float(FloatKind::F16),
+        DType::BF16 => ElemType::Float(FloatKind::BF16),
+        dtype => unreachable!("{dtype:?} is left to the default body"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernels_cannot_do_is_told_with_the_reason() {
+        assert_eq!(supported(DType::F16, 262_144, 256), Ok(()));
+        assert_eq!(supports_decay(Memory::Balanced { decay: 0.9 }), Ok(()));
+        for (found, reason) in [
+            (supported(DType::F64, 10, 256), "F64"),
+            (supported(DType::F32, 10, 64), "the device has 64"),
+            (supported(DType::F32, (1 << 24) + 1, 256), "16777217"),
+            (supports_decay(Memory::Published { decay: 0.0 }), "decay"),
+        ] {
+            let message = found.unwrap_err();
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Gathers the chosen rows of both factors and clears them in the memory, in one launch; and for the
+//! gradient of the input, gathers rows of one matrix and puts those of another in their place.
+
+use burn::tensor::DType;
+use burn_cubecl::{cubecl, tensor::CubeTensor};
+use cubecl::prelude::*;
+
+use super::{
+    RowLayout, address_type, cubes, elem_type, empty, fold::clear, layout, row_units,
+    select::Chosen, units::is_finite, vector_size,
+};
+
+/// The chosen rows of `input` and `grad`, contiguous, each times `scale` and the root of its
+/// weight; zeros in place of one whose score is not finite. With `age`, they come from the memory,
+/// and are zero there afterwards, as their ages are.
+pub(super) fn gather(
+    [input, grad]: [&CubeTensor; 2],
+    scores: &CubeTensor,
+    chosen: &Chosen,
+    dtype: DType,
+    scale: f32,
+    age: Option<&CubeTensor>,
+) -> [CubeTensor; 2] {
+    let k = chosen.rows.meta.shape()[0];
+    let panels = [input, grad].map(|from| empty(scores, [k, from.meta.shape()[1]], dtype));
+    let sizes = [
+        vector_size(&[input, &panels[0]]),
+        vector_size(&[grad, &panels[1]]),
+    ];
+    let units = row_units([input, grad], sizes);
+    let (count, dim) = cubes(scores, k, units);
+    // Where there are none, nothing is written; a buffer of its own, since WebGPU forbids to bind one twice
+    // if it may be written.
+    let ages = age.map_or_else(|| empty(scores, [1, 1], DType::F32), CubeTensor::clone);
+    // SAFETY: every index is below a count of rows times their stride, within its tensor; the
+    // chosen rows are below the number of scores.
+    unsafe {
+        gather_kernel::launch_unchecked(
+            &scores.client,
+            count,
+            dim,
+            address_type(&[input, grad, &panels[0], &panels[1]]),
+            sizes[0],
+            sizes[1],
+            input.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            panels[0].clone().into_buffer_arg(),
+            panels[1].clone().into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            scores.clone().into_buffer_arg(),
+            ages.clone().into_buffer_arg(),
+            layout(input, sizes[0]),
+            layout(grad, sizes[1]),
+            layout(&panels[0], sizes[0]),
+            layout(&panels[1], sizes[1]),
+            ages.meta.strides()[0],
+            k,
+            scale,
+            age.is_some(),
+            [elem_type(input.dtype), elem_type(dtype)],
+        );
+    }
+    panels
+}
+
+/// The chosen rows of one matrix, contiguous, each times its weight; zeros in place of one whose
+/// size is not finite.
+pub(super) fn gather_rows(from: &CubeTensor, sizes: &CubeTensor, chosen: &Chosen) -> CubeTensor {
+    let k = chosen.rows.meta.shape()[0];
+    let panel = empty(sizes, [k, from.meta.shape()[1]], from.dtype);
+    move_rows(from, &panel, sizes, chosen, false);
+    panel
+}
+
+/// Puts the rows of a panel where the chosen ones came from, but for those without weight.
+pub(super) fn scatter_rows(
+    panel: &CubeTensor,
+    sizes: &CubeTensor,
+    chosen: &Chosen,
+    to: &CubeTensor,
+) {
+    move_rows(panel, to, sizes, chosen, true);
+}
+
+fn move_rows(
+    from: &CubeTensor,
+    to: &CubeTensor,
+    sizes: &CubeTensor,
+    chosen: &Chosen,
+    scatter: bool,
+) {
+    let k = chosen.rows.meta.shape()[0];
+    let size = vector_size(&[from, to]);
+    let (count, dim) = cubes(sizes, k, row_units([from, from], [size, size]));
+    // SAFETY: every index is below a count of rows times their stride, within its tensor; the
+    // chosen rows are below the number of sizes, which is that of the rows of the larger tensor.
+    unsafe {
+        move_kernel::launch_unchecked(
+            &sizes.client,
+            count,
+            dim,
+            address_type(&[from, to]),
+            size,
+            from.clone().into_buffer_arg(),
+            to.clone().into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            sizes.clone().into_buffer_arg(),
+            layout(from, size),
+            layout(to, size),
+            k,
+            scatter,
+            elem_type(from.dtype),
+        );
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn move_kernel<T: Float, N: Size>(
+    from: &[Vector<T, N>],
+    to: &mut [Vector<T, N>],
+    chosen: &[u32],
+    roots: &[f32],
+    sizes: &[f32],
+    from_rows: RowLayout,
+    to_rows: RowLayout,
+    k: usize,
+    #[comptime] scatter: bool,
+    #[define(T)] _dtype: ElemType,
+) {
+    let place = CUBE_POS;
+    if place >= k {
+        terminate!();
+    }
+    let row = chosen[place] as usize;
+    let root = roots[place];
+    if comptime!(scatter) {
+        // Places that were left over all name row 0.
+        if root > 0.0 {
+            copy::<T, T, N>(from, place, &from_rows, to, row, &to_rows, 1.0f32, true);
+        }
+    } else {
+        let finite = is_finite(sizes[row]);
+        copy::<T, T, N>(
+            from,
+            row,
+            &from_rows,
+            to,
+            place,
+            &to_rows,
+            root * root,
+            finite,
+        );
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
+    input: &mut [Vector<S, NX>],
+    grad: &mut [Vector<S, NG>],
+    panel_input: &mut [Vector<T, NX>],
+    panel_grad: &mut [Vector<T, NG>],
+    chosen: &[u32],
+    roots: &[f32],
+    scores: &[f32],
+    age: &mut [f32],
+    input_rows: RowLayout,
+    grad_rows: RowLayout,
+    panel_input_rows: RowLayout,
+    panel_grad_rows: RowLayout,
+    age_stride: usize,
+    k: usize,
+    scale: f32,
+    #[comptime] cleared: bool,
+    #[define(S, T)] _dtypes: [ElemType; 2],
+) {
+    let to = CUBE_POS;
+    if to >= k {
+        terminate!();
+    }
+    let row = chosen[to] as usize;
+    let finite = is_finite(scores[row]);
+    let scale = scale * roots[to];
+    copy::<S, T, NX>(
+        &*input,
+        row,
+        &input_rows,
+        panel_input,
+        to,
+        &panel_input_rows,
+        scale,
+        finite,
+    );
+    copy::<S, T, NG>(
+        &*grad,
+        row,
+        &grad_rows,
+        panel_grad,
+        to,
+        &panel_grad_rows,
+        scale,
+        finite,
+    );
+    if comptime!(cleared) {
+        clear::<S, NX>(input, row, &input_rows);
+        clear::<S, NG>(grad, row, &grad_rows);
+        if UNIT_POS == 0 {
+            age[row * age_stride] = 0.0f32;
+        }
+    }
+}
+
+#[cube]
+fn copy<S: Float, T: Float, N: Size>(
+    from: &[Vector<S, N>],
+    row: usize,
+    from_rows: &RowLayout,
+    panel: &mut [Vector<T, N>],
+    to: usize,
+    panel_rows: &RowLayout,
+    scale: f32,
+    finite: bool,
+) {
+    let scale = Vector::<f32, N>::new(scale);
+    let mut at = UNIT_POS as usize;
+    while at < from_rows.width {
+        let mut value = Vector::<f32, N>::new(0.0);
+        if finite {
+            value = scale * Vector::cast_from(from[row * from_rows.stride + at]);
+        }
+        panel[to * panel_rows.stride + at] = Vector::cast_from(value);
+        at += CUBE_DIM as usize;
+    }
+}

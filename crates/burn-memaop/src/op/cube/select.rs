@@ -1,0 +1,153 @@
+//! Chooses the rows in one launch of one cube, without a wait for the host: the K largest of the
+//! keys by radix selection, or systematic sampling by a prefix sum.
+//!
+//! Each unit looks after a run of consecutive rows, so that no unit reads what another has written
+//! to global memory. The largest come out in ascending order of the rows, sampled ones in that of the draw.
+
+use burn::{
+    backend::{
+        TensorMetadata,
+        ops::{FloatTensorOps, IntTensorOps},
+    },
+    tensor::{DType, TensorData},
+};
+use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
+use cubecl::prelude::*;
+
+mod largest;
+mod systematic;
+
+use self::{
+    largest::{Key, largest},
+    systematic::systematic,
+};
+use super::{
+    LEAST_UNITS, empty,
+    units::{cube_sum, is_finite},
+};
+use crate::{
+    config::Policy,
+    op::noise::StepNoise,
+    op::portable,
+    op::selection,
+    op::step::{AopStep, InputStep, Share},
+};
+
+/// The chosen rows.
+pub(super) struct Chosen {
+    /// Shape `[chosen]`.
+    pub(super) rows: CubeTensor,
+    /// The root of the weight of each, in single precision.
+    pub(super) roots: CubeTensor,
+    /// In single precision.
+    pub(super) share: Share<CubeBackend>,
+}
+
+/// How many rows, from which noise.
+#[derive(Clone, Copy)]
+struct Draw {
+    k: usize,
+    noise: StepNoise,
+    /// Whether to measure the share.
+    measure: bool,
+}
+
+pub(super) fn choose(scores: &CubeTensor, step: &AopStep) -> Chosen {
+    let rows = scores.shape()[0];
+    let random_weight = rows as f64 / step.k as f64;
+    let draw = Draw {
+        k: step.k,
+        noise: StepNoise {
+            seed: step.seed,
+            step: step.step,
+        },
+        measure: step.measure,
+    };
+    match step.policy {
+        Policy::TopK => largest(scores, draw, Key::Score, 1.0),
+        Policy::RandK => largest(scores, draw, Key::Noise, 1.0),
+        Policy::ScaledRandK => largest(scores, draw, Key::Noise, random_weight),
+        Policy::WeightedK => largest(scores, draw, Key::LogScorePlusNoise, 1.0),
+        Policy::Systematic => systematic(scores, draw, false),
+        // The number of rows of the first depends on the draw, and with it the shape of what
+        // follows; the others draw with replacement.
+        Policy::Bernoulli | Policy::ColumnRow | Policy::WinnerTakeAll => on_host(scores, step),
+    }
+}
+
+/// Rows of the gradient of the input, by the norms of the gradient of the output.
+pub(super) fn choose_input(sizes: &CubeTensor, step: &InputStep) -> Chosen {
+    let draw = Draw {
+        k: step.k,
+        noise: StepNoise {
+            seed: step.seed,
+            step: step.step,
+        },
+        measure: false,
+    };
+    match step.sampled {
+        true => systematic(sizes, draw, true),
+        false => largest(sizes, draw, Key::Score, 1.0),
+    }
+}
+
+/// Reads the scores, and so waits for the device.
+fn on_host(scores: &CubeTensor, step: &AopStep) -> Chosen {
+    let rows = scores.shape()[0];
+    let read = || portable::read::<CubeBackend>(scores.clone());
+    let selection = selection::select(rows, step, read);
+    let count = selection.rows.len();
+    let chosen: Vec<_> = selection.rows.iter().map(|&row| row as u32).collect();
+    let roots: Vec<_> = match selection.weights {
+        None => vec![1.0; count],
+        Some(weights) => weights.iter().map(|weight| weight.sqrt() as f32).collect(),
+    };
+    let device = scores.device();
+    let chosen = CubeBackend::int_from_data(TensorData::new(chosen, [count]), &device);
+    let share = match step.measure {
+        true => Share::Measured(portable::share::<CubeBackend>(scores, &chosen)),
+        false => Share::Skipped,
+    };
+    Chosen {
+        rows: chosen,
+        roots: CubeBackend::float_from_data(TensorData::new(roots, [count]), &device),
+        share,
+    }
+}
+
+/// The units of the one cube: more of them where there is more to do.
+fn units(scores: &CubeTensor) -> u32 {
+    let most = scores.client.properties().hardware.max_units_per_cube;
+    match scores.shape()[0] > 4096 && most >= 1024 {
+        true => 1024,
+        false => LEAST_UNITS,
+    }
+}
+
+fn output(scores: &CubeTensor, draw: Draw) -> (Chosen, CubeTensor) {
+    let share = empty(scores, [1], DType::F32);
+    let chosen = Chosen {
+        rows: empty(scores, [draw.k], DType::U32),
+        roots: empty(scores, [draw.k], DType::F32),
+        share: match draw.measure {
+            true => Share::Measured(share.clone()),
+            false => Share::Skipped,
+        },
+    };
+    (chosen, share)
+}
+
+#[cube]
+fn finite_score(score: f32) -> f32 {
+    select(is_finite(score), score, 0.0f32)
+}
+
+#[cube]
+fn write_share(carried: f32, all: f32, share: &mut [f32], #[comptime] units: u32) {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let carried = cube_sum(carried, &mut shared, units);
+    let all = cube_sum(all, &mut shared, units);
+    if UNIT_POS == 0 {
+        share[0] = carried / all;
+    }
+}

@@ -1,0 +1,242 @@
+//! The operations of this crate on plain tensors, for those who build layers of their own.
+//!
+//! [`MemAopLinear`](crate::MemAopLinear) calls them in its backward pass and keeps between steps what they
+//! return.
+
+use burn::{
+    backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor},
+    tensor::Tensor,
+};
+
+#[cfg(feature = "autodiff")]
+mod autodiff;
+pub(crate) mod backends;
+pub(crate) mod cost;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod cpu;
+#[cfg(feature = "cubecl-backend")]
+mod cube;
+#[cfg(feature = "cubecl-backend")]
+mod fusion;
+mod noise;
+mod portable;
+mod selection;
+pub(crate) mod step;
+
+pub use step::{AopStep, InputStep};
+
+use self::step::{Bias, RowMemory, Share, WeightGradient};
+use crate::{config::AopConfig, state::memory::MemoryHandle};
+
+/// The rows that earlier steps left out, in gradient units (no learning rate in them): one pair of factors
+/// for each position of the batch; a pair of zeros is a position with nothing pending.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// `m^X`, shape `[rows, d_input]`.
+    pub input: Tensor<2>,
+    /// `m^G`, shape `[rows, d_output]`.
+    pub grad: Tensor<2>,
+    /// The number of steps that each pair holds something of, shape `[rows, 1]`, in single precision at
+    /// least.
+    pub age: Tensor<2>,
+}
+
+/// What [`weight_gradient`] returns.
+#[derive(Debug, Clone)]
+pub struct Gradient {
+    /// The approximate gradient, shape `[d_input, d_output]`, in the dtype of the input.
+    pub weight: Tensor<2>,
+    /// The memory for the next step, where the step has one.
+    pub memory: Option<Rows>,
+    /// The exact gradient of the bias, shape `[d_output]`, if the step asks for it.
+    pub bias: Option<Tensor<1>>,
+    /// The share of the sum of all `|x^| |g^|` that the chosen rows carry, shape `[1]`, in single
+    /// precision, if the step asks for it; NaN where the sum is 0.
+    pub share: Option<Tensor<1>>,
+}
+
+/// The sum of the outer products of the chosen rows, times their weights with an unbiased policy, and the
+/// memory of the other rows.
+///
+/// Takes the memory by value, so that a backend that holds the only reference can update it in place. A
+/// row whose score is NaN or infinite is not chosen, adds nothing to the gradient and leaves a pair of
+/// zeros in the memory.
+///
+/// # Shapes
+///
+/// - input: `[rows, d_input]`
+/// - grad: `[rows, d_output]`
+/// - memory: any number of rows; the first `rows` take part, missing ones are zero
+///
+/// # Panics
+///
+/// Panics if the tensors are on an autodiff device or on different devices, `input` and `grad` differ in
+/// dtype or rows, `step.k` is not in `1..=rows`, a tensor of the memory has another width or another number
+/// of rows than the others, or the step's policy is [unbiased](crate::Policy::is_unbiased) and it has a
+/// memory.
+pub fn weight_gradient(
+    input: Tensor<2>,
+    grad: Tensor<2>,
+    memory: Option<Rows>,
+    step: AopStep,
+) -> Gradient {
+    const NAME: &str = "weight_gradient";
+    let ([rows, d_input], [grad_rows, d_output]) = (input.dims(), grad.dims());
+    same_device(NAME, [("input", &input), ("grad", &grad)]);
+    expect(NAME, "the rows of grad", rows, grad_rows);
+    expect(NAME, "the dtype of grad", input.dtype(), grad.dtype());
+    assert!(
+        (1..=rows).contains(&step.k),
+        "{NAME}: step.k must be in 1..={rows}, the rows of the batch, but is {}",
+        step.k
+    );
+    assert!(
+        !step.policy.is_unbiased() || step.memory.decay().is_none(),
+        "{NAME}: step.memory must be None with {:?}, which weighs what it chooses, but is {:?}",
+        step.policy,
+        step.memory
+    );
+    let memory = match memory {
+        None => RowMemory::Empty,
+        Some(Rows {
+            input: kept,
+            grad,
+            age,
+        }) => {
+            same_device(NAME, [("input", &input), ("memory.input", &kept)]);
+            same_device(NAME, [("memory.grad", &grad), ("memory.age", &age)]);
+            same_device(NAME, [("input", &input), ("memory.age", &age)]);
+            let [kept_rows, width] = kept.dims();
+            expect(NAME, "the width of memory.input", d_input, width);
+            expect(
+                NAME,
+                "the shape of memory.grad",
+                [kept_rows, d_output],
+                grad.dims(),
+            );
+            expect(NAME, "the shape of memory.age", [kept_rows, 1], age.dims());
+            RowMemory::Rows {
+                input: kept.into_dispatch(),
+                grad: grad.into_dispatch(),
+                age: age.into_dispatch(),
+            }
+        }
+    };
+    let (input, grad) = (input.into_dispatch(), grad.into_dispatch());
+    let gradient = Dispatch::memaop_weight_gradient(input, grad, memory, step);
+    Gradient {
+        weight: Tensor::from_dispatch(gradient.weight),
+        memory: match gradient.memory {
+            RowMemory::Empty => None,
+            RowMemory::Rows { input, grad, age } => Some(Rows {
+                input: Tensor::from_dispatch(input),
+                grad: Tensor::from_dispatch(grad),
+                age: Tensor::from_dispatch(age),
+            }),
+        },
+        bias: gradient.bias.into_option().map(Tensor::from_dispatch),
+        share: match gradient.share {
+            Share::Measured(share) => Some(Tensor::from_dispatch(share)),
+            Share::Skipped => None,
+        },
+    }
+}
+
+/// `grad @ weight^T` for some of the rows, zero in the others; for all of them where `step.k` is their
+/// number.
+///
+/// # Shapes
+///
+/// - grad: `[rows, d_output]`
+/// - weight: `[d_input, d_output]`
+/// - output: `[rows, d_input]`
+///
+/// # Panics
+///
+/// Panics if the tensors are on an autodiff device or on different devices, or differ in dtype or
+/// `d_output`, or if `step.k` is not in `1..=rows`.
+pub fn input_gradient(grad: Tensor<2>, weight: Tensor<2>, step: InputStep) -> Tensor<2> {
+    const NAME: &str = "input_gradient";
+    let ([rows, d_output], [_, width]) = (grad.dims(), weight.dims());
+    same_device(NAME, [("grad", &grad), ("weight", &weight)]);
+    expect(NAME, "the second axis of weight", d_output, width);
+    expect(NAME, "the dtype of weight", grad.dtype(), weight.dtype());
+    assert!(
+        (1..=rows).contains(&step.k),
+        "{NAME}: step.k must be in 1..={rows}, the rows of grad, but is {}",
+        step.k
+    );
+    let (grad, weight) = (grad.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::memaop_input_gradient(grad, weight, step))
+}
+
+fn expect<T: PartialEq + core::fmt::Debug>(name: &str, what: &str, expected: T, found: T) {
+    assert!(
+        expected == found,
+        "{name}: {what} must be {expected:?}, as the other tensors have it, but is {found:?}"
+    );
+}
+
+fn same_device(name: &str, [first, second]: [(&str, &Tensor<2>); 2]) {
+    let devices = [first.1.device(), second.1.device()];
+    assert!(
+        devices[0] == devices[1] && !devices[0].is_autodiff(),
+        "{name}: {} and {} must be on one device, without autodiff, but are on {devices:?}",
+        first.0,
+        second.0
+    );
+}
+
+/// What the autodiff operation needs to know of its layer.
+#[derive(Debug, Clone)]
+pub(crate) struct AopLayer {
+    pub(crate) config: AopConfig,
+    pub(crate) memory: MemoryHandle,
+}
+
+/// The operations as supplied by a backend extension; arguments have been checked.
+///
+/// Each has a default body in primitive operations, which defines its result; a backend overrides
+/// what it can do faster.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl-backend"),
+    LibTorch: cfg(feature = "tch"),
+    Autodiff: cfg(feature = "autodiff"),
+)]
+pub(crate) trait MemAopOps: Backend {
+    /// `input @ weight + bias`, as Burn's `linear`, of a matrix; under autodiff, with approximate
+    /// gradients of weight and input.
+    #[allow(unused_variables)]
+    fn memaop_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        Self::linear(input, weight, bias.into_option())
+    }
+
+    /// As [`weight_gradient`].
+    // Without a backend the macro has no use for the arguments.
+    #[allow(unused_variables)]
+    fn memaop_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        #[extension_type] memory: RowMemory<Self>,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        portable::weight_gradient::<Self>(input, grad, memory, step)
+    }
+
+    /// As [`input_gradient`].
+    #[allow(unused_variables)]
+    fn memaop_input_gradient(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        step: InputStep,
+    ) -> FloatTensor<Self> {
+        portable::input_gradient::<Self>(grad, weight, step)
+    }
+}

@@ -1,0 +1,286 @@
+//! Policies: which rows a step evaluates, and how it weighs them.
+
+use std::cmp::Ordering;
+
+use crate::{
+    config::Policy,
+    op::noise::StepNoise,
+    op::step::{AopStep, InputStep},
+};
+
+/// The chosen rows.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Selection {
+    /// In ascending order where no row can come twice.
+    pub(crate) rows: Vec<usize>,
+    /// A weight for each of them, with unbiased policies.
+    pub(crate) weights: Option<Vec<f64>>,
+}
+
+impl Selection {
+    /// Rows that count once each.
+    pub(crate) fn unweighted(rows: Vec<usize>) -> Self {
+        Self {
+            rows,
+            weights: None,
+        }
+    }
+
+    fn weighted(rows: Vec<usize>, weights: Vec<f64>) -> Self {
+        Self {
+            rows,
+            weights: Some(weights),
+        }
+    }
+}
+
+/// Chooses among `rows` rows, of which `scores` gives `|x^| |g^|`; it is called by policies that
+/// need the scores only.
+///
+/// A row whose score is not finite is chosen only when no other is left.
+pub(crate) fn select(rows: usize, step: &AopStep, scores: impl FnOnce() -> Vec<f64>) -> Selection {
+    let k = step.k;
+    let noise = StepNoise {
+        seed: step.seed,
+        step: step.step,
+    };
+    match step.policy {
+        Policy::TopK => Selection::unweighted(largest(&scores(), k)),
+        Policy::WeightedK => {
+            let keys = scores().into_iter().enumerate();
+            let keys = keys.map(|(row, score)| 2.0 * score.ln() + noise.gumbel(row));
+            Selection::unweighted(largest(&keys.collect::<Vec<_>>(), k))
+        }
+        Policy::RandK => Selection::unweighted(random(rows, k, &noise)),
+        Policy::ScaledRandK => {
+            let weight = rows as f64 / k as f64;
+            Selection::weighted(random(rows, k, &noise), vec![weight; k])
+        }
+        Policy::Systematic => systematic(&finite(scores()), k, noise.uniform(0), &noise),
+        Policy::Bernoulli => bernoulli(&finite(scores()), k, &noise),
+        Policy::ColumnRow => {
+            let scores = finite(scores());
+            column_row(&scores, Vec::new(), k, &noise)
+        }
+        Policy::WinnerTakeAll => {
+            let scores = finite(scores());
+            let winners = winners(&scores, k);
+            column_row(&scores, winners, k, &noise)
+        }
+    }
+}
+
+/// Chooses among rows of the gradient of the input, of which `sizes` are the norms of the gradient
+/// of the output. Rows that would be zero are not among them; there may be none.
+pub(crate) fn select_input(sizes: Vec<f64>, step: &InputStep) -> Selection {
+    let sizes = finite(sizes);
+    let noise = StepNoise {
+        seed: step.seed,
+        step: step.step,
+    };
+    let all = match step.sampled {
+        true => systematic(&sizes, step.k, noise.step_uniform(), &noise),
+        false => Selection::unweighted(largest(&sizes, step.k)),
+    };
+    let weights = all.weights.unwrap_or_else(|| vec![1.0; all.rows.len()]);
+    let rows = all.rows.into_iter().zip(weights);
+    let rows = rows.filter(|&(row, weight)| sizes[row] * weight > 0.0);
+    let (rows, weights) = rows.unzip();
+    Selection::weighted(rows, weights)
+}
+
+fn finite(mut scores: Vec<f64>) -> Vec<f64> {
+    for score in &mut scores {
+        if !score.is_finite() {
+            *score = 0.0;
+        }
+    }
+    scores
+}
+
+/// The K rows with the largest keys: NaN and infinity come last, the lower row first among equals.
+fn largest(keys: &[f64], k: usize) -> Vec<usize> {
+    let key = |row: usize| match keys[row] {
+        key if key.is_nan() || key == f64::INFINITY => f64::NEG_INFINITY,
+        key => key,
+    };
+    first(keys.len(), k, |&a, &b| {
+        key(b).total_cmp(&key(a)).then(a.cmp(&b))
+    })
+}
+
+/// K rows, uniformly and without replacement: those with the largest words.
+fn random(rows: usize, k: usize, noise: &StepNoise) -> Vec<usize> {
+    let words: Vec<_> = (0..rows).map(|row| noise.word(row)).collect();
+    first(rows, k, |&a, &b| words[b].cmp(&words[a]).then(a.cmp(&b)))
+}
+
+/// The first K of the rows by an order, in ascending order.
+fn first(rows: usize, k: usize, order: impl FnMut(&usize, &usize) -> Ordering) -> Vec<usize> {
+    let mut chosen: Vec<_> = (0..rows).collect();
+    if k < rows {
+        chosen.select_nth_unstable_by(k, order);
+        chosen.truncate(k);
+    }
+    chosen.sort_unstable();
+    chosen
+}
+
+/// The c for which the `min(1, c score)` sum to K, or all that are positive are 1.
+fn inclusion(scores: &[f64], k: usize) -> f64 {
+    // Rows that are certain to be chosen take one of the K each; the others share what is left.
+    let mut c = 0.0;
+    loop {
+        let (mut certain, mut rest) = (0, 0.0);
+        for &score in scores {
+            match c * score >= 1.0 {
+                true => certain += 1,
+                false => rest += score,
+            }
+        }
+        if certain >= k || rest == 0.0 {
+            return c;
+        }
+        let next = (k - certain) as f64 / rest;
+        // It grows until no row is added to the certain ones.
+        if next <= c {
+            return c;
+        }
+        c = next;
+    }
+}
+
+/// `min(1, c score)`, also where c is infinite.
+fn probability(c: f64, score: f64) -> f64 {
+    match score > 0.0 {
+        true => (c * score).min(1.0),
+        false => 0.0,
+    }
+}
+
+/// Takes the rows in a random order: in their own, a step of nearly equal probabilities would choose rows at
+/// nearly equal distances, the same patch of every image say.
+fn systematic(scores: &[f64], k: usize, start: f64, noise: &StepNoise) -> Selection {
+    let c = inclusion(scores, k);
+    let order = noise.permutation(scores.len());
+    let mut chosen = Vec::with_capacity(k);
+    let mut sum = start;
+    for row in (0..scores.len()).map(|place| order.row(place)) {
+        let p = probability(c, scores[row]);
+        let next = sum + p;
+        if next.floor() > sum.floor() && chosen.len() < k {
+            chosen.push((row, 1.0 / p));
+        }
+        sum = next;
+    }
+    chosen.sort_unstable_by_key(|&(row, _)| row);
+    let (rows, weights) = chosen.into_iter().unzip();
+    fill(scores, k, rows, weights)
+}
+
+/// Exactly K rows where rounding, or a lack of rows that are not zero, gave fewer: added rows have
+/// no weight.
+fn fill(scores: &[f64], k: usize, mut rows: Vec<usize>, mut weights: Vec<f64>) -> Selection {
+    if rows.len() < k {
+        let mut chosen = vec![false; scores.len()];
+        rows.iter().for_each(|&row| chosen[row] = true);
+        let others = (0..scores.len()).filter(|&row| !chosen[row]);
+        rows.extend(others.take(k - rows.len()));
+        weights.resize(k, 0.0);
+    }
+    Selection::weighted(rows, weights)
+}
+
+fn bernoulli(scores: &[f64], k: usize, noise: &StepNoise) -> Selection {
+    let c = inclusion(scores, k);
+    let drawn = scores.iter().enumerate().filter_map(|(row, &score)| {
+        let p = probability(c, score);
+        (noise.uniform(row) < p).then_some((row, 1.0 / p))
+    });
+    let (rows, weights): (Vec<_>, Vec<_>) = drawn.unzip();
+    // A product needs a row, so a draw of none is one row without weight.
+    let least = rows.len().max(1);
+    fill(scores, least, rows, weights)
+}
+
+/// As many of the largest scores as make `(1 - their share) / (K - their number)` smallest.
+fn winners(scores: &[f64], k: usize) -> Vec<usize> {
+    let mut best = largest(scores, k);
+    best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    let mut rest: f64 = scores.iter().sum();
+    let mut least = (rest / k as f64, 0);
+    for count in 1..k {
+        rest -= scores[best[count - 1]];
+        let factor = rest / (k - count) as f64;
+        if factor < least.0 {
+            least = (factor, count);
+        }
+    }
+    best.truncate(least.1);
+    best
+}
+
+/// The winners as they are, and draws with replacement from the other rows up to K.
+fn column_row(scores: &[f64], winners: Vec<usize>, k: usize, noise: &StepNoise) -> Selection {
+    let mut others = scores.to_vec();
+    winners.iter().for_each(|&row| others[row] = 0.0);
+    let sums: Vec<_> = others
+        .iter()
+        .scan(0.0, |sum, &score| {
+            *sum += score;
+            Some(*sum)
+        })
+        .collect();
+    let total = sums.last().copied().unwrap_or(0.0);
+
+    let mut rows = winners;
+    let mut weights = vec![1.0; rows.len()];
+    if total > 0.0 {
+        let draws = k - rows.len();
+        for draw in 0..draws {
+            let at = noise.uniform(draw) * total;
+            let row = sums.partition_point(|&sum| sum <= at);
+            rows.push(row);
+            weights.push(total / (draws as f64 * others[row]));
+        }
+    }
+    fill(scores, k, rows, weights)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inclusion_probabilities_sum_to_k() {
+        let scores: Vec<_> = (1..200).map(|i| f64::from(i % 17).powi(4)).collect();
+        for k in [1, 2, 10, 50, 100, 150] {
+            let c = inclusion(&scores, k);
+            let sum: f64 = scores.iter().map(|&score| probability(c, score)).sum();
+            assert!((sum - k as f64).abs() < 1e-9 * k as f64, "{k}: {sum}");
+        }
+    }
+
+    #[test]
+    fn few_positive_scores_are_all_chosen_with_weight_1() {
+        let scores = [0.0, 2.0, 0.0, 0.0, 1e-30, 0.0];
+        let selection = systematic(&scores, 4, 0.3, &StepNoise { seed: 1, step: 0 });
+        assert_eq!(selection.rows, [1, 4, 0, 2]);
+        assert_eq!(selection.weights.unwrap(), [1.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn equal_keys_are_taken_in_the_order_of_the_rows_and_broken_ones_last() {
+        let keys = [1.0, f64::NAN, 2.0, 1.0, f64::INFINITY, 1.0, 0.0];
+        assert_eq!(largest(&keys, 3), [0, 2, 3]);
+        assert_eq!(largest(&keys, 5), [0, 2, 3, 5, 6]);
+        assert_eq!(largest(&keys, 6), [0, 1, 2, 3, 5, 6]);
+    }
+
+    #[test]
+    fn as_many_winners_as_make_the_variance_smallest() {
+        // Rest over draws left: 100/4, 10/3, 6/2, 3/1.
+        assert_eq!(winners(&[3.0, 90.0, 4.0, 3.0], 4), [1, 2]);
+        assert!(winners(&[1.0; 8], 4).is_empty());
+    }
+}

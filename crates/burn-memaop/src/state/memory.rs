@@ -1,0 +1,131 @@
+//! The state of a layer, and shared access to it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::tensor::{Device, Tensor};
+
+use super::{rows::RowTensors, schedule::Progress, watch::Watch};
+
+/// The share of the score mass that the chosen rows carried at K = `ratio * rows`, on the device.
+#[derive(Debug, Clone)]
+pub(crate) struct Carried {
+    pub(crate) ratio: f64,
+    pub(crate) share: Tensor<1>,
+}
+
+impl Carried {
+    /// Waits for the device, if it has not computed the share yet.
+    pub(crate) fn read(&self) -> f64 {
+        self.share.clone().into_scalar::<f64>()
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MemoryState {
+    pub(crate) progress: Progress,
+    /// The measurement that the next adjustment of K goes by.
+    pub(crate) carried: Option<Carried>,
+    /// Allocated by the first approximate gradient, where the configuration asks for a memory.
+    pub(crate) rows: Option<RowTensors>,
+    /// The learning rate that the rows are in the units of, where they follow one.
+    pub(crate) rate: Option<f64>,
+    pub(crate) watch: Watch,
+}
+
+impl MemoryState {
+    pub(crate) fn to_device(&self, device: &Device) -> Self {
+        Self {
+            progress: self.progress,
+            carried: self.carried.as_ref().map(|carried| Carried {
+                ratio: carried.ratio,
+                share: carried.share.clone().to_device(device),
+            }),
+            rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
+            rate: self.rate,
+            watch: self.watch.clone(),
+        }
+    }
+
+    /// A state with the same watchers.
+    pub(crate) fn watched_by(self, watch: &Watch) -> Self {
+        Self {
+            watch: watch.renewed(),
+            ..self
+        }
+    }
+
+    pub(crate) fn stats(&self) -> MemoryStats {
+        let Progress { step, k, .. } = self.progress;
+        let Some(rows) = &self.rows else {
+            return MemoryStats {
+                step,
+                k,
+                rows: 0,
+                pending: 0,
+                oldest: 0,
+                input_norm: 0.0,
+                grad_norm: 0.0,
+            };
+        };
+        // A memory in half precision could not hold its own sum of squares.
+        let norm = |tensor: &Tensor<2>| {
+            let data = tensor.clone().into_data();
+            data.iter::<f64>().map(|v| v * v).sum::<f64>().sqrt()
+        };
+        let ages: Vec<f64> = rows.age.clone().into_data().iter::<f64>().collect();
+        MemoryStats {
+            step,
+            k,
+            rows: ages.len(),
+            pending: ages.iter().filter(|&&age| age > 0.0).count(),
+            oldest: ages.iter().fold(0.0, |a: f64, &b| a.max(b)) as usize,
+            input_norm: norm(&rows.input),
+            grad_norm: norm(&rows.grad),
+        }
+    }
+}
+
+/// Shared access to the state of a layer: its module and the autodiff operations of its forward passes
+/// have one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MemoryHandle(Arc<Mutex<MemoryState>>);
+
+impl MemoryHandle {
+    pub(crate) fn new(state: MemoryState) -> Self {
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MemoryState> {
+        // A panic in a backward pass leaves a valid state behind, without the rows at worst.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// A summary of a layer's memory, from
+/// [`MemAopLinear::memory_stats`](crate::MemAopLinear::memory_stats).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryStats {
+    /// The number of weight gradients computed so far, without those of layers that have no
+    /// schedule and K >= M.
+    pub step: u64,
+    /// K of the last of them, 0 before the first.
+    pub k: usize,
+    /// The batch positions the memory has room for, 0 before the first step.
+    pub rows: usize,
+    /// The positions where something is pending.
+    pub pending: usize,
+    /// The most steps that one of them holds something of, 0 if there is none. Counted to 2^24.
+    pub oldest: usize,
+    /// The Frobenius norm of `m^X`.
+    pub input_norm: f64,
+    /// The Frobenius norm of `m^G`.
+    pub grad_norm: f64,
+}

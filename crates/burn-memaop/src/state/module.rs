@@ -1,0 +1,216 @@
+use std::sync::{
+    Arc, Mutex, OnceLock, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use burn::{
+    module::{ModuleMapper, ModuleVisitor, Param},
+    tensor::{Device, Tensor},
+};
+
+use super::{
+    memory::{MemoryHandle, MemoryState},
+    offer::{Purpose, Shown},
+    record::MemoryRecord,
+    watch::Seen,
+    workers::Workers,
+};
+
+/// The memory of one layer, as a part of its module: `clone`, `fork` and so on are those of Burn's
+/// modules.
+///
+/// A clone copies the state (two references to the same tensors) and goes its own way. A fork goes on
+/// with the memory of a worker, see [`Workers`], from its first forward pass in training on.
+#[derive(Debug)]
+pub(crate) struct LayerMemory {
+    /// The state of the layer; of a fork, a copy of that of the model.
+    own: MemoryHandle,
+    fork: Option<Fork>,
+    /// What the fork that this was cloned from works with.
+    forked: Option<MemoryHandle>,
+    workers: Mutex<Arc<Workers>>,
+    /// Which clone this is of what it was cloned from, and how many have been cloned from it.
+    number: usize,
+    clones: AtomicUsize,
+    record: MemoryRecord,
+}
+
+#[derive(Debug)]
+struct Fork {
+    device: Device,
+    memory: OnceLock<MemoryHandle>,
+}
+
+impl LayerMemory {
+    pub(crate) fn new(device: &Device) -> Self {
+        Self::with_state(
+            MemoryState::default(),
+            Workers::default(),
+            MemoryRecord::new(device),
+        )
+    }
+
+    fn with_state(state: MemoryState, workers: Workers, record: MemoryRecord) -> Self {
+        Self {
+            own: MemoryHandle::new(state),
+            fork: None,
+            forked: None,
+            workers: Mutex::new(Arc::new(workers)),
+            number: 0,
+            clones: AtomicUsize::new(0),
+            record,
+        }
+    }
+
+    fn workers(&self) -> Arc<Workers> {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        workers.clone()
+    }
+
+    /// The memory that a forward pass in training takes along.
+    pub(crate) fn in_training(&self) -> MemoryHandle {
+        let Some(Fork { device, memory }) = &self.fork else {
+            return self.own.clone();
+        };
+        let memory = memory.get_or_init(|| {
+            let own = self.own.lock().clone();
+            self.workers().memory(self.number, device, &own)
+        });
+        memory.clone()
+    }
+
+    /// The present state.
+    pub(crate) fn handle(&self) -> &MemoryHandle {
+        let fork = self.fork.as_ref().and_then(|fork| fork.memory.get());
+        fork.unwrap_or(&self.own)
+    }
+
+    /// Tells the observer, if there is one, of a gradient that is none of this crate's.
+    pub(crate) fn note_exact(&self, rows: usize, input: bool) {
+        let mut state = self.handle().lock();
+        if state.watch.intervals.is_some() {
+            state.watch.seen = Some(Seen {
+                step: state.progress.step,
+                k: rows,
+                rows,
+                input_rows: input.then_some(rows),
+                measurement: None,
+            });
+        }
+    }
+
+    /// Forgets all rows and starts counting steps from 0, in forks to come as well. Clones, and what
+    /// this was cloned from, keep theirs.
+    pub(crate) fn reset(&self) {
+        let mut state = self.handle().lock();
+        *state = MemoryState::default().watched_by(&state.watch);
+        drop(state);
+        *self.workers.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+    }
+
+    /// Forgets the rows alone.
+    pub(crate) fn drop_rows(&self) {
+        self.handle().lock().rows = None;
+    }
+
+    fn copy(&self, number: usize) -> Self {
+        let fork = self.fork.as_ref().and_then(|fork| fork.memory.get());
+        Self {
+            own: MemoryHandle::new(self.handle().lock().clone()),
+            fork: None,
+            forked: fork.or(self.forked.as_ref()).cloned(),
+            workers: Mutex::new(self.workers()),
+            number,
+            clones: AtomicUsize::new(0),
+            record: self.record.clone(),
+        }
+    }
+
+    /// The same memory on another device.
+    pub(crate) fn to_device(self, device: &Device) -> Self {
+        let device = device.clone().inner();
+        let moved = self.copy(self.number);
+        let state = moved.own.lock().to_device(&device);
+        Self {
+            own: MemoryHandle::new(state),
+            record: moved.record.on_device(&device),
+            ..moved
+        }
+    }
+
+    pub(crate) fn fork(self, device: &Device) -> Self {
+        let fork = Fork {
+            device: device.clone().inner(),
+            memory: OnceLock::new(),
+        };
+        Self {
+            fork: Some(fork),
+            ..self.to_device(device)
+        }
+    }
+
+    /// A snapshot for inference.
+    pub(crate) fn valid(&self) -> Self {
+        self.copy(self.number)
+    }
+
+    pub(crate) fn visit<V: ModuleVisitor>(&self, weight: &Param<Tensor<2>>, visitor: &mut V) {
+        if Purpose::of::<V>() == Purpose::Exchange {
+            return;
+        }
+        let own = self.handle().lock().clone();
+        let (workers, state) = self.workers().states(&own);
+        let shown = Shown {
+            weight: weight.clone(),
+            memory: self.handle().clone(),
+        };
+        self.record.visit(&state, &workers, shown, visitor);
+    }
+
+    /// What a mapper makes of the memory of a layer whose weight, mapped before, is `weight`, and has
+    /// been `replaced` by another.
+    pub(crate) fn map<M: ModuleMapper>(
+        mut self,
+        weight: &Param<Tensor<2>>,
+        replaced: bool,
+        mapper: &mut M,
+    ) -> Self {
+        let purpose = Purpose::of::<M>();
+        let loaded = match purpose {
+            Purpose::Exchange => None,
+            Purpose::Record | Purpose::Other => self.record.map(weight, mapper),
+        };
+        // A loaded memory starts a life of its own.
+        if let Some((state, workers)) = loaded {
+            let state = state.watched_by(&self.handle().lock().watch);
+            return Self::with_state(state, Workers::loaded(workers), self.record);
+        }
+        // What is pending belongs to the weight that it was left by.
+        if replaced && purpose != Purpose::Other {
+            let state = MemoryState::default().watched_by(&self.handle().lock().watch);
+            return Self::with_state(state, Workers::default(), self.record);
+        }
+
+        let workers = self.workers();
+        // A fork that is trained itself is no worker, but the model.
+        let fork = self.fork.take().and_then(|fork| fork.memory.into_inner());
+        if let Some(memory) = fork.as_ref().or(self.forked.as_ref()) {
+            workers.forget(memory);
+        }
+        Self {
+            own: fork.unwrap_or(self.own),
+            fork: None,
+            forked: None,
+            workers: Mutex::new(Arc::new(workers.after())),
+            number: self.number,
+            clones: AtomicUsize::new(0),
+            record: self.record,
+        }
+    }
+}
+
+impl Clone for LayerMemory {
+    fn clone(&self) -> Self {
+        self.copy(self.clones.fetch_add(1, Ordering::Relaxed))
+    }
+}

@@ -1,0 +1,185 @@
+//! How K changes from step to step.
+
+use std::f64::consts::PI;
+
+use crate::config::{AopConfig, Schedule};
+
+/// What the schedule of a layer needs to know of the steps before.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Progress {
+    /// The number of gradients computed so far.
+    pub(crate) step: u64,
+    /// K of the last of them.
+    pub(crate) k: usize,
+    /// K as a share of the rows, once [`Schedule::Adaptive`] has adjusted it.
+    pub(crate) ratio: Option<f64>,
+}
+
+/// K for the next gradient of a batch of `rows` rows; `rows` is the exact gradient.
+pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
+    let last = config.outer_products.k(rows).min(rows);
+    let from_all = |share: f64| last + ((rows - last) as f64 * share).round() as usize;
+    // The share of the way from M to K that is done, after the exact steps.
+    let done = |exact_steps: usize, steps: usize| {
+        let since = progress.step.checked_sub(exact_steps as u64);
+        since.map(|since| (since as f64 / steps as f64).min(1.0))
+    };
+    match config.schedule {
+        Schedule::Constant { exact_steps } if progress.step < exact_steps as u64 => rows,
+        Schedule::Constant { .. } => last,
+        Schedule::Linear { exact_steps, steps } => match done(exact_steps, steps) {
+            None => rows,
+            Some(done) => from_all(1.0 - done),
+        },
+        Schedule::Cosine { exact_steps, steps } => match done(exact_steps, steps) {
+            None => rows,
+            Some(done) => from_all(0.5 + 0.5 * (PI * done).cos()),
+        },
+        Schedule::Adaptive { .. } => {
+            // Up, so that K does not stay below its target where the next row would reach it.
+            let k = match progress.ratio {
+                Some(ratio) => (ratio * rows as f64 - 1e-6).ceil() as usize,
+                None => last,
+            };
+            // With all rows there would be nothing to measure.
+            k.clamp(1, (rows - 1).max(1))
+        }
+    }
+}
+
+/// Whether the schedule takes all rows at this step, and fewer later: fewer outer products, or fewer rows of
+/// the gradient of the input.
+pub(crate) fn is_exact_for_now(config: &AopConfig, progress: &Progress, rows: usize) -> bool {
+    let exact_steps = match config.schedule {
+        Schedule::Constant { exact_steps }
+        | Schedule::Linear { exact_steps, .. }
+        | Schedule::Cosine { exact_steps, .. } => exact_steps as u64,
+        Schedule::Adaptive { .. } => 0,
+    };
+    progress.step < exact_steps
+        || config.outer_products.k(rows) < rows && k(config, progress, rows) >= rows
+}
+
+/// Whether the step measures the share of its rows, to be read `interval` steps later.
+pub(crate) fn measures(config: &AopConfig, step: u64) -> bool {
+    match config.schedule {
+        Schedule::Adaptive { interval, .. } => step.is_multiple_of(interval as u64),
+        _ => false,
+    }
+}
+
+/// K as a share of the rows for which the chosen ones are expected to carry the share `target`,
+/// after they carried `share` with K at `ratio`.
+///
+/// Takes the rows that are left out to carry `(1 - ratio)^a`, with the a that fits the
+/// measurement: 1 for rows chosen blindly, more the better they are chosen.
+pub(crate) fn adapt(ratio: f64, share: f64, target: f64) -> f64 {
+    // A share of nothing, or of rows that are all zero, says nothing.
+    if !(share > 0.0 && share.is_finite()) {
+        return ratio;
+    }
+    // So that one measurement at an end does not move K without bounds.
+    let share = share.min(1.0 - 1e-6);
+    let a = (-share).ln_1p() / (-ratio).ln_1p();
+    -((-target).ln_1p() / a).exp_m1()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::OuterProducts;
+
+    fn config(schedule: Schedule) -> AopConfig {
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Count(20))
+            .with_schedule(schedule)
+    }
+
+    fn ks(config: &AopConfig, steps: &[u64]) -> Vec<usize> {
+        let at = |&step| {
+            k(
+                config,
+                &Progress {
+                    step,
+                    ..Progress::default()
+                },
+                100,
+            )
+        };
+        steps.iter().map(at).collect()
+    }
+
+    #[test]
+    fn schedules_go_from_all_rows_to_k() {
+        let constant = config(Schedule::Constant { exact_steps: 3 });
+        assert_eq!(ks(&constant, &[0, 2, 3, 1000]), [100, 100, 20, 20]);
+        let linear = config(Schedule::Linear {
+            exact_steps: 10,
+            steps: 8,
+        });
+        assert_eq!(
+            ks(&linear, &[0, 9, 10, 12, 14, 18, 19]),
+            [100, 100, 100, 80, 60, 20, 20]
+        );
+        let cosine = config(Schedule::Cosine {
+            exact_steps: 10,
+            steps: 4,
+        });
+        assert_eq!(
+            ks(&cosine, &[9, 10, 11, 12, 13, 14, 15]),
+            [100, 100, 88, 60, 32, 20, 20]
+        );
+    }
+
+    #[test]
+    fn adaptive_k_stays_between_1_and_all_but_one_row() {
+        let config = config(Schedule::Adaptive {
+            share: 0.5,
+            interval: 5,
+        });
+        let at = |ratio, rows| {
+            k(
+                &config,
+                &Progress {
+                    step: 7,
+                    k: 0,
+                    ratio,
+                },
+                rows,
+            )
+        };
+        assert_eq!(at(None, 100), 20);
+        assert_eq!(at(Some(0.333), 100), 33);
+        assert_eq!((at(Some(0.0), 100), at(Some(1.0), 100)), (1, 99));
+        assert_eq!((at(None, 10), at(None, 1)), (9, 1));
+        let measured: Vec<_> = (0..12).filter(|&step| measures(&config, step)).collect();
+        assert_eq!(measured, [0, 5, 10]);
+    }
+
+    #[test]
+    fn adapting_finds_the_ratio_of_the_target() {
+        // The share of the largest of rows that fall off: not of the form that `adapt` assumes.
+        let rows: Vec<f64> = (0..1000)
+            .map(|i| (-f64::from(i) / 150.0).exp() + 0.02)
+            .collect();
+        let total: f64 = rows.iter().sum();
+        let share = |ratio: f64| {
+            let k = (ratio * 1000.0).round() as usize;
+            rows[..k].iter().sum::<f64>() / total
+        };
+        for target in [0.3, 0.8, 0.99] {
+            for start in [0.001, 0.25, 0.999] {
+                let mut ratio = start;
+                for _ in 0..20 {
+                    ratio = adapt(ratio, share(ratio), target).clamp(0.001, 0.999);
+                }
+                assert!(
+                    (share(ratio) - target).abs() < 0.01,
+                    "{target} {start}: {ratio}"
+                );
+            }
+        }
+        assert_eq!(adapt(0.3, f64::NAN, 0.5), 0.3);
+        assert_eq!(adapt(0.3, 0.0, 0.5), 0.3);
+    }
+}
