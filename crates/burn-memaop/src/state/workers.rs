@@ -18,7 +18,10 @@ use std::{
 
 use burn::tensor::Device;
 
-use super::memory::{MemoryHandle, MemoryState};
+use super::{
+    memory::{MemoryHandle, MemoryState},
+    schedule::Progress,
+};
 
 #[derive(Debug, Default)]
 pub(crate) struct Workers(Mutex<List>);
@@ -26,6 +29,8 @@ pub(crate) struct Workers(Mutex<List>);
 #[derive(Debug, Default)]
 struct List {
     workers: Vec<Worker>,
+    /// How far the workers had come when they were taken over.
+    progress: Option<Progress>,
     /// The list of an earlier step, whose workers this one has not taken over yet.
     before: Option<Arc<Workers>>,
 }
@@ -51,7 +56,7 @@ impl Workers {
         };
         Self(Mutex::new(List {
             workers: states.into_iter().map(worker).collect(),
-            before: None,
+            ..List::default()
         }))
     }
 
@@ -63,8 +68,8 @@ impl Workers {
     pub(crate) fn after(self: &Arc<Self>) -> Self {
         let before = self.lock().before.clone();
         Self(Mutex::new(List {
-            workers: Vec::new(),
             before: Some(before.unwrap_or_else(|| self.clone())),
+            ..List::default()
         }))
     }
 
@@ -80,6 +85,7 @@ impl Workers {
             list.workers
                 .iter_mut()
                 .for_each(|worker| worker.seen = false);
+            list.progress = Some(list.farthest(own));
         }
         let fits = |worker: &&mut Worker| {
             let here = worker.device.as_ref().is_none_or(|other| other == device);
@@ -100,8 +106,9 @@ impl Workers {
             drop(state);
             return worker.memory.clone();
         }
+        // A worker that joins later goes on with the schedule of the others.
         let mut state = own.to_device(device);
-        state.progress = list.progress(own);
+        state.progress = list.progress.unwrap_or(own.progress);
         let memory = MemoryHandle::new(state);
         list.workers.push(Worker {
             number,
@@ -128,7 +135,7 @@ impl Workers {
         let state = |worker: &Worker| (worker.number, worker.memory.lock().clone());
         let mut states: Vec<_> = list.workers.iter().map(state).collect();
         states.sort_by_key(|(number, _)| *number);
-        let progress = list.progress(own);
+        let progress = list.farthest(own);
         let model = MemoryState {
             progress,
             ..own.clone()
@@ -138,10 +145,10 @@ impl Workers {
 }
 
 impl List {
-    fn progress(&self, own: &MemoryState) -> super::schedule::Progress {
+    /// The progress of the model itself (`own`), or of the worker that has come farther.
+    fn farthest(&self, own: &MemoryState) -> Progress {
         let workers = self.workers.iter();
         let progress = workers.map(|worker| worker.memory.lock().progress);
-        // The model's where they are equal.
         progress.fold(own.progress, |farthest, progress| {
             match progress.step > farthest.step {
                 true => progress,

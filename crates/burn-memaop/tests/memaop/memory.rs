@@ -4,6 +4,7 @@ use burn::{
     module::{Module, ModuleMapper, Param},
     nn::LinearConfig,
     optim::{GradientsParams, SgdConfig},
+    store::ModuleRecord,
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
@@ -276,6 +277,23 @@ fn a_second_training_from_the_same_model_begins_anew() {
     }
     let mut third = Strategy::new(start, 2, 36);
     third.step(&[0, 1]);
+}
+
+/// From a checkpoint, each worker goes on with its memory.
+#[test]
+fn the_memories_of_workers_are_saved() {
+    let mut training = Strategy::new(layer(), 3, 43);
+    training.step(&[0, 1, 2]);
+    training.step(&[2, 0, 1]);
+    let record = training.model.clone().into_record().into_bytes().unwrap();
+    training.model = layer().load_record(ModuleRecord::from_bytes(record).unwrap());
+    assert_eq!(
+        training.model.memory_stats().step,
+        2,
+        "that of the training"
+    );
+    training.step(&[1, 2, 0]);
+    training.step(&[0, 1, 2]);
 }
 
 #[test]

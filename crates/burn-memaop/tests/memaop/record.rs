@@ -1,13 +1,19 @@
 //! Saving and loading: with the memory, without it, and what does not fit.
 
 use burn::{
-    module::Module,
-    nn::{Linear, LinearConfig},
+    module::{Module, Param, ParamGroup, ParamId},
+    nn::{Linear, LinearConfig, transformer::TransformerEncoderConfig},
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
-    store::ModuleRecord,
-    tensor::{DType, Device, activation::relu},
+    store::{
+        BurnToPyTorchAdapter, HalfPrecisionAdapter, ModuleAdapter, ModuleRecord, ModuleSnapshot,
+        PyTorchToBurnAdapter, SafetensorsStore,
+    },
+    tensor::{Bytes, DType, Device, Int, Tensor, TensorData, activation::relu},
 };
-use burn_memaop::{MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule};
+use burn_memaop::{
+    MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
+    transformer::MemAopTransformerEncoder,
+};
 
 use crate::support::{Matrix, Random, bits, published};
 
@@ -196,4 +202,233 @@ fn a_record_of_other_widths_is_refused_and_changes_nothing() {
          expected Shape { dims: [10, 6] } but record has Shape { dims: [10, 5] }\"]"
     );
     assert_eq!((bits(target.weight.val()), target.memory_stats()), before);
+}
+
+/// Written by this crate when the memory had no `more`.
+const FIRST_FORMAT: &[u8] = include_bytes!("../data/layer-first-format.bpk");
+/// Step, K and rows of that memory, and the bits of the gradient of the step after it.
+const FIRST_STATS: (u64, usize, usize) = (2, 4, 9);
+const FIRST_GRADIENT: [u32; 18] = [
+    1082800827, 1077148718, 3204847576, 1070148971, 1069973577, 1057325185, 3222057089, 3208123948,
+    1067263206, 3230744054, 3223412290, 1066490531, 3229312101, 3224094988, 1050423657, 3208860910,
+    3213688762, 3208203317,
+];
+
+fn waves(rows: usize, columns: usize, start: f32) -> Tensor<2> {
+    let values: Vec<f32> = (0..rows * columns)
+        .map(|i| (i as f32 * 0.83 + start).sin())
+        .collect();
+    Tensor::from_data(TensorData::new(values, [rows, columns]), &device())
+}
+
+#[test]
+fn a_record_of_the_first_format_loads() {
+    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(FIRST_FORMAT.to_vec())).unwrap();
+    let aop = published().with_outer_products(OuterProducts::Count(4));
+    let layer = MemAopLinearConfig::new(6, 3).with_aop(aop).init(&device());
+    let layer = layer.load_record(record);
+    let stats = layer.memory_stats();
+    assert_eq!((stats.step, stats.k, stats.rows), FIRST_STATS);
+    let output = layer.forward(waves(9, 6, 2.0));
+    let grads = (output * waves(9, 3, 7.0)).sum().backward();
+    assert_eq!(bits(layer.weight.grad(&grads).unwrap()), FIRST_GRADIENT);
+}
+
+/// The tensors of a layer, for records that the crate would not write.
+#[derive(Module, Debug)]
+struct Written {
+    weight: Param<Tensor<2>>,
+    bias: Param<Tensor<1>>,
+    memory: WrittenMemory,
+}
+
+#[derive(Module, Debug)]
+struct WrittenMemory {
+    state: Param<Tensor<1, Int>>,
+    more: Option<Param<Tensor<1, Int>>>,
+    input: Option<Param<Tensor<2, Int>>>,
+}
+
+/// The record of a layer 6 -> 8 after 5 steps, with the last two fields of its state.
+fn written(rows: u64, words: u32, more: &[i32]) -> ModuleRecord {
+    let device = device();
+    let ints = |values: &[i32]| {
+        let data = TensorData::new(values.to_vec(), [values.len()]);
+        let tensor = Tensor::<1, Int>::from_data(data, (&device, DType::I32));
+        Param::initialized(ParamId::new(), tensor)
+    };
+    let mut state = [0; 16];
+    state[0] = 5;
+    (state[12], state[13]) = (rows as i32, (rows >> 32) as i32);
+    (state[14], state[15]) = (words as i32, more.len() as i32);
+    let input = Tensor::<2, Int>::zeros([3, 6], (&device, DType::I32));
+    let layer = Written {
+        weight: Param::from_tensor(Tensor::zeros([6, 8], &device)),
+        bias: Param::from_tensor(Tensor::zeros([8], &device)),
+        memory: WrittenMemory {
+            state: ints(&state),
+            more: (!more.is_empty()).then(|| ints(more)),
+            input: (rows > 0).then(|| Param::initialized(ParamId::new(), input)),
+        },
+    };
+    bytes(layer.into_record())
+}
+
+#[test]
+fn entries_that_are_not_known_are_skipped() {
+    let record = written(0, 1, &[1, 77, 3, 9, 9, 9, 1, 0, 78, 0]);
+    assert_eq!(layer(6, 8).load_record(record).memory_stats().step, 5);
+}
+
+#[test]
+fn a_later_version_is_refused_by_its_number() {
+    let error = layer(6, 8).try_load_record(written(0, 1, &[2, 77, 0]));
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("the record has version 2, and 1 is the latest known"),
+        "{error}"
+    );
+}
+
+#[test]
+fn damaged_entries_are_refused() {
+    for more in [&[1, 77, 4, 0][..], &[1, 77, -1, 0], &[1, 1, 1, -3]] {
+        let error = layer(6, 8).try_load_record(written(0, 1, more));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("sound"), "{more:?}: {error}");
+    }
+}
+
+/// The shapes that a damaged header tells of are compared, and not allocated.
+#[test]
+fn a_damaged_header_allocates_nothing() {
+    for (rows, words) in [(1 << 40, 1), (3, u32::MAX), (u64::MAX, u32::MAX)] {
+        for cast in [false, true] {
+            let record = written(rows, words, &[]);
+            let record = match cast {
+                true => record.cast_to_module_dtype(),
+                false => record,
+            };
+            let error = layer(6, 8).try_load_record(record).unwrap_err().to_string();
+            assert!(error.contains("memory.input: shape mismatch"), "{error}");
+        }
+    }
+}
+
+/// What is pending belongs to the weights that it was left by.
+#[test]
+fn weights_without_a_memory_empty_it() {
+    let mut random = Random(46);
+    let trained = || {
+        let layer = layer(6, 8);
+        let input = Random(47).matrix(10, 6).tensor(&device(), DType::F32);
+        layer.forward(input).square().sum().backward();
+        assert_eq!(layer.memory_stats().step, 1);
+        layer
+    };
+    let empty = |layer: MemAopLinear| {
+        let stats = layer.memory_stats();
+        assert_eq!((stats.step, stats.rows), (0, 0));
+    };
+    let linear = LinearConfig::new(6, 8).init(&device());
+    empty(trained().load_record(bytes(linear.clone().into_record()).allow_partial(true)));
+
+    // A record with the ids of the layer's own parameters too.
+    let layer = trained();
+    let own = layer.clone().into_linear();
+    empty(layer.load_record(bytes(own.into_record()).allow_partial(true)));
+
+    // A record of other layers changes nothing here, and neither does an optimizer.
+    let model = Mlp {
+        hidden: trained(),
+        output: self::layer(8, 3),
+    };
+    let record = model
+        .clone()
+        .into_record_group(ParamGroup::from_path("output"));
+    let model = model.load_record(bytes(record).allow_partial(true));
+    assert_eq!(model.hidden.memory_stats().step, 1);
+    let batches = [random.matrix(10, 6)];
+    let model = train(model, &mut AdamConfig::new().init(), &batches);
+    assert_eq!(model.hidden.memory_stats().step, 2);
+}
+
+fn exported(module: &impl Module, adapter: impl ModuleAdapter + 'static) -> Vec<u8> {
+    let store = SafetensorsStore::from_bytes(None).clear_metadata();
+    let mut store = store.with_to_adapter(adapter);
+    module.save_into(&mut store).unwrap();
+    store.get_bytes().unwrap()
+}
+
+fn imported(module: &mut impl Module, file: Vec<u8>, adapter: impl ModuleAdapter + 'static) {
+    let mut store = SafetensorsStore::from_bytes(Some(file)).with_from_adapter(adapter);
+    let result = module.load_from(&mut store).unwrap();
+    assert!(result.is_success(), "{result:?}");
+}
+
+/// To PyTorch's layout and back, as a model with Burn's own layers.
+#[test]
+fn models_are_exchanged_as_those_with_linear() {
+    #[derive(Module, Debug)]
+    struct Burns {
+        hidden: Linear,
+        output: Linear,
+    }
+    // Square, so that a weight that is not transposed is not noticed by its shape.
+    let burns = Burns {
+        hidden: LinearConfig::new(6, 6).init(&device()),
+        output: LinearConfig::new(6, 3).init(&device()),
+    };
+    let ours = |burns: &Burns| {
+        let aop = published().with_outer_products(OuterProducts::Count(4));
+        let model = Mlp {
+            hidden: MemAopLinear::from_linear(burns.hidden.clone(), aop),
+            output: MemAopLinear::from_linear(burns.output.clone(), aop),
+        };
+        let input = Random(48).matrix(10, 6).tensor(&device(), DType::F32);
+        let hidden = relu(model.hidden.forward(input));
+        model.output.forward(hidden).square().sum().backward();
+        assert!(model.hidden.memory_stats().pending > 0);
+        model
+    };
+    let model = ours(&burns);
+    let file = exported(&burns, BurnToPyTorchAdapter);
+    assert!(exported(&model, BurnToPyTorchAdapter) == file);
+
+    let other = Burns {
+        hidden: LinearConfig::new(6, 6).init(&device()),
+        output: LinearConfig::new(6, 3).init(&device()),
+    };
+    let mut target = ours(&other);
+    imported(&mut target, file, PyTorchToBurnAdapter);
+    assert_eq!(
+        bits(target.hidden.weight.val()),
+        bits(burns.hidden.weight.val())
+    );
+    assert_eq!(
+        bits(target.output.weight.val()),
+        bits(burns.output.weight.val())
+    );
+    // The memory was that of other weights.
+    assert_eq!(target.hidden.memory_stats().step, 0);
+
+    let half = exported(&burns, HalfPrecisionAdapter::new());
+    assert!(exported(&model, HalfPrecisionAdapter::new()) == half);
+    imported(&mut target, half, HalfPrecisionAdapter::new());
+    let weight = Matrix::from_tensor(target.hidden.weight.val().inner());
+    let rounded = Matrix::from_tensor(burns.hidden.weight.val().inner()).rounded(DType::F16);
+    assert_eq!(weight, rounded);
+}
+
+#[test]
+fn transformers_are_exchanged_as_burns() {
+    let config = TransformerEncoderConfig::new(8, 8, 2, 1);
+    let burns = config.init(&device());
+    let model = MemAopTransformerEncoder::from_encoder(burns.clone(), published());
+    let file = exported(&burns, BurnToPyTorchAdapter);
+    assert!(exported(&model, BurnToPyTorchAdapter) == file);
+
+    let mut target = MemAopTransformerEncoder::from_encoder(config.init(&device()), published());
+    imported(&mut target, file.clone(), PyTorchToBurnAdapter);
+    assert!(exported(&target.into_encoder(), BurnToPyTorchAdapter) == file);
 }

@@ -7,6 +7,11 @@ use burn::{
     train::{ExecutionStrategy, Learner, MultiDeviceOptim, TrainStep},
 };
 
+use burn_memaop::{
+    Memory, Schedule,
+    train::{Checkpoints, resume_loader},
+};
+
 use crate::support::{BATCH, Batch, Net, aop, finished, loader, training};
 
 const STEPS: usize = 6;
@@ -108,6 +113,67 @@ fn workers_of_the_multi_device_strategies_keep_their_memories() {
     // Without a second memory the result is another.
     let single = trained(ExecutionStrategy::single(device.clone()), &device);
     assert!(distance(&single, &expected) > 1e-4);
+}
+
+/// Two workers, stopped after the first of two epochs and resumed: exact steps, adaptive K, noise and the
+/// memory of each worker go on where they were.
+#[test]
+fn workers_resume_where_they_stopped() {
+    let device = Device::flex().autodiff();
+    let adaptive = Schedule::Adaptive {
+        share: 0.8,
+        interval: 2,
+    };
+    let schedules = [
+        (
+            Memory::Balanced { decay: 0.9 },
+            Schedule::Constant {
+                exact_steps: STEPS - 2,
+            },
+        ),
+        (
+            Memory::Balanced { decay: 0.9 },
+            Schedule::Linear {
+                exact_steps: 2,
+                steps: 2 * STEPS,
+            },
+        ),
+        (Memory::None, adaptive),
+    ];
+    for (memory, schedule) in schedules {
+        let aop = aop().with_memory(memory).with_schedule(schedule);
+        let train = |folder: &std::path::Path, epochs: usize| {
+            let checkpoints = Checkpoints::new(folder.join("checkpoint"));
+            let done = checkpoints.resumable().unwrap().unwrap_or(0);
+            let devices = vec![device.clone(), device.clone()];
+            let strategy = ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice);
+            let data = resume_loader(loader(2 * BATCH * STEPS, false), done);
+            let mut training = training(folder, data)
+                .with_custom_checkpointers(
+                    checkpoints.model(),
+                    checkpoints.optimizer(),
+                    checkpoints.scheduler(),
+                )
+                .with_training_strategy(strategy.into())
+                .num_epochs(epochs);
+            if done > 0 {
+                training = training.checkpoint(done);
+            }
+            let model = Net::new(aop, None, &device);
+            let learner = Learner::new(model, SgdConfig::new().init(), RATE);
+            finished(training.launch(learner))
+        };
+        let whole = tempfile::tempdir().unwrap();
+        let expected = weights(&train(whole.path(), 2));
+        let parts = tempfile::tempdir().unwrap();
+        let half = weights(&train(parts.path(), 1));
+        assert!(distance(&half, &expected) > 1e-4);
+        // The sum of two workers' gradients does not depend on their order.
+        assert!(
+            weights(&train(parts.path(), 2)) == expected,
+            "{memory:?} {schedule:?}"
+        );
+    }
 }
 
 /// Distributed data parallel gives each thread a clone of the model, which it forks once and then
