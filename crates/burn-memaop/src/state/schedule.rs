@@ -149,7 +149,7 @@ mod tests {
             )
         };
         assert_eq!(at(None, 100), 20);
-        assert_eq!(at(Some(0.333), 100), 33);
+        assert_eq!((at(Some(0.333), 100), at(Some(0.33), 100)), (34, 33));
         assert_eq!((at(Some(0.0), 100), at(Some(1.0), 100)), (1, 99));
         assert_eq!((at(None, 10), at(None, 1)), (9, 1));
         let measured: Vec<_> = (0..12).filter(|&step| measures(&config, step)).collect();

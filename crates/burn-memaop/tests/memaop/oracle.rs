@@ -238,7 +238,8 @@ pub fn layer_seed(seed: u64, place: u64) -> u64 {
 }
 
 /// The order in which systematic sampling takes the rows: numbers of as many bits as the last row needs are
-/// permuted by four rounds of an odd factor, an addition and a shift, and again while they are no rows.
+/// permuted by four times two rounds of an odd factor, an addition and a shift, and again while they are no
+/// rows.
 pub fn permutation(rows: usize, step: u64, seed: u64) -> Vec<usize> {
     let keys = philox([0, 1, step], seed);
     let mut size = 2;
@@ -246,11 +247,14 @@ pub fn permutation(rows: usize, step: u64, seed: u64) -> Vec<usize> {
         size *= 2;
     }
     let bits = size.ilog2();
+    let round = |row: u64, factor: u64, addend: u64, shift: u32| {
+        let row = (row * (factor - factor % 2 + 1) + addend) % size;
+        row ^ (row / 2u64.pow(shift))
+    };
     let sent_on = |row: u64| {
         keys.iter().fold(row, |row, key| {
-            let odd = key - key % 2 + 1;
-            let row = (row * odd + key / 65_536) % size;
-            row ^ (row / 2u64.pow(bits - bits / 2))
+            let row = round(row, *key, key / 65_536, bits - bits / 2);
+            round(row, key / 256, key / 16_777_216, (bits / 3).max(1))
         })
     };
     let row = |place| {

@@ -73,7 +73,8 @@ impl Noise {
 pub(super) struct Order {
     rows: u32,
     mask: u32,
-    shift: u32,
+    first_shift: u32,
+    second_shift: u32,
     key_0: u32,
     key_1: u32,
     key_2: u32,
@@ -84,10 +85,19 @@ pub(super) fn order(permutation: Permutation) -> OrderLaunch {
     let Permutation {
         rows,
         mask,
-        shift,
+        shifts: [first_shift, second_shift],
         keys: [key_0, key_1, key_2, key_3],
     } = permutation;
-    OrderLaunch::new(rows, mask, shift, key_0, key_1, key_2, key_3)
+    OrderLaunch::new(
+        rows,
+        mask,
+        first_shift,
+        second_shift,
+        key_0,
+        key_1,
+        key_2,
+        key_3,
+    )
 }
 
 #[cube]
@@ -110,7 +120,9 @@ impl Order {
 
     fn mixed(&self, row: u32, key: u32) -> u32 {
         let row = (row * (key | 1) + (key >> 16)) & self.mask;
-        row ^ (row >> self.shift)
+        let row = row ^ (row >> self.first_shift);
+        let row = (row * ((key >> 8) | 1) + (key >> 24)) & self.mask;
+        row ^ (row >> self.second_shift)
     }
 }
 
