@@ -16,7 +16,7 @@ use burn::{
     optim::AdamConfig,
     tensor::{Device, Distribution, Int, Tensor},
 };
-use burn_memaop::{AopConfig, Schedule, transformer::MemAopTransformerEncoder};
+use burn_memaop::{AopConfig, OuterProducts, transformer::MemAopTransformerEncoder};
 use clap::Parser;
 use memaop_benches::{Common, Size, Step, StepOptions, Training, random, step_table};
 use memaop_examples::{Encoder, check};
@@ -127,8 +127,9 @@ fn main() -> Result<()> {
             true => {
                 let flat = burns
                     .clone()
-                    .with_memaop(aop.with_schedule(Schedule::Constant {
-                        exact_steps: usize::MAX,
+                    .with_memaop(AopConfig::new().with_outer_products(OuterProducts::Ratio {
+                        ratio: 1.0,
+                        minimum: 1,
                     }));
                 let loss = |model: &Classifier<_>| model.loss(tokens, labels);
                 let mut flat = Training::new(flat, adam(), loss);

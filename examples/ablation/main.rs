@@ -107,8 +107,8 @@ struct Common {
     /// The number of seeds
     #[arg(long, default_value_t = 5)]
     seeds: u64,
-    /// A folder with the four IDX files of MNIST
-    #[arg(long, default_value = "../shared/data/mnist")]
+    /// A folder with the four IDX files of MNIST in mnist/, plain or .gz
+    #[arg(long, default_value = "data")]
     data: PathBuf,
     /// Keeps every run in this folder, goes on where it was interrupted, and draws figures there
     #[arg(long)]

@@ -45,8 +45,8 @@ pub struct Race {
     dx_ratio: f64,
     #[arg(long, default_value_t = 3)]
     seeds: u64,
-    /// A folder with the four IDX files of MNIST
-    #[arg(long, default_value = "../shared/data/mnist")]
+    /// A folder with the four IDX files of MNIST in mnist/, plain or .gz
+    #[arg(long, default_value = "data")]
     data: PathBuf,
     /// Writes the table to this file
     #[arg(long)]
@@ -176,17 +176,22 @@ impl Race {
     }
 }
 
-/// A Markdown table; ratios are to the batch size at which exact training is fastest.
+/// A Markdown table with 95 % intervals; ratios are those of the same seed at the batch size at which exact
+/// training is fastest.
 fn table(settings: &[Setting], finishes: &[Vec<Finish>], race: &Race) -> String {
     let seconds = |finishes: &[Finish]| -> Vec<f64> {
         finishes.iter().map(|finish| finish.seconds).collect()
+    };
+    let interval = |values: &[f64]| {
+        let width = confidence(values).unwrap_or(f64::NAN);
+        format!("{:.2} ± {width:.2}", mean_and_error(values).0)
     };
     let all = |finishes: &[Finish]| finishes.len() == race.seeds as usize;
     let exact = settings.iter().zip(finishes);
     let exact = exact.filter(|(setting, finishes)| setting.is_exact() && all(finishes));
     let best = exact
-        .map(|(_, finishes)| mean_and_error(&seconds(finishes)).0)
-        .fold(f64::INFINITY, f64::min);
+        .map(|(_, finishes)| seconds(finishes))
+        .min_by(|a, b| mean_and_error(a).0.total_cmp(&mean_and_error(b).0));
     let mut table = format!(
         "Seconds and epochs to {} %, {:?}, hidden {:?}, K/M {}, {} seeds\n\n\
          | batch | learning rate | method | seconds | epochs | to the best exact |\n\
@@ -216,11 +221,10 @@ fn table(settings: &[Setting], finishes: &[Vec<Finish>], race: &Race) -> String 
             true => {
                 let seconds = seconds(finishes);
                 let epochs: Vec<_> = finishes.iter().map(|finish| finish.epochs).collect();
-                let mean = mean_and_error(&seconds).0;
-                let width = confidence(&seconds).unwrap_or(f64::NAN);
-                let epochs = mean_and_error(&epochs).0;
-                let ratio = mean / best;
-                writeln!(table, "{mean:.2} ± {width:.2} | {epochs:.2} | {ratio:.2} |")
+                let ratios = best.iter().flatten().zip(&seconds);
+                let ratios: Vec<_> = ratios.map(|(best, seconds)| seconds / best).collect();
+                let [seconds, epochs, ratios] = [seconds, epochs, ratios].map(|v| interval(&v));
+                writeln!(table, "{seconds} | {epochs} | {ratios} |")
             }
         };
     }

@@ -9,6 +9,7 @@ use crate::{Cli, grid, report, setting::Setting, study, training::Data};
 
 /// MNIST of a few images: each class has rows of its own that are white.
 pub fn data(folder: &Path) -> Data {
+    fs::create_dir_all(folder.join("mnist")).unwrap();
     for (prefix, count) in [("train", 320), ("t10k", 100)] {
         let mut images = Vec::new();
         let mut labels = Vec::new();
@@ -27,7 +28,7 @@ pub fn data(folder: &Path) -> Data {
         };
         let write = |name: &str, dimensions: &[usize], bytes: &[u8]| {
             let content = [header(dimensions), bytes.to_vec()].concat();
-            fs::write(folder.join(format!("{prefix}-{name}")), content).unwrap();
+            fs::write(folder.join(format!("mnist/{prefix}-{name}")), content).unwrap();
         };
         write("images-idx3-ubyte", &[count, 28, 28], &images);
         write("labels-idx1-ubyte", &[count], &labels);

@@ -45,7 +45,7 @@ use crate::model::Mlp;
 struct Options {
     #[command(flatten)]
     aop: AopOptions,
-    /// A folder with the four IDX files, plain or .gz; they are downloaded without it
+    /// A folder with the four IDX files in mnist/, plain or .gz; they are downloaded without it
     #[arg(long)]
     data: Option<PathBuf>,
     #[arg(long, default_value_t = 5)]

@@ -25,15 +25,15 @@ impl Mlp {
         observer: Option<AopObserver>,
         device: &Device,
     ) -> Self {
-        let layer = |number, d_input, d_output| {
+        let layer = |d_input, d_output| {
             MemAopLinearConfig::new(d_input, d_output)
-                .with_aop(aop.with_seed(aop.seed.wrapping_add(number)))
+                .with_aop(aop)
                 .init(device)
         };
         Self {
-            hidden1: layer(1, 784, width),
-            hidden2: layer(2, width, width),
-            output: layer(3, width, 10),
+            hidden1: layer(784, width),
+            hidden2: layer(width, width),
+            output: layer(width, 10),
             activation: Relu::new(),
             observer,
         }

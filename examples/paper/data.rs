@@ -97,7 +97,7 @@ impl Data {
                  eight inputs, heating load, cooling load), and add --data DIR"
             ),
             (Dataset::Mnist, Some(folder)) => {
-                let read = |split| mnist::read(&folder.join("mnist"), split).map(scaled);
+                let read = |split| mnist::read(folder, split).map(scaled);
                 (read(Split::Train)?, read(Split::Test)?)
             }
             (Dataset::Mnist, None) => (

@@ -89,7 +89,7 @@ struct Common {
     epochs: Option<usize>,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// A folder with energy/energy_efficiency.csv and mnist/*.gz
+    /// A folder with energy/energy_efficiency.csv and, in mnist/, the four IDX files, plain or .gz
     #[arg(long)]
     data: Option<PathBuf>,
 }

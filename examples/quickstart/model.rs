@@ -56,12 +56,10 @@ impl Mlp<Linear> {
 
     /// The same parameters in layers that approximate.
     pub fn with_memaop(self, aop: AopConfig) -> Mlp<MemAopLinear> {
-        let mut seed = aop.seed;
         Mlp {
-            layers: self.layers.map(|layer| {
-                seed = seed.wrapping_add(1);
-                MemAopLinear::from_linear(layer, aop.with_seed(seed))
-            }),
+            layers: self
+                .layers
+                .map(|layer| MemAopLinear::from_linear(layer, aop)),
             activation: self.activation,
         }
     }

@@ -37,7 +37,7 @@ struct Options {
     /// Burn's own modules, with the same initial weights and batches
     #[arg(long)]
     exact: bool,
-    /// A folder with the four IDX files, plain or .gz; they are downloaded without it
+    /// A folder with the four IDX files in mnist/, plain or .gz; they are downloaded without it
     #[arg(long)]
     data: Option<PathBuf>,
     #[arg(long, default_value_t = 5)]

@@ -122,6 +122,17 @@ static RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     layer.into_record().into_bytes().unwrap().to_vec()
 });
 
+/// The record of a layer that two workers have trained.
+static WORKERS_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let layer = layer();
+    let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
+    for worker in [layer.clone(), layer.clone()] {
+        let fork = worker.fork(&Device::flex());
+        fork.forward(input.clone()).sum().backward();
+    }
+    layer.into_record().into_bytes().unwrap().to_vec()
+});
+
 /// Burn's loader panics on a parameter whose type has become another: so it does for `Linear`, and
 /// there is nothing that a layer could do.
 fn is_too_much_for_burn(record: ModuleRecord) -> bool {
@@ -138,9 +149,15 @@ fn is_too_much_for_burn(record: ModuleRecord) -> bool {
     catch_unwind(AssertUnwindSafe(load)).is_err()
 }
 
-/// Reads a record, and uses the layer if it takes it.
-fn read_record(bytes: Vec<u8>) {
-    let parse = || ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes.clone()));
+/// Reads a record, as it is or cast to the types of the layer, and uses the layer if it takes it.
+fn read_record(bytes: &[u8], cast: bool) {
+    let parse = || {
+        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes.to_vec()))?;
+        Ok::<_, RecordError>(match cast {
+            true => record.cast_to_module_dtype(),
+            false => record,
+        })
+    };
     let (Ok(record), Ok(copy)) = (parse(), parse()) else {
         return;
     };
@@ -176,8 +193,8 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes_are_no_record(bytes in vec(any::<u8>(), 0..512)) {
-        bounded(|| read_record(bytes));
+    fn arbitrary_bytes_are_no_record(bytes in vec(any::<u8>(), 0..512), cast: bool) {
+        bounded(|| read_record(&bytes, cast));
     }
 }
 
@@ -185,9 +202,15 @@ proptest! {
     #![proptest_config(cases(1000))]
 
     #[test]
-    fn damaged_records_are_refused_or_loaded(changes in changes(), length: Option<Index>) {
-        let bytes = damaged(&RECORD, &changes, length);
-        bounded(|| read_record(bytes));
+    fn damaged_records_are_refused_or_loaded(
+        changes in changes(),
+        length: Option<Index>,
+        workers: bool,
+        cast: bool,
+    ) {
+        let whole = if workers { &WORKERS_RECORD } else { &RECORD };
+        let bytes = damaged(whole, &changes, length);
+        bounded(|| read_record(&bytes, cast));
     }
 }
 
@@ -197,6 +220,16 @@ fn what_is_damaged_is_whole_before() {
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(RECORD.clone())).unwrap();
     let loaded = layer().try_load_record(record).unwrap();
     assert_eq!(loaded.memory_stats().pending, 3);
+    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(WORKERS_RECORD.clone())).unwrap();
+    assert_eq!(
+        record.len(),
+        2 + 2 + 2 * 4,
+        "parameters, the model's memory, those of two workers"
+    );
+    assert_eq!(
+        layer().try_load_record(record).unwrap().memory_stats().step,
+        1
+    );
 }
 
 #[test]

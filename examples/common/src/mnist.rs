@@ -42,13 +42,14 @@ pub struct Images {
     pub labels: Vec<u8>,
 }
 
-/// Reads a split from `<prefix>-images-idx3-ubyte` and `<prefix>-labels-idx1-ubyte`, each plain or
-/// with `.gz`, the prefix being `train` or `t10k`.
+/// Reads a split from `<prefix>-images-idx3-ubyte` and `<prefix>-labels-idx1-ubyte` in the folder `mnist` of
+/// a data folder, each plain or with `.gz`, the prefix being `train` or `t10k`.
 ///
 /// # Errors
 ///
 /// The file, and what is wrong with it.
-pub fn read(folder: &Path, split: Split) -> Result<Images> {
+pub fn read(data: &Path, split: Split) -> Result<Images> {
+    let folder = &data.join("mnist");
     let prefix = split.prefix();
     let pixels = read_idx(
         folder,
@@ -150,28 +151,30 @@ mod tests {
 
     #[test]
     fn plain_and_zipped_files_are_read() {
-        let folder = tempfile::tempdir().unwrap();
+        let data = tempfile::tempdir().unwrap();
+        let folder = data.path().join("mnist");
+        fs::create_dir(&folder).unwrap();
         let pixels: Vec<u8> = (0..2 * PIXELS).map(|index| (index % 251) as u8).collect();
         let images = idx(&[2, 28, 28], &pixels);
-        let file = File::create(folder.path().join("t10k-images-idx3-ubyte.gz")).unwrap();
+        let file = File::create(folder.join("t10k-images-idx3-ubyte.gz")).unwrap();
         let mut zip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
         zip.write_all(&images).unwrap();
         zip.finish().unwrap();
-        let labels = folder.path().join("t10k-labels-idx1-ubyte");
+        let labels = folder.join("t10k-labels-idx1-ubyte");
         fs::write(&labels, idx(&[2], &[3, 9])).unwrap();
 
-        let images = read(folder.path(), Split::Test).unwrap();
+        let images = read(data.path(), Split::Test).unwrap();
         assert_eq!(images.pixels, pixels);
         assert_eq!(images.labels, [3, 9]);
 
         fs::write(&labels, idx(&[2], &[3, 10])).unwrap();
-        let error = read(folder.path(), Split::Test).err().unwrap().to_string();
+        let error = read(data.path(), Split::Test).err().unwrap().to_string();
         assert!(
             error.ends_with("a label must be from 0 to 9, but got 10"),
             "{error}"
         );
         fs::write(&labels, idx(&[1], &[3])).unwrap();
-        let error = read(folder.path(), Split::Test).err().unwrap().to_string();
+        let error = read(data.path(), Split::Test).err().unwrap().to_string();
         assert!(error.ends_with("2 images, but 1 labels"), "{error}");
     }
 

@@ -10,7 +10,9 @@ use burn::tensor::TensorData;
 
 mod rows;
 
-use self::rows::{Batch, Clear, FoldIn, Gather, Norm, Real, Rows, RowsMut, Score, in_parallel};
+use self::rows::{
+    Batch, FoldIn, Gather, Norm, PutBack, Real, Rows, RowsMut, Score, TakeOut, in_parallel,
+};
 use crate::{
     config::{Memory, MemoryPrecision},
     op::noise::StepNoise,
@@ -43,110 +45,207 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     memory: RowMemory<B>,
     step: AopStep,
 ) -> WeightGradient<B> {
+    let decay = step.memory.decay();
     let full = step.memory_precision == MemoryPrecision::Full;
-    if step
-        .memory
-        .decay()
-        .is_some_and(|decay| decay < LEAST_DECAY || !full)
-    {
+    if decay.is_some_and(|decay| decay < LEAST_DECAY || !full) {
         return portable::weight_gradient::<B>(input, grad, memory, step);
     }
     let device = input.device();
     let (input, grad) = (B::contiguous(input), B::contiguous(grad));
-    let [rows, d_input] = input.shape().dims();
-    let [_, d_output] = grad.shape().dims();
+    let ([rows, d_input], [_, d_output]) = (input.shape().dims(), grad.shape().dims());
     let batch = Batch {
         input: Rows::new(B::values(&input), d_input),
         grad: Rows::new(B::values(&grad), d_output),
     };
     let mut scores = vec![E::zero(); rows];
-
-    let (chosen, memory, sums) = match step.memory.decay() {
-        None => {
-            let sums = in_parallel(Score {
-                batch,
-                scores: &mut scores,
-                sum: step.bias,
-            });
-            let selection = select(&scores, &step);
-            let panels = gather(batch, &scores, &selection, 1.0);
-            (Chosen { selection, panels }, RowMemory::Empty, sums)
-        }
+    let (chosen, memory) = match decay {
+        None => (choose(batch, &mut scores, &step), RowMemory::Empty),
         Some(decay) => {
-            let (kept_input, kept_grad, age) = match memory {
-                RowMemory::Empty => (None, None, None),
-                RowMemory::Rows { input, grad, age } => (Some(input), Some(grad), Some(age)),
-            };
-            let mut kept_input = at_least::<B, E>(kept_input, rows, d_input, &device);
-            let mut kept_grad = at_least::<B, E>(kept_grad, rows, d_output, &device);
-            let mut age = at_least::<B, E>(age, rows, 1, &device);
-            let (a, b) = (
-                &mut B::values_mut(&mut kept_input)[..rows * d_input],
-                &mut B::values_mut(&mut kept_grad)[..rows * d_output],
+            let mut kept = Kept::<B>::of(memory, batch, &device);
+            let (input, grad) = (
+                B::values_mut(&mut kept.input),
+                B::values_mut(&mut kept.grad),
             );
-            let sums = in_parallel(FoldIn {
-                batch,
-                input: RowsMut::new(a, d_input),
-                grad: RowsMut::new(b, d_output),
-                scores: &mut scores,
-                sum: step.bias,
-                first: 0,
-                balanced: matches!(step.memory, Memory::Balanced { .. }),
-                noise: StepNoise {
-                    seed: step.seed,
-                    step: step.step,
-                },
-                decay: E::of(decay.sqrt()),
-            });
-            let selection = select(&scores, &step);
-            let folded = Batch {
-                input: Rows::new(a, d_input),
-                grad: Rows::new(b, d_output),
-            };
-            let panels = gather(folded, &scores, &selection, 1.0 / decay.sqrt());
-            let mut cleared: Vec<_> = scores.iter().map(|score| !score.is_finite()).collect();
-            selection.rows.iter().for_each(|&row| cleared[row] = true);
-            for (age, &cleared) in B::values_mut(&mut age).iter_mut().zip(&cleared) {
-                *age = if cleared { E::zero() } else { *age + E::one() };
-            }
-            for rows in [RowsMut::new(a, d_input), RowsMut::new(b, d_output)] {
-                in_parallel(Clear {
-                    rows,
-                    cleared: &cleared,
-                });
-            }
-            let memory = RowMemory::Rows {
-                input: kept_input,
-                grad: kept_grad,
-                age,
-            };
-            (Chosen { selection, panels }, memory, sums)
+            let kept_rows = [
+                &mut input[..rows * d_input],
+                &mut grad[..rows * d_output],
+                &mut B::values_mut(&mut kept.age)[..rows],
+            ];
+            let chosen = choose_and_keep(batch, kept_rows, decay, &mut scores, &step);
+            (chosen, kept.into_memory())
         }
     };
 
-    let Panels { k, input, grad } = chosen.panels;
-    let share = match step.measure {
-        true => {
-            let share = share(&scores, &chosen.selection) as f32;
-            let data = TensorData::new(vec![share], [1]);
-            Share::Measured(B::float_from_data(data, &device))
-        }
-        false => Share::Skipped,
+    let panel = |values: Vec<E>, width: usize| {
+        let rows = values.len() / width;
+        from_values::<B, E>(values, [rows, width], &device)
+    };
+    let vector = |values: Vec<E>| {
+        let data = TensorData::new(values, [d_output]);
+        B::float_from_data(data, &device)
     };
     WeightGradient {
         weight: B::linear_weight_backward(
-            from_values::<B, E>(input, [k, d_input], &device),
-            from_values::<B, E>(grad, [k, d_output], &device),
+            panel(chosen.input, d_input),
+            panel(chosen.grad, d_output),
         ),
         memory,
         bias: match step.bias {
-            true => {
-                let data = TensorData::new(sums, [d_output]);
-                Bias::Some(B::float_from_data(data, &device))
-            }
+            true => Bias::Some(vector(chosen.sums)),
             false => Bias::None,
         },
-        share,
+        share: match step.measure {
+            true => {
+                let share = share(&scores, &chosen.selection) as f32;
+                let data = TensorData::new(vec![share], [1]);
+                Share::Measured(B::float_from_data(data, &device))
+            }
+            false => Share::Skipped,
+        },
+    }
+}
+
+/// What a pass over the batch makes of it.
+struct Chosen<E> {
+    selection: Selection,
+    /// The two factors of the chosen outer products, contiguous and with weights, without those that add
+    /// nothing: rows whose score is zero or not finite. At least one row, if only of zeros, for the product.
+    input: Vec<E>,
+    grad: Vec<E>,
+    /// The sums of the columns of the gradient, if they are asked for.
+    sums: Vec<E>,
+}
+
+/// Scores the rows and copies the chosen ones.
+fn choose<E: Real>(batch: Batch<'_, E>, scores: &mut [E], step: &AopStep) -> Chosen<E> {
+    let sums = in_parallel(Score {
+        batch,
+        scores,
+        sum: step.bias,
+    });
+    let selection = select(scores, step);
+    let weight = |index: usize| match &selection.weights {
+        None => E::one(),
+        Some(weights) => E::of(weights[index].sqrt()),
+    };
+    let chosen = selection.rows.iter().enumerate();
+    let chosen = chosen.filter(|&(_, &row)| adds(scores[row]));
+    let (rows, scales): (Vec<_>, Vec<_>) = chosen.map(|(i, &row)| (row, weight(i))).unzip();
+    let copied = |from: Rows<'_, E>| {
+        let mut panel = panel(rows.len(), from.width);
+        in_parallel(Gather {
+            from,
+            rows: &rows,
+            scales: &scales,
+            panel: &mut panel[..rows.len() * from.width],
+        });
+        panel
+    };
+    Chosen {
+        input: copied(batch.input),
+        grad: copied(batch.grad),
+        sums,
+        selection,
+    }
+}
+
+/// Folds the batch into the memory (`m^X`, `m^G`, ages), scores the rows and takes the chosen ones out.
+fn choose_and_keep<E: Real>(
+    batch: Batch<'_, E>,
+    [input, grad, age]: [&mut [E]; 3],
+    decay: f64,
+    scores: &mut [E],
+    step: &AopStep,
+) -> Chosen<E> {
+    let (d_input, d_output) = (batch.input.width, batch.grad.width);
+    let sums = in_parallel(FoldIn {
+        batch,
+        input: RowsMut::new(input, d_input),
+        grad: RowsMut::new(grad, d_output),
+        scores,
+        sum: step.bias,
+        first: 0,
+        balanced: matches!(step.memory, Memory::Balanced { .. }),
+        noise: StepNoise {
+            seed: step.seed,
+            step: step.step,
+        },
+        decay: E::of(decay.sqrt()),
+    });
+    let selection = select(scores, step);
+
+    age.iter_mut().for_each(|age| *age = *age + E::one());
+    // Broken rows, and chosen ones that add nothing, are dropped.
+    let broken = (0..scores.len()).filter(|&row| !scores[row].is_finite());
+    let idle = selection.rows.iter().copied();
+    let idle = idle.filter(|&row| !adds(scores[row]));
+    for row in broken.chain(idle) {
+        RowsMut::new(input, d_input).row(row).fill(E::zero());
+        RowsMut::new(grad, d_output).row(row).fill(E::zero());
+        age[row] = E::zero();
+    }
+    let rows = selection.rows.iter().copied();
+    let rows: Vec<_> = rows.filter(|&row| adds(scores[row])).collect();
+    rows.iter().for_each(|&row| age[row] = E::zero());
+    let taken = |from: &mut [E], width: usize| {
+        let mut panel = panel(rows.len(), width);
+        in_parallel(TakeOut {
+            from: RowsMut::new(from, width),
+            first: 0,
+            rows: &rows,
+            // The memory has shrunk already.
+            scale: E::of(1.0 / decay.sqrt()),
+            panel: &mut panel[..rows.len() * width],
+        });
+        panel
+    };
+    Chosen {
+        input: taken(input, d_input),
+        grad: taken(grad, d_output),
+        sums,
+        selection,
+    }
+}
+
+/// Whether an outer product of this score is more than zeros, and finite.
+fn adds<E: Real>(score: E) -> bool {
+    score.is_finite() && !score.is_zero()
+}
+
+fn panel<E: Real>(rows: usize, width: usize) -> Vec<E> {
+    vec![E::zero(); rows.max(1) * width]
+}
+
+/// The memory as contiguous matrices with at least as many rows as the batch.
+struct Kept<B: Backend> {
+    input: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    age: FloatTensor<B>,
+}
+
+impl<B: Backend> Kept<B> {
+    fn of<E: Real>(memory: RowMemory<B>, batch: Batch<'_, E>, device: &Device<B>) -> Self
+    where
+        B: HostTensors<E>,
+    {
+        let (input, grad, age) = match memory {
+            RowMemory::Empty => (None, None, None),
+            RowMemory::Rows { input, grad, age } => (Some(input), Some(grad), Some(age)),
+        };
+        let rows = batch.input.values.len() / batch.input.width;
+        Self {
+            input: at_least::<B, E>(input, rows, batch.input.width, device),
+            grad: at_least::<B, E>(grad, rows, batch.grad.width, device),
+            age: at_least::<B, E>(age, rows, 1, device),
+        }
+    }
+
+    fn into_memory(self) -> RowMemory<B> {
+        RowMemory::Rows {
+            input: self.input,
+            grad: self.grad,
+            age: self.age,
+        }
     }
 }
 
@@ -199,29 +298,18 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
     let product = B::contiguous(B::float_matmul(panel, B::float_transpose(weight)));
 
     let mut gradient = vec![E::zero(); rows * d_input];
-    let product = B::values(&product).chunks_exact(d_input);
-    for (&row, values) in chosen.rows.iter().zip(product) {
-        gradient[row * d_input..][..d_input].copy_from_slice(values);
-    }
+    in_parallel(PutBack {
+        panel: Rows::new(B::values(&product), d_input),
+        rows: &chosen.rows,
+        to: RowsMut::new(&mut gradient, d_input),
+        first: 0,
+    });
     from_values::<B, E>(gradient, [rows, d_input], &device)
 }
 
 /// Whether the product of some of the rows is worth copying them to a panel and back.
 fn pays_to_gather(some: usize, rows: usize) -> bool {
     4 * some <= 3 * rows
-}
-
-/// The chosen rows: which they are, and what they add to the gradient.
-struct Chosen<E> {
-    selection: Selection,
-    panels: Panels<E>,
-}
-
-/// The two factors of `k` outer products, contiguous.
-struct Panels<E> {
-    k: usize,
-    input: Vec<E>,
-    grad: Vec<E>,
 }
 
 /// The memory as a contiguous matrix of type `E` with at least `rows` rows, new ones being zero.
@@ -252,41 +340,6 @@ fn at_least<B: HostTensors<E>, E: Real>(
 fn select<E: Real>(scores: &[E], step: &AopStep) -> Selection {
     let read = || scores.iter().map(|&score| score.into()).collect();
     selection::select(scores.len(), step, read)
-}
-
-/// The two factors of the chosen rows times `scale` and the root of their weights, without the rows
-/// that add nothing: those whose score is zero or not finite.
-fn gather<E: Real>(
-    from: Batch<'_, E>,
-    scores: &[E],
-    selection: &Selection,
-    scale: f64,
-) -> Panels<E> {
-    let adds = |row: usize| scores[row].is_finite() && !scores[row].is_zero();
-    let weight = |index: usize| match &selection.weights {
-        None => E::of(scale),
-        Some(weights) => E::of(scale * weights[index].sqrt()),
-    };
-    let chosen = selection.rows.iter().enumerate();
-    let chosen = chosen.filter(|&(_, &row)| adds(row));
-    let (rows, scales): (Vec<_>, Vec<_>) = chosen.map(|(i, &row)| (row, weight(i))).unzip();
-    // A product needs a row, if only one of zeros.
-    let k = rows.len().max(1);
-    let panel = |from: Rows<'_, E>| {
-        let mut panel = vec![E::zero(); k * from.width];
-        in_parallel(Gather {
-            from,
-            rows: &rows,
-            scales: &scales,
-            panel: &mut panel[..rows.len() * from.width],
-        });
-        panel
-    };
-    Panels {
-        k,
-        input: panel(from.input),
-        grad: panel(from.grad),
-    }
 }
 
 fn share<E: Real>(scores: &[E], selection: &Selection) -> f64 {

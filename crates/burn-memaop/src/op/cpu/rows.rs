@@ -64,7 +64,7 @@ impl<'a, E> RowsMut<'a, E> {
         Self { values, width }
     }
 
-    fn row(&mut self, row: usize) -> &mut [E] {
+    pub(super) fn row(&mut self, row: usize) -> &mut [E] {
         &mut self.values[row * self.width..][..self.width]
     }
 
@@ -365,38 +365,101 @@ impl<E: Real> RowWork for Gather<'_, E> {
     fn join((): (), (): ()) {}
 }
 
-/// Fills rows with zeros.
-pub(super) struct Clear<'a, E> {
-    pub(super) rows: RowsMut<'a, E>,
-    pub(super) cleared: &'a [bool],
+/// Moves rows, in ascending order, to a panel of their own, scaled, and leaves zeros.
+pub(super) struct TakeOut<'a, E> {
+    pub(super) from: RowsMut<'a, E>,
+    /// The number of the first row of `from`.
+    pub(super) first: usize,
+    pub(super) rows: &'a [usize],
+    pub(super) scale: E,
+    pub(super) panel: &'a mut [E],
 }
 
-impl<E: Real> RowWork for Clear<'_, E> {
+impl<E: Real> RowWork for TakeOut<'_, E> {
     type Output = ();
 
     fn rows(&self) -> usize {
-        self.cleared.len()
+        self.rows.len()
     }
 
     fn width(&self) -> usize {
-        self.rows.width
+        3 * self.from.width
     }
 
-    fn split_at(self, row: usize) -> (Self, Self) {
-        let (rows, cleared) = (self.rows.split_at(row), self.cleared.split_at(row));
-        let work = |rows, cleared| Self { rows, cleared };
-        (work(rows.0, cleared.0), work(rows.1, cleared.1))
+    fn split_at(self, index: usize) -> (Self, Self) {
+        let (rows, row) = (self.rows.split_at(index), self.rows[index]);
+        let width = self.from.width;
+        let from = self.from.split_at(row - self.first);
+        let panel = self.panel.split_at_mut(index * width);
+        let work = |from, first, rows, panel| Self {
+            from,
+            first,
+            rows,
+            panel,
+            ..self
+        };
+        (
+            work(from.0, self.first, rows.0, panel.0),
+            work(from.1, row, rows.1, panel.1),
+        )
     }
 
     #[inline(always)]
     fn run(mut self) {
-        for (row, _) in self
-            .cleared
-            .iter()
-            .enumerate()
-            .filter(|(_, cleared)| **cleared)
-        {
-            self.rows.row(row).fill(E::zero());
+        let panel = self.panel.chunks_exact_mut(self.from.width);
+        for (&row, to) in self.rows.iter().zip(panel) {
+            let from = self.from.row(row - self.first);
+            for (to, value) in to.iter_mut().zip(from) {
+                *to = self.scale * *value;
+                *value = E::zero();
+            }
+        }
+    }
+
+    fn join((): (), (): ()) {}
+}
+
+/// Copies the rows of a panel to places in a matrix, which are in ascending order.
+pub(super) struct PutBack<'a, E> {
+    pub(super) panel: Rows<'a, E>,
+    pub(super) rows: &'a [usize],
+    pub(super) to: RowsMut<'a, E>,
+    /// The number of the first row of `to`.
+    pub(super) first: usize,
+}
+
+impl<E: Real> RowWork for PutBack<'_, E> {
+    type Output = ();
+
+    fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn width(&self) -> usize {
+        2 * self.to.width
+    }
+
+    fn split_at(self, index: usize) -> (Self, Self) {
+        let (rows, row) = (self.rows.split_at(index), self.rows[index]);
+        let panel = self.panel.split_at(index);
+        let to = self.to.split_at(row - self.first);
+        let work = |panel, rows, to, first| Self {
+            panel,
+            rows,
+            to,
+            first,
+        };
+        (
+            work(panel.0, rows.0, to.0, self.first),
+            work(panel.1, rows.1, to.1, row),
+        )
+    }
+
+    #[inline(always)]
+    fn run(mut self) {
+        for (index, &row) in self.rows.iter().enumerate() {
+            let to = self.to.row(row - self.first);
+            to.copy_from_slice(self.panel.row(index));
         }
     }
 
@@ -457,7 +520,15 @@ fn add<E: Real>(kept: &mut [E], new: &[E], scale: E, decay: E) -> E {
     sum
 }
 
+/// In halves, so that the lanes stay in registers.
 #[inline(always)]
-fn total<E: Real>(sums: [E; LANES]) -> E {
-    sums.into_iter().fold(E::zero(), |sum, lane| sum + lane)
+fn total<E: Real>(mut sums: [E; LANES]) -> E {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            sums[lane] = sums[lane] + sums[lane + width];
+        }
+    }
+    sums[0]
 }
