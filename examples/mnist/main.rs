@@ -29,10 +29,7 @@ use burn::{
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::{
     AopConfig, AopObserver, SharedLearningRate,
-    train::{
-        AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
-        AopSavedFlopsMetric, AopShareMetric, Checkpoints, FollowedLrScheduler, resume_loader,
-    },
+    train::{AopFigure, AopMetric, Checkpoints, FollowedLrScheduler, resume_loader},
 };
 use clap::{Parser, ValueEnum};
 use memaop_examples::{AopOptions, Backend, check, mnist::Split};
@@ -179,19 +176,19 @@ fn train_on(
     }
     if options.observe > 0 {
         training = training
-            .metric_train_numeric(AopSavedFlopsMetric::new())
-            .metric_train_numeric(AopOuterProductsMetric::new())
-            .metric_train_numeric(AopShareMetric::new())
-            .metric_train_numeric(AopShareMetric::new().of_layer("hidden2"));
+            .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
+            .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
+            .metric_train_numeric(AopMetric::new(AopFigure::Share))
+            .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("hidden2"));
         if aop.memory.decay().is_some() {
             training = training
-                .metric_train_numeric(AopMemoryMetric::new())
-                .metric_train_numeric(AopOldestMetric::new());
+                .metric_train_numeric(AopMetric::new(AopFigure::Memory))
+                .metric_train_numeric(AopMetric::new(AopFigure::Oldest));
         }
         if options.compare > 0 {
             training = training
-                .metric_train_numeric(AopErrorMetric::new())
-                .metric_train_numeric(AopCosineMetric::new());
+                .metric_train_numeric(AopMetric::new(AopFigure::Error))
+                .metric_train_numeric(AopMetric::new(AopFigure::Cosine));
         }
     }
     if options.plain {

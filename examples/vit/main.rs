@@ -22,7 +22,7 @@ use burn::{
     },
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
-use burn_memaop::train::{AopOuterProductsMetric, AopSavedFlopsMetric, AopShareMetric};
+use burn_memaop::train::{AopFigure, AopMetric};
 use clap::Parser;
 use memaop_examples::{AopOptions, Backend, Encoder, check, mnist::Split};
 use memaop_mnist::{MnistBatcher, PlainRenderer, read};
@@ -140,9 +140,9 @@ fn train_on<E: Encoder>(
         .summary();
     if options.observe > 0 && !options.exact {
         training = training
-            .metric_train_numeric(AopSavedFlopsMetric::new())
-            .metric_train_numeric(AopOuterProductsMetric::new())
-            .metric_train_numeric(AopShareMetric::new());
+            .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
+            .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
+            .metric_train_numeric(AopMetric::new(AopFigure::Share));
     }
     if options.plain {
         training = training.renderer(Box::new(PlainRenderer::default()));

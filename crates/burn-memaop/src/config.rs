@@ -41,9 +41,11 @@ pub struct AopConfig {
     /// How K changes from step to step.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
-    /// Whether a layer takes the exact path where the approximation would take longer: on CPUs,
-    /// layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs behind
-    /// it). Off for research, where K rows are to be evaluated whatever it costs.
+    /// Whether a gradient is exact where approximating it would take longer, those of weight and input each for
+    /// itself: on CPUs in layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs
+    /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, a memory
+    /// in half precision there, double precision on GPUs, LibTorch. Off for research, where K rows are to be
+    /// evaluated whatever it costs.
     #[config(default = true)]
     pub cost_rule: bool,
     /// The seed of the noise of random policies and of [`Memory::Balanced`].

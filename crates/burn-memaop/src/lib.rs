@@ -66,6 +66,7 @@ mod model;
 
 mod layers;
 
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
 pub mod op;
 
 #[cfg_attr(not(feature = "autodiff"), allow(dead_code))]

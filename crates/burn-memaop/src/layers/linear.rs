@@ -195,14 +195,16 @@ impl MemAopLinear {
         let tracked = is_tracked(&input);
         // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
         let quantized = matches!(weight.dtype(), DType::QFloat(_));
-        if quantized || self.takes_exact_path(rows, tracked, &device) {
+        let aop = self.ruled(rows, input.dtype(), tracked, &device);
+        // A batch without rows has a gradient of zeros.
+        if quantized || rows == 0 || aop.is_exact(rows, tracked) {
             if device.is_autodiff() && self.weight.is_require_grad() {
                 self.memory.note_exact(rows, tracked);
             }
             return linear(input, weight, bias);
         }
         let layer = AopLayer {
-            config: self.aop,
+            config: aop,
             memory: self.memory.in_training(),
         };
         let bias = match bias {
@@ -223,20 +225,24 @@ impl MemAopLinear {
     }
 
     /// Whether the gradients of a batch of `rows` rows on `device` are exact at every step: because
-    /// K >= M, or by the [cost rule](AopConfig::cost_rule). That of the input is taken to be asked for, as it
-    /// is of all layers but the first.
+    /// K >= M, or by the [cost rule](AopConfig::cost_rule). The input is taken to have the type of the weight
+    /// and its gradient to be asked for, as it is in all layers but the first.
     pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
-        self.takes_exact_path(rows, true, device)
+        let aop = self.ruled(rows, self.weight.val().dtype(), true, device);
+        rows == 0 || aop.is_exact(rows, true)
     }
 
-    fn takes_exact_path(&self, rows: usize, tracked: bool, device: &Device) -> bool {
+    /// The configuration after the cost rule.
+    fn ruled(&self, rows: usize, dtype: DType, with_input: bool, device: &Device) -> AopConfig {
         let [d_input, d_output] = self.weight.shape().dims();
-        let device = device.as_dispatch();
-        // A batch without rows has a gradient of zeros.
-        rows == 0
-            || self.aop.is_exact(rows, tracked)
-            || self.aop.cost_rule
-                && !cost::pays(device, &self.aop, [rows, d_input, d_output], tracked)
+        let pass = cost::Pass {
+            rows,
+            d_input,
+            d_output,
+            dtype,
+            with_input,
+        };
+        cost::ruled(&self.aop, device.as_dispatch(), pass)
     }
 
     /// Reads the state of the memory. Waits for the device.

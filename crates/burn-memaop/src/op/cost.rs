@@ -1,125 +1,272 @@
 //! When the approximation pays.
 
-use burn::backend::DispatchDevice;
+use burn::{backend::DispatchDevice, tensor::DType};
 
-use crate::config::{AopConfig, Memory};
+use super::portable::LEAST_DECAY;
+use crate::config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, Schedule};
 
-/// Whether the approximate gradients of a layer are expected to take less time than the exact ones on
-/// this device.
+/// One backward pass of a layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pass {
+    pub(crate) rows: usize,
+    pub(crate) d_input: usize,
+    pub(crate) d_output: usize,
+    pub(crate) dtype: DType,
+    /// Whether the gradient of the input is asked for.
+    pub(crate) with_input: bool,
+}
+
+/// The configuration with those gradients exact whose approximation is expected to take longer on this device,
+/// each by itself.
 ///
 /// Leaving out M - K of the M outer products saves `2 (M - K) N P` floating-point operations of a
 /// matrix product; the price is a pass over `M (N + P)` values, once or, with a memory, three
-/// times. Rows left out of the gradient of the input, where it is asked for (`with_input`), save as
-/// much, for a pass more. On CPUs the rule compares the two per row, by the measured cost of a value in the pass
-/// in operations of the product. On other devices the approximation is always taken.
-pub(crate) fn pays(
-    device: &DispatchDevice,
-    config: &AopConfig,
-    [rows, d_input, d_output]: [usize; 3],
-    with_input: bool,
-) -> bool {
-    if !is_cpu(device) {
-        return true;
+/// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares
+/// the two per row, by the measured cost of a value in the pass in operations of the product. Where only the
+/// default bodies could compute an approximate gradient, which are slower than what they save, it is exact. On
+/// other devices the approximation is always taken.
+pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
+    let mut ruled = *config;
+    if !config.cost_rule {
+        return ruled;
     }
-    let left_out = |k: usize| 1.0 - k.min(rows) as f64 / rows as f64;
-    let products = left_out(config.outer_products.k(rows));
-    let input_rows = match with_input {
-        true => left_out(config.input_gradient.k(rows)),
-        false => 0.0,
+    let cost = match device_class(device) {
+        Class::Cpu => Some(Cost::of_this_processor()),
+        Class::Cube => None,
+        Class::Other => {
+            exact_weight(&mut ruled);
+            ruled.input_gradient = InputGradient::Exact;
+            return ruled;
+        }
     };
-    let weight_pass = match config.memory {
-        _ if products == 0.0 => 0.0,
-        Memory::None => READ,
-        Memory::Published { .. } | Memory::Balanced { .. } => FOLD_IN,
-    };
-    let input_pass = if input_rows == 0.0 { 0.0 } else { READ };
-    let saved = 2.0 * (products + input_rows) * d_input as f64 * d_output as f64;
-    saved > (weight_pass + input_pass) * (d_input + d_output) as f64 + ROW
+    if !has_fast_weight(config, pass.dtype, cost.is_some())
+        || cost.is_some_and(|cost| !cost.weight_pays(config, pass))
+    {
+        exact_weight(&mut ruled);
+    }
+    if !has_fast_scores(pass.dtype, cost.is_some())
+        || cost.is_some_and(|cost| !cost.input_pays(config, pass))
+    {
+        ruled.input_gradient = InputGradient::Exact;
+    }
+    ruled
 }
 
-/// The cost of a value in the pass without a memory, in operations of a matrix product. As the
-/// others, rounded from `cargo bench --bench layer` (`docs/benchmarks.md`).
-const READ: f64 = 20.0;
-/// The cost of a value in the pass with a memory.
-const FOLD_IN: f64 = 70.0;
-/// The cost of a row whatever its width: its noise, its key.
-const ROW: f64 = 2000.0;
+fn exact_weight(config: &mut AopConfig) {
+    config.outer_products = OuterProducts::Ratio {
+        ratio: 1.0,
+        minimum: 1,
+    };
+    // That would choose a K of its own.
+    if matches!(config.schedule, Schedule::Adaptive { .. }) {
+        config.schedule = Schedule::Constant { exact_steps: 0 };
+    }
+}
 
-fn is_cpu(device: &DispatchDevice) -> bool {
+fn has_fast_scores(dtype: DType, cpu: bool) -> bool {
+    match cpu {
+        true => matches!(dtype, DType::F32 | DType::F64),
+        false => matches!(dtype, DType::F32 | DType::F16 | DType::BF16),
+    }
+}
+
+fn has_fast_weight(config: &AopConfig, dtype: DType, cpu: bool) -> bool {
+    let fast_memory = config.memory.decay().is_none_or(|decay| {
+        let full = config.memory_precision == MemoryPrecision::Full;
+        decay >= LEAST_DECAY && (full || !cpu)
+    });
+    fast_memory && has_fast_scores(dtype, cpu)
+}
+
+/// What the passes cost, in operations of a matrix product, rounded from `cargo bench --bench cost`
+/// (`docs/benchmarks.md`).
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    /// A value in the pass without a memory.
+    read: f64,
+    /// A value in the pass with a memory.
+    fold_in: f64,
+    /// A row whatever its width: its noise, its key.
+    row: f64,
+}
+
+/// With products in registers of 256 bits.
+const NARROW: Cost = Cost {
+    read: 20.0,
+    fold_in: 70.0,
+    row: 2000.0,
+};
+/// With products in registers of 512 bits, which take less time, so that the passes weigh more.
+#[cfg(any(test, all(feature = "avx512", target_arch = "x86_64")))]
+const WIDE: Cost = Cost {
+    read: 50.0,
+    fold_in: 100.0,
+    row: 3000.0,
+};
+
+impl Cost {
+    fn of_this_processor() -> Self {
+        #[cfg(all(feature = "avx512", target_arch = "x86_64"))]
+        if std::is_x86_feature_detected!("avx512f") {
+            return WIDE;
+        }
+        NARROW
+    }
+
+    fn weight_pays(&self, config: &AopConfig, pass: Pass) -> bool {
+        let value = match config.memory {
+            Memory::None => self.read,
+            Memory::Published { .. } | Memory::Balanced { .. } => self.fold_in,
+        };
+        self.pays(config.outer_products.k(pass.rows), value, pass)
+    }
+
+    fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
+        pass.with_input && self.pays(config.input_gradient.k(pass.rows), self.read, pass)
+    }
+
+    /// Whether a product of `k` of the rows pays for a pass at so much a value.
+    fn pays(&self, k: usize, value: f64, pass: Pass) -> bool {
+        let left_out = 1.0 - k.min(pass.rows) as f64 / pass.rows as f64;
+        let (n, p) = (pass.d_input as f64, pass.d_output as f64);
+        2.0 * left_out * n * p > value * (n + p) + self.row
+    }
+}
+
+#[allow(dead_code)] // Not all backends are always there.
+enum Class {
+    /// With the code of `cpu.rs`.
+    Cpu,
+    /// With the kernels of `cube.rs`.
+    Cube,
+    /// With the default bodies alone.
+    Other,
+}
+
+fn device_class(device: &DispatchDevice) -> Class {
     match device {
         #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Flex(_) => Class::Cpu,
         #[cfg(feature = "ndarray")]
-        DispatchDevice::NdArray(_) => true,
+        DispatchDevice::NdArray(_) => Class::Cpu,
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(_) => Class::Cube,
         #[cfg(feature = "autodiff")]
-        DispatchDevice::Autodiff(device) => is_cpu(device),
+        DispatchDevice::Autodiff(device) => device_class(device),
         #[allow(unreachable_patterns)]
-        _ => false,
+        _ => Class::Other,
     }
 }
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
-    use crate::config::{InputGradient, OuterProducts, Policy};
+    use crate::config::Policy;
+
+    fn pass(rows: usize, d_input: usize, d_output: usize) -> Pass {
+        Pass {
+            rows,
+            d_input,
+            d_output,
+            dtype: DType::F32,
+            with_input: true,
+        }
+    }
+
+    fn config(memory: Memory, k: usize) -> AopConfig {
+        let policy = match memory {
+            Memory::None => Policy::Systematic,
+            _ => Policy::TopK,
+        };
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Count(k))
+            .with_policy(policy)
+            .with_memory(memory)
+    }
+
+    const BALANCED: Memory = Memory::Balanced { decay: 0.9 };
 
     #[test]
     fn small_layers_are_exact_and_large_ones_are_not() {
-        let device = burn::tensor::Device::flex();
-        let pays = |memory, rows, k, d_input, d_output| {
-            let policy = match memory {
-                Memory::None => Policy::Systematic,
-                _ => Policy::TopK,
-            };
-            let config = AopConfig::new()
-                .with_outer_products(OuterProducts::Count(k))
-                .with_policy(policy)
-                .with_memory(memory);
-            pays(
-                device.as_dispatch(),
-                &config,
-                [rows, d_input, d_output],
-                true,
-            )
-        };
-        let balanced = Memory::Balanced { decay: 0.9 };
-        for (rows, k, d_input, d_output, without, with) in [
-            (64, 8, 784, 10, false, false),
-            (512, 64, 32, 32, false, false),
-            (128, 16, 64, 64, true, false),
-            (128, 16, 128, 128, true, true),
-            (512, 64, 784, 512, true, true),
+        for (rows, k, d_input, d_output, narrow, wide) in [
+            (64, 8, 784, 10, [false, false], [false, false]),
+            (512, 64, 32, 32, [false, false], [false, false]),
+            (128, 16, 64, 64, [true, false], [false, false]),
+            (128, 16, 128, 128, [true, true], [true, false]),
+            (512, 64, 784, 512, [true, true], [true, true]),
             // K of nearly M saves nothing.
-            (512, 500, 784, 512, false, false),
+            (512, 500, 784, 512, [false, false], [false, false]),
         ] {
-            let found = [Memory::None, balanced].map(|m| pays(m, rows, k, d_input, d_output));
-            assert_eq!(found, [without, with], "{rows} {k} {d_input} {d_output}");
+            for (cost, expected) in [(NARROW, narrow), (WIDE, wide)] {
+                let pays = |memory| {
+                    let config = config(memory, k);
+                    cost.weight_pays(&config, pass(rows, d_input, d_output))
+                };
+                let found = [Memory::None, BALANCED].map(pays);
+                assert_eq!(found, expected, "{cost:?} {rows} {k} {d_input} {d_output}");
+            }
         }
     }
 
     #[test]
-    fn rows_of_the_input_gradient_count_by_themselves() {
+    fn each_gradient_is_decided_by_itself() {
         let device = burn::tensor::Device::flex();
         let quarter = InputGradient::Largest {
             ratio: 0.25,
             minimum: 1,
         };
-        let config = AopConfig::new()
-            .with_outer_products(OuterProducts::Count(512))
-            .with_input_gradient(quarter);
-        let taken = |d_output, with_input| {
-            pays(
-                device.as_dispatch(),
-                &config,
-                [512, 784, d_output],
-                with_input,
-            )
+        let ruled = |config: AopConfig, pass: Pass| {
+            let ruled = ruled(&config, device.as_dispatch(), pass);
+            let weight = ruled.outer_products.k(pass.rows) < pass.rows;
+            (weight, ruled.input_gradient != InputGradient::Exact)
         };
-        assert!(
-            taken(512, true),
-            "all outer products, but a quarter of the rows"
+        let few = config(Memory::None, 64).with_input_gradient(quarter);
+        let wide = pass(512, 784, 512);
+        assert_eq!(ruled(few, wide), (true, true));
+        // Nothing to save in the one or in the other.
+        assert_eq!(ruled(config(Memory::None, 64), wide), (true, false));
+        let all = few.with_outer_products(OuterProducts::Count(512));
+        assert_eq!(ruled(all, wide), (false, true));
+        assert_eq!(
+            ruled(
+                few,
+                Pass {
+                    with_input: false,
+                    ..wide
+                }
+            ),
+            (true, false)
         );
-        assert!(!taken(10, true));
-        assert!(!taken(512, false), "a gradient that nobody asks for");
+        assert_eq!(ruled(few, pass(512, 784, 10)), (false, false));
+        // An adaptive schedule does not bring back what does not pay.
+        let adaptive = Schedule::Adaptive {
+            share: 0.5,
+            interval: 10,
+        };
+        assert_eq!(
+            ruled(few.with_schedule(adaptive), pass(512, 784, 10)),
+            (false, false)
+        );
+        let off = few.with_cost_rule(false);
+        assert_eq!(ruled(off, pass(512, 784, 10)), (true, true));
+    }
+
+    #[test]
+    fn what_has_only_a_slow_body_is_exact() {
+        let device = burn::tensor::Device::flex();
+        let approximate = |config: AopConfig, dtype| {
+            let pass = Pass {
+                dtype,
+                ..pass(512, 784, 512)
+            };
+            let ruled = ruled(&config, device.as_dispatch(), pass);
+            ruled.outer_products.k(512) < 512
+        };
+        let kept = config(BALANCED, 64);
+        assert!(approximate(kept, DType::F32) && approximate(kept, DType::F64));
+        assert!(!approximate(kept, DType::F16) && !approximate(kept, DType::BF16));
+        let half = kept.with_memory_precision(MemoryPrecision::F16);
+        assert!(!approximate(half, DType::F32));
+        assert!(approximate(config(Memory::None, 64), DType::F32));
     }
 }

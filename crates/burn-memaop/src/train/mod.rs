@@ -56,8 +56,8 @@
 //!
 //! ```text
 //! SupervisedTraining::new(..)
-//!     .metric_train_numeric(AopShareMetric::new())
-//!     .metric_train_numeric(AopSavedFlopsMetric::new().of_layer("layer"))
+//!     .metric_train_numeric(AopMetric::new(AopFigure::Share))
+//!     .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops).of_layer("layer"))
 //! ```
 
 mod checkpoint;
@@ -67,15 +67,12 @@ mod scheduler;
 
 pub use checkpoint::{AtomicFileCheckpointer, Checkpoints, CheckpointsError};
 pub use loader::resume_loader;
-pub use metric::{
-    AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
-    AopSavedFlopsMetric, AopShareMetric,
-};
+pub use metric::{AopFigure, AopMetric};
 pub use scheduler::FollowedLrScheduler;
 
 use burn::{tensor::ExecutionError, train::ItemLazy};
 
-use crate::AopReport;
+use crate::model::observe::AopReport;
 
 impl ItemLazy for AopReport {
     /// Hands what is still to be computed to the device; reads nothing.

@@ -1,6 +1,6 @@
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord, module_lr_scheduler::ModuleLrScheduler};
 
-use crate::SharedLearningRate;
+use crate::state::learning_rate::SharedLearningRate;
 
 /// A scheduler whose learning rate memories [follow](SharedLearningRate).
 ///

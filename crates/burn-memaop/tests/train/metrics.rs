@@ -5,10 +5,7 @@ use std::{fs, path::Path};
 use burn::{optim::SgdConfig, tensor::Device, train::Learner};
 use burn_memaop::{
     AopObserver,
-    train::{
-        AopCosineMetric, AopErrorMetric, AopMemoryMetric, AopOldestMetric, AopOuterProductsMetric,
-        AopSavedFlopsMetric, AopShareMetric,
-    },
+    train::{AopFigure, AopMetric},
 };
 
 use crate::support::{BATCH, Net, aop, finished, loader, training};
@@ -42,15 +39,17 @@ fn metrics_log_a_value_for_each_step_that_has_one() {
     // So that the first step is measured.
     observer.observe(&model);
     let training = training(folder.path(), loader(BATCH * STEPS, false))
-        .metric_train_numeric(AopShareMetric::new())
-        .metric_train_numeric(AopShareMetric::new().of_layer("second"))
-        .metric_train_numeric(AopMemoryMetric::new())
-        .metric_train_numeric(AopOldestMetric::new())
-        .metric_train_numeric(AopOuterProductsMetric::new())
-        .metric_train_numeric(AopSavedFlopsMetric::new())
-        .metric_train_numeric(AopSavedFlopsMetric::new().of_layer("nothing of that name"))
-        .metric_train_numeric(AopErrorMetric::new())
-        .metric_train_numeric(AopCosineMetric::new())
+        .metric_train_numeric(AopMetric::new(AopFigure::Share))
+        .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("second"))
+        .metric_train_numeric(AopMetric::new(AopFigure::Memory))
+        .metric_train_numeric(AopMetric::new(AopFigure::Oldest))
+        .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
+        .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
+        .metric_train_numeric(
+            AopMetric::new(AopFigure::SavedFlops).of_layer("nothing of that name"),
+        )
+        .metric_train_numeric(AopMetric::new(AopFigure::Error))
+        .metric_train_numeric(AopMetric::new(AopFigure::Cosine))
         .num_epochs(1);
     finished(training.launch(Learner::new(model, SgdConfig::new().init(), 1e-3)));
 

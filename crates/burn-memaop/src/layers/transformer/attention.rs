@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::later;
-use crate::{AopConfig, MemAopLinear};
+use crate::{config::AopConfig, layers::linear::MemAopLinear};
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
 /// [init function](MemAopMultiHeadAttentionConfig::init): Burn's own, and [`AopConfig`].

@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, later};
-use crate::AopConfig;
+use crate::config::AopConfig;
 
 /// The linear layers of a block: four of the attention, two of the feed-forward network.
 const LAYERS: u64 = 6;

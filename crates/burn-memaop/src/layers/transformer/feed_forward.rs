@@ -10,7 +10,7 @@ use burn::{
 };
 
 use super::later;
-use crate::{AopConfig, MemAopLinear};
+use crate::{config::AopConfig, layers::linear::MemAopLinear};
 
 /// Configuration to create a [`MemAopPositionWiseFeedForward`] layer using the
 /// [init function](MemAopPositionWiseFeedForwardConfig::init): Burn's own, and [`AopConfig`].

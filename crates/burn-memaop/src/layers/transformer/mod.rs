@@ -38,7 +38,7 @@ pub use encoder::{
 };
 pub use feed_forward::{MemAopPositionWiseFeedForward, MemAopPositionWiseFeedForwardConfig};
 
-use crate::AopConfig;
+use crate::config::AopConfig;
 
 /// The configuration of the layer that is `count` layers after the one of `aop`.
 fn later(aop: AopConfig, count: u64) -> AopConfig {

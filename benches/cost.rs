@@ -1,0 +1,133 @@
+//! The constants of the cost rule: what a value in the passes over a batch costs, in operations of the matrix
+//! product of the same machine.
+//!
+//! ```text
+//! cargo bench --bench cost                                            # with AVX-512, where it is
+//! cargo bench --bench cost --no-default-features --features flex      # without
+//! ```
+
+use std::hint::black_box;
+
+use anyhow::{Result, bail};
+use burn::tensor::Tensor;
+use burn_memaop::{
+    Memory, Policy,
+    op::{AopStep, InputStep, input_gradient, weight_gradient},
+};
+use clap::Parser;
+use memaop_benches::{Common, interleaved, random};
+use serde::Serialize;
+
+/// What the passes cost, in operations of the product
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+}
+
+const SIZES: [[usize; 3]; 9] = [
+    [128, 64, 64],
+    [128, 128, 128],
+    [512, 64, 64],
+    [512, 128, 128],
+    [512, 784, 64],
+    [512, 512, 512],
+    [2048, 128, 128],
+    [2048, 256, 256],
+    [4096, 1024, 64],
+];
+
+#[derive(Serialize)]
+struct Row {
+    m: usize,
+    n: usize,
+    p: usize,
+    /// Operations of the product in a nanosecond.
+    rate: f64,
+    /// Operations that a value of `M (N + P)` costs beyond the product of the chosen rows.
+    read: f64,
+    fold_in: f64,
+    input_rows: f64,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let common = &options.common;
+    let device = common.device()?;
+    println!(
+        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10}",
+        "M", "N", "P", "ops/ns", "read", "fold in", "input rows"
+    );
+    let mut rows = Vec::new();
+    for [m, n, p] in SIZES {
+        let k = m / 8;
+        let random = |rows, columns| random(rows, columns, &device, common.dtype);
+        let (x, g, w) = (random(m, n), random(m, p), random(n, p));
+        let (some_x, some_g) = (random(k, n), random(k, p));
+        let product = |x: &Tensor<2>, g: &Tensor<2>| {
+            black_box(x.clone().transpose().matmul(g.clone()));
+        };
+        let gradient = |policy, memory| {
+            let (x, g) = (&x, &g);
+            let (mut kept, mut step) = (None, 0);
+            move || {
+                let settings = AopStep {
+                    k,
+                    policy,
+                    memory,
+                    memory_precision: burn_memaop::MemoryPrecision::Full,
+                    seed: 0,
+                    step,
+                    bias: false,
+                    measure: false,
+                };
+                step += 1;
+                let gradient = weight_gradient(x.clone(), g.clone(), kept.take(), settings);
+                kept = gradient.memory;
+                black_box(gradient.weight);
+            }
+        };
+        let settings = InputStep {
+            k,
+            sampled: true,
+            seed: 0,
+            step: 0,
+        };
+        let times = interleaved(
+            &device,
+            common.repeats,
+            &mut [
+                &mut || product(&x, &g),
+                &mut || product(&some_x, &some_g),
+                &mut gradient(Policy::Systematic, Memory::None),
+                &mut gradient(Policy::TopK, Memory::Balanced { decay: 0.9 }),
+                &mut || {
+                    black_box(some_g.clone().matmul(w.clone().transpose()));
+                },
+                &mut || {
+                    black_box(input_gradient(g.clone(), w.clone(), settings));
+                },
+            ],
+        )?;
+        let [exact, some, read, fold_in, some_dx, input_rows] = times[..] else {
+            bail!("six sides were timed");
+        };
+        let rate = 2.0 * (m * n * p) as f64 / (exact * 1e6);
+        let cost = |ms: f64, product: f64| (ms - product) * 1e6 * rate / (m * (n + p)) as f64;
+        let row = Row {
+            m,
+            n,
+            p,
+            rate,
+            read: cost(read, some),
+            fold_in: cost(fold_in, some),
+            input_rows: cost(input_rows, some_dx),
+        };
+        println!(
+            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0}",
+            row.read, row.fold_in, row.input_rows
+        );
+        rows.push(row);
+    }
+    common.save(&rows)
+}
