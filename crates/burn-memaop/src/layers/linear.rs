@@ -191,16 +191,17 @@ impl MemAopLinear {
     /// The forward pass for a matrix or a vector.
     fn apply<const D: usize>(&self, input: Tensor<D>, rows: usize, weight: Tensor<2>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(Param::val);
+        // In inference, where the weight is frozen, and where it is quantized, which only Burn's own function
+        // keeps it.
+        if !is_tracked(&weight) {
+            return linear(input, weight, bias);
+        }
         let device = input.device();
-        let tracked = is_tracked(&input);
-        // A quantized weight has no gradient, and only Burn's own function keeps it quantized.
-        let quantized = matches!(weight.dtype(), DType::QFloat(_));
-        let aop = self.ruled(rows, input.dtype(), tracked, &device);
+        let with_input = is_tracked(&input);
+        let aop = self.ruled(rows, input.dtype(), with_input, &device);
         // A batch without rows has a gradient of zeros.
-        if quantized || rows == 0 || aop.is_exact(rows, tracked) {
-            if device.is_autodiff() && self.weight.is_require_grad() {
-                self.memory.note_exact(rows, tracked);
-            }
+        if rows == 0 || aop.is_exact(rows, with_input) {
+            self.memory.note_exact(rows, with_input);
             return linear(input, weight, bias);
         }
         let layer = AopLayer {

@@ -24,10 +24,10 @@ use crate::{
     state::{
         learning_rate::{self, SharedLearningRate},
         measurement::Measurement,
-        memory::{Carried, MemoryState},
+        memory::{Carried, MemoryHandle, MemoryState},
         rows::RowTensors,
         schedule::{self, Progress},
-        watch::{Due, Seen, Watch},
+        watch::{Seen, Watch},
     },
 };
 
@@ -178,8 +178,7 @@ fn propagate<B>(
     let sums = match weight_node {
         None => Bias::None,
         Some(node) => {
-            let mut state = layer.memory.lock();
-            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), &mut state);
+            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), &layer.memory);
             grads.register::<B>(node, gradient);
             sums
         }
@@ -227,47 +226,57 @@ impl LayerStep<'_> {
 
     /// The gradient of the weight, with the memory that is taken out of the state and put back. The gradient
     /// of the bias comes along where the pass over the batch has it at hand.
+    ///
+    /// The state is not locked while the gradient is computed: on CPUs that runs on a pool of threads, which may
+    /// take up other work of their owner meanwhile, a backward pass of the same layer too.
     fn weight_gradient<B>(
         &self,
         input: FloatTensor<B>,
         grad: FloatTensor<B>,
-        state: &mut MemoryState,
+        memory: &MemoryHandle,
     ) -> (FloatTensor<B>, Bias<B>)
     where
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
     {
+        let mut state = memory.lock();
         let adapts = schedule::measures(self.config, state.progress.step);
         if adapts {
-            self.adapt(state);
+            self.adapt(&mut state);
         }
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
-        let step = self.start(state, adapts || due.is_some());
+        let step = self.start(&mut state, adapts || due.is_some());
         if step.k >= self.rows {
             return (B::linear_weight_backward(input, grad), Bias::None);
         }
+        let kept = self.take_memory::<B>(&input, &grad, &mut state);
+        drop(state);
 
-        let memory = self.take_memory::<B>(&grad, state);
         let compared = due.is_some_and(|due| due.exact);
         let batch = compared.then(|| (input.clone(), grad.clone()));
-        let gradient = B::memaop_weight_gradient(input, grad, memory, step);
-        state.rows = put_back::<B>(gradient.memory);
+        let gradient = B::memaop_weight_gradient(input, grad, kept, step);
+        let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
 
+        let rows = put_back::<B>(gradient.memory);
         let share = match gradient.share {
             Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
             Share::Skipped => None,
         };
-        if let Some(Due { .. }) = due {
-            let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
-            let measurement = Measurement::new(
+        let measurement = due.is_some().then(|| {
+            Arc::new(Measurement::new(
                 share.clone(),
-                state.rows.as_ref(),
+                rows.as_ref(),
                 &from_primitive::<B, 2>(gradient.weight.clone()),
                 exact.map(from_primitive::<B, 2>),
-            );
-            let seen = state.watch.seen.as_mut();
-            seen.expect("a step was begun").measurement = Some(Arc::new(measurement));
+            ))
+        });
+        let mut state = memory.lock();
+        state.rows = rows;
+        if let Some(seen) = state.watch.seen.as_mut()
+            && seen.step == step.step
+        {
+            seen.measurement = measurement;
         }
         if adapts {
             state.carried = share.map(|share| Carried {
@@ -313,13 +322,21 @@ impl LayerStep<'_> {
         }
     }
 
-    /// The memory on the device of the gradient, in the units of the learning rate of this step.
-    fn take_memory<B>(&self, grad: &FloatTensor<B>, state: &mut MemoryState) -> RowMemory<B>
+    /// The memory on the device of the gradient, in the units of the learning rate of this step. One of other
+    /// widths, of a weight that has been exchanged for another since, is dropped.
+    fn take_memory<B>(
+        &self,
+        input: &FloatTensor<B>,
+        grad: &FloatTensor<B>,
+        state: &mut MemoryState,
+    ) -> RowMemory<B>
     where
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
     {
-        let memory = match (self.config.memory, state.rows.take()) {
+        let widths = [input.shape()[1], grad.shape()[1]];
+        let fits = |rows: &RowTensors| [rows.input.dims()[1], rows.grad.dims()[1]] == widths;
+        let memory = match (self.config.memory, state.rows.take().filter(fits)) {
             (Memory::None, _) | (_, None) => RowMemory::Empty,
             (_, Some(rows)) => {
                 let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());

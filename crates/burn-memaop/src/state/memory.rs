@@ -1,6 +1,6 @@
 //! The state of a layer, and shared access to it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::tensor::{Device, Tensor};
 
@@ -104,8 +104,18 @@ impl MemoryHandle {
         Arc::strong_count(&self.0) > 1
     }
 
-    pub(crate) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+    pub(crate) fn downgrade(&self) -> WeakHandle {
+        WeakHandle(Arc::downgrade(&self.0))
+    }
+}
+
+/// Tells a memory from others without keeping it.
+#[derive(Debug, Clone)]
+pub(crate) struct WeakHandle(Weak<Mutex<MemoryState>>);
+
+impl WeakHandle {
+    pub(crate) fn is(&self, handle: &MemoryHandle) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&handle.0))
     }
 }
 

@@ -9,7 +9,7 @@ use burn::{
 };
 
 use super::{
-    memory::{MemoryHandle, MemoryState},
+    memory::{MemoryHandle, MemoryState, WeakHandle},
     offer::{Purpose, Shown},
     record::MemoryRecord,
     watch::Seen,
@@ -20,14 +20,16 @@ use super::{
 /// modules.
 ///
 /// A clone copies the state (two references to the same tensors) and goes its own way. A fork goes on
-/// with the memory of a worker, see [`Workers`], from its first forward pass in training on.
+/// with the memory of a worker, see [`Workers`], from its first forward pass in training on. What a fork
+/// becomes when it is cloned and mapped, as an optimizer does with the fork of burn-train's single-device
+/// strategy, is the model itself if it is trained, and then takes the memory from the workers.
 #[derive(Debug)]
 pub(crate) struct LayerMemory {
     /// The state of the layer; of a fork, a copy of that of the model.
     own: MemoryHandle,
     fork: Option<Fork>,
-    /// What the fork that this was cloned from works with.
-    forked: Option<MemoryHandle>,
+    /// What the fork that this comes from works with.
+    forked: Option<WeakHandle>,
     workers: Mutex<Arc<Workers>>,
     /// Which clone this is of what it was cloned from, and how many have been cloned from it.
     number: usize,
@@ -70,6 +72,9 @@ impl LayerMemory {
     /// The memory that a forward pass in training takes along.
     pub(crate) fn in_training(&self) -> MemoryHandle {
         let Some(Fork { device, memory }) = &self.fork else {
+            if let Some(memory) = &self.forked {
+                self.workers().forget(memory);
+            }
             return self.own.clone();
         };
         let memory = memory.get_or_init(|| {
@@ -87,7 +92,8 @@ impl LayerMemory {
 
     /// Tells the observer, if there is one, of a gradient that is none of this crate's.
     pub(crate) fn note_exact(&self, rows: usize, input: bool) {
-        let mut state = self.handle().lock();
+        let memory = self.in_training();
+        let mut state = memory.lock();
         if state.watch.intervals.is_some() {
             state.watch.seen = Some(Seen {
                 step: state.progress.step,
@@ -118,7 +124,7 @@ impl LayerMemory {
         Self {
             own: MemoryHandle::new(self.handle().lock().clone()),
             fork: None,
-            forked: fork.or(self.forked.as_ref()).cloned(),
+            forked: fork.map(MemoryHandle::downgrade).or(self.forked.clone()),
             workers: Mutex::new(self.workers()),
             number,
             clones: AtomicUsize::new(0),
@@ -159,7 +165,10 @@ impl LayerMemory {
             return;
         }
         let own = self.handle().lock().clone();
-        let (workers, state) = self.workers().states(&own);
+        let (workers, state) = match Purpose::of::<V>() {
+            Purpose::Record => self.workers().states(&own),
+            _ => (Vec::new(), own),
+        };
         let shown = Shown {
             weight: weight.clone(),
             memory: self.handle().clone(),
@@ -183,7 +192,8 @@ impl LayerMemory {
         // A loaded memory starts a life of its own.
         if let Some((state, workers)) = loaded {
             let state = state.watched_by(&self.handle().lock().watch);
-            return Self::with_state(state, Workers::loaded(workers), self.record);
+            let workers = Workers::loaded(workers, state.progress.step);
+            return Self::with_state(state, workers, self.record);
         }
         // What is pending belongs to the weight that it was left by.
         if replaced && purpose != Purpose::Other {
@@ -191,17 +201,13 @@ impl LayerMemory {
             return Self::with_state(state, Workers::default(), self.record);
         }
 
-        let workers = self.workers();
-        // A fork that is trained itself is no worker, but the model.
+        let workers = Mutex::new(Arc::new(self.workers().after()));
         let fork = self.fork.take().and_then(|fork| fork.memory.into_inner());
-        if let Some(memory) = fork.as_ref().or(self.forked.as_ref()) {
-            workers.forget(memory);
-        }
         Self {
+            forked: fork.as_ref().map(MemoryHandle::downgrade).or(self.forked),
             own: fork.unwrap_or(self.own),
             fork: None,
-            forked: None,
-            workers: Mutex::new(Arc::new(workers.after())),
+            workers,
             number: self.number,
             clones: AtomicUsize::new(0),
             record: self.record,

@@ -223,10 +223,11 @@ impl MemoryRecord {
         let header = self.load(mapper, "state", 0, [HEADER])?;
         let header = Header::decode(&header, &self.device);
         let more = match header.more {
-            0 => Some(Vec::new()),
+            0 => Some(vec![VERSION]),
             length => self.load(mapper, "more", 4, [length]),
         };
-        let workers = more.and_then(|more| workers(&more, |name| self.refuse(mapper, name)));
+        // Where partial loading is allowed, a memory that cannot be read is as one that is missing.
+        let workers = workers(&more?, |name| self.refuse(mapper, name))?;
 
         // Words that no dtype has, or rows that the record does not hold, meet a shape that the
         // record's tensors do not have, which the mapper reports.
@@ -253,7 +254,7 @@ impl MemoryRecord {
             rate: header.rate,
             ..MemoryState::default()
         };
-        Some((state, workers.unwrap_or_default()))
+        Some((state, workers))
     }
 
     /// Offers the mapper a tensor, and returns what it loads in its place, if it does.

@@ -310,6 +310,71 @@ fn a_clone_that_forgets_leaves_the_original_and_its_workers_alone() {
     training.step(&[0, 1]);
 }
 
+/// A teacher made of the model, say, in the training step of a worker.
+#[test]
+fn a_mapped_clone_of_a_fork_leaves_the_memory_of_its_worker_alone() {
+    let mut random = Random(44);
+    let (mut model, mut oracle) = (layer(), oracle());
+    for _ in 0..4 {
+        let fork = model.clone().clone().fork(&Device::flex());
+        let (x, g) = batch(&mut random, 10);
+        assert_close(&step(&fork, &x, &g), &oracle.step(&x, &g, K));
+        let teacher = fork.clone().no_grad();
+        teacher.forward(x.tensor(&device(), DType::F32));
+        drop((fork, teacher));
+        model = model.clone().map(&mut Optimizer);
+    }
+}
+
+/// Each device applies the rows that one device has left once.
+#[test]
+fn rows_of_the_model_go_to_one_worker() {
+    let mut random = Random(45);
+    let model = layer();
+    let (x, g) = batch(&mut random, 10);
+    step(&model, &x, &g);
+    assert!(model.memory_stats().pending > 0);
+    let clone = model.clone();
+    let forks = [clone.clone(), clone.clone()].map(|clone| clone.fork(&Device::flex()));
+    for fork in &forks {
+        fork.forward(x.tensor(&device(), DType::F32));
+        assert_eq!(fork.memory_stats().step, 1);
+    }
+    let pending = forks.map(|fork| fork.memory_stats().pending);
+    assert_eq!(pending, [model.memory_stats().pending, 0]);
+}
+
+#[test]
+fn inference_is_no_work_for_a_worker() {
+    let mut random = Random(46);
+    let mut training = Strategy::new(layer(), 2, 47);
+    for _ in 0..3 {
+        training.step(&[0, 1]);
+        let fork = training.model.valid().fork(&Device::flex());
+        let (x, _) = batch(&mut random, 10);
+        fork.forward(x.tensor(&Device::flex(), DType::F32));
+        let frozen = training.model.clone().no_grad().fork(&Device::flex());
+        frozen.forward(x.tensor(&device(), DType::F32));
+    }
+}
+
+/// The memory of a layer whose weight has been exchanged for one of other widths does not fit it.
+#[test]
+fn a_memory_of_other_widths_is_dropped() {
+    let mut random = Random(48);
+    let mut layer = layer();
+    let (x, g) = batch(&mut random, 10);
+    step(&layer, &x, &g);
+    for outputs in [P - 1, P + 2] {
+        let smaller = LinearConfig::new(N, outputs).init(&device());
+        layer.weight = smaller.weight;
+        layer.bias = smaller.bias;
+        let mut oracle = Oracle::new(Policy::TopK, aop().memory, 0, N, outputs);
+        let (x, g) = (random.matrix(10, N), random.matrix(10, outputs));
+        assert_close(&step(&layer, &x, &g), &oracle.step(&x, &g, K));
+    }
+}
+
 /// A fork that is trained itself, as burn-train's single-device strategy does, is no worker.
 #[test]
 fn a_fork_that_is_trained_keeps_its_memory() {

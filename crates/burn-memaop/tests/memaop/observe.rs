@@ -1,7 +1,7 @@
 //! Reports of the layers of a model.
 
 use burn::{
-    module::Module,
+    module::{Module, ModuleMapper},
     nn::{Linear, LinearConfig},
     tensor::{DType, Device, Tensor},
 };
@@ -117,6 +117,30 @@ fn all_layers_are_found_by_their_fields() {
         found.push(measured(&observer.observe(&model).layers[0]));
     }
     assert_eq!(found, [false, true, false, true]);
+}
+
+/// Workers fork the model anew at each step, and only the forks are observed.
+#[test]
+fn exact_layers_of_workers_are_reported() {
+    let device = Device::flex().autodiff();
+    let aop = published().with_outer_products(OuterProducts::Count(5));
+    struct Optimizer;
+    impl ModuleMapper for Optimizer {}
+    let mut model = Model::new(aop, &device);
+    let observer = AopObserver::new(2);
+    let mut names: Vec<Vec<String>> = Vec::new();
+    for _ in 0..2 {
+        let fork = model.clone().fork(&device);
+        fork.backward(Random(1).matrix(20, 6).tensor(&device, DType::F32));
+        let report = observer.observe(&fork);
+        names.push(report.layers.into_iter().map(|layer| layer.name).collect());
+        model = model.map(&mut Optimizer);
+    }
+    let all: Vec<String> = ["blocks.0.linear", "blocks.1.linear", "head", "exact"]
+        .map(String::from)
+        .to_vec();
+    // The first observation of an exact layer is what makes it report.
+    assert_eq!(names[1], all);
 }
 
 fn outer(x: &Matrix, g: &Matrix) -> Matrix {

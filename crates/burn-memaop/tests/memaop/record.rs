@@ -282,7 +282,8 @@ fn entries_that_are_not_known_are_skipped() {
 
 #[test]
 fn a_later_version_is_refused_by_its_number() {
-    let error = layer(6, 8).try_load_record(written(0, 1, &[2, 77, 0]));
+    let later = || written(0, 1, &[2, 77, 0]);
+    let error = layer(6, 8).try_load_record(later());
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("the record has version 2, and 1 is the latest known"),
