@@ -4,18 +4,19 @@
     python3 benches/compare.py --python torch/bin/python
 
 Builds the benches, runs each case and its counterpart of torch_cpu.py alternately, and prints the medians over the
-rounds. --json FILE keeps every round.
+rounds. --json FILE keeps every round; tables.py makes the table of docs/benchmarks.md from it.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import tables
 
 HERE = Path(__file__).parent
 
@@ -101,25 +102,7 @@ def main():
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "rounds": rounds}, indent=1))
 
-    print("| | K/M | method | Burn, ms | this crate, ms | PyTorch, ms | to Burn | to PyTorch | dW ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    rows = {}
-    for entry in rounds:
-        row = entry["ours"]
-        share = row.get("k_ratio") or row["k"] / row["m"]
-        method = row["policy"] if row["memory"] == "none" else f"{row['policy']}, {row['memory']}"
-        rows.setdefault((entry["case"], share, method), []).append(entry)
-    for (case, share, method), entries in rows.items():
-        median = lambda value: statistics.median(value(entry) for entry in entries)
-        exact = median(lambda e: e["ours"].get("exact_step_ms") or e["ours"]["exact_ms"])
-        aop = median(lambda e: e["ours"].get("aop_step_ms") or e["ours"]["aop_ms"])
-        torch = median(lambda e: e["torch"]["step_ms"])
-        products = [e["ours"]["dw_ratio"] for e in entries if "dw_ratio" in e["ours"]]
-        ratio = f"{statistics.median(products):.2f}" if products else ""
-        print(
-            f"| {case} | {share:.3g} | {method} | {exact:.4g} | {aop:.4g} | {torch:.4g} "
-            f"| {aop / exact:.2f} | {aop / torch:.2f} | {ratio} |"
-        )
+    print(tables.compare({"rounds": rounds}))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ pub struct AopConfig {
     /// Whether a gradient is exact where approximating it would take longer, those of weight and input each for
     /// itself: on CPUs in layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs
     /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, a memory
-    /// in half precision there, double precision on GPUs, LibTorch. Off for research, where K rows are to be
+    /// in half precision there, double precision on GPUs, LibTorch, CubeCL's CPU runtime. Off for research, where K rows are to be
     /// evaluated whatever it costs.
     #[config(default = true)]
     pub cost_rule: bool,

@@ -246,3 +246,43 @@ fn a_memory_of_another_type_is_refused() {
     let error = layer().try_load_record(record).unwrap_err().to_string();
     assert!(error.contains("memory"), "{error}");
 }
+
+/// The shapes that a damaged header tells of are compared, and not allocated.
+#[test]
+fn a_damaged_header_allocates_nothing() {
+    // Rows and words in a value, the last two of the eight numbers of a state, follow its three that are none
+    // and the rate.
+    let none = f64::NAN.to_bits().to_le_bytes().repeat(4);
+    let whole: &Vec<u8> = &RECORD;
+    let header = [
+        none,
+        5u64.to_le_bytes().to_vec(),
+        1u64.to_le_bytes().to_vec(),
+    ]
+    .concat();
+    let at = whole
+        .windows(header.len())
+        .position(|bytes| bytes == header);
+    let at = at.expect("the state of the memory") + header.len() - 16;
+    let mut refused = 0;
+    for rows in [1u64 << 24, 1 << 40, u64::MAX] {
+        for words in [1u64, 2, u64::from(u32::MAX), u64::MAX] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 8].copy_from_slice(&rows.to_le_bytes());
+            bytes[at + 8..at + 16].copy_from_slice(&words.to_le_bytes());
+            for cast in [false, true] {
+                bounded(|| {
+                    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes.clone()));
+                    let record = match cast {
+                        true => record.unwrap().cast_to_module_dtype(),
+                        false => record.unwrap(),
+                    };
+                    let error = layer().try_load_record(record).unwrap_err().to_string();
+                    assert!(error.contains("memory."), "{error}");
+                    refused += 1;
+                });
+            }
+        }
+    }
+    assert_eq!(refused, 24);
+}

@@ -149,6 +149,9 @@ fn device_class(device: &DispatchDevice) -> Class {
         DispatchDevice::Flex(_) => Class::Cpu,
         #[cfg(feature = "ndarray")]
         DispatchDevice::NdArray(_) => Class::Cpu,
+        // Its cubes are too small for the kernels.
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(burn_cubecl::cubecl::Device::Cpu(_)) => Class::Other,
         #[cfg(feature = "cubecl-backend")]
         DispatchDevice::Cube(_) => Class::Cube,
         #[cfg(feature = "autodiff")]

@@ -63,16 +63,15 @@ pub(crate) fn weight_gradient(
             let [input, grad] = &batch;
             let scores = fold::score(input, grad);
             let chosen = select::choose(&scores, &step);
-            let panels = gather::gather([input, grad], &scores, &chosen, dtype, 1.0, None);
+            let panels = gather::gather(&batch, &scores, &chosen, dtype);
             (chosen, panels, RowMemory::Empty)
         }
         Some(decay) => {
             let kept = at_least(memory, &batch, &step);
-            let [input, grad, age] = &kept;
             let scores = fold::fold_in(&batch, &kept, &step);
             let chosen = select::choose(&scores, &step);
             let scale = (1.0 / decay.sqrt()) as f32;
-            let panels = gather::gather([input, grad], &scores, &chosen, dtype, scale, Some(age));
+            let panels = gather::take_out(&kept, &scores, &chosen, dtype, scale);
             let [input, grad, age] = kept;
             (chosen, panels, RowMemory::Rows { input, grad, age })
         }

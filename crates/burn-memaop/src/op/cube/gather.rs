@@ -10,28 +10,22 @@ use super::{
     select::Chosen, units::is_finite, vector_size,
 };
 
-/// The chosen rows of `input` and `grad`, contiguous, each times `scale` and the root of its
-/// weight; zeros in place of one whose score is not finite. With `age`, they come from the memory,
-/// and are zero there afterwards, as their ages are.
+/// The chosen rows of `input` and `grad`, contiguous, each times the root of its weight; zeros in place of one
+/// whose score is not finite.
 pub(super) fn gather(
-    [input, grad]: [&CubeTensor; 2],
+    batch: &[CubeTensor; 2],
     scores: &CubeTensor,
     chosen: &Chosen,
     dtype: DType,
-    scale: f32,
-    age: Option<&CubeTensor>,
 ) -> [CubeTensor; 2] {
+    let panels = panels(batch, scores, chosen, dtype);
+    let [input, grad] = batch;
     let k = chosen.rows.meta.shape()[0];
-    let panels = [input, grad].map(|from| empty(scores, [k, from.meta.shape()[1]], dtype));
     let sizes = [
         vector_size(&[input, &panels[0]]),
         vector_size(&[grad, &panels[1]]),
     ];
-    let units = row_units([input, grad], sizes);
-    let (count, dim) = cubes(scores, k, units);
-    // Where there are none, nothing is written; a buffer of its own, since WebGPU forbids to bind one twice
-    // if it may be written.
-    let ages = age.map_or_else(|| empty(scores, [1, 1], DType::F32), CubeTensor::clone);
+    let (count, dim) = cubes(scores, k, row_units([input, grad], sizes));
     // SAFETY: every index is below a count of rows times their stride, within its tensor; the
     // chosen rows are below the number of scores.
     unsafe {
@@ -49,19 +43,74 @@ pub(super) fn gather(
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
             scores.clone().into_buffer_arg(),
-            ages.clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             layout(&panels[0], sizes[0]),
             layout(&panels[1], sizes[1]),
-            ages.meta.strides()[0],
+            k,
+            elem_type(dtype),
+        );
+    }
+    panels
+}
+
+/// As [`gather`], from a memory (`m^X`, `m^G`, ages), each times `scale` too; they are zero there afterwards.
+pub(super) fn take_out(
+    kept: &[CubeTensor; 3],
+    scores: &CubeTensor,
+    chosen: &Chosen,
+    dtype: DType,
+    scale: f32,
+) -> [CubeTensor; 2] {
+    let [input, grad, age] = kept;
+    let panels = panels([input, grad], scores, chosen, dtype);
+    let k = chosen.rows.meta.shape()[0];
+    let sizes = [
+        vector_size(&[input, &panels[0]]),
+        vector_size(&[grad, &panels[1]]),
+    ];
+    let (count, dim) = cubes(scores, k, row_units([input, grad], sizes));
+    // SAFETY: as in `gather`; no other tensor shares the buffers of the memory.
+    unsafe {
+        take_out_kernel::launch_unchecked(
+            &scores.client,
+            count,
+            dim,
+            address_type(&[input, grad, &panels[0], &panels[1]]),
+            sizes[0],
+            sizes[1],
+            input.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            panels[0].clone().into_buffer_arg(),
+            panels[1].clone().into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            scores.clone().into_buffer_arg(),
+            age.clone().into_buffer_arg(),
+            layout(input, sizes[0]),
+            layout(grad, sizes[1]),
+            layout(&panels[0], sizes[0]),
+            layout(&panels[1], sizes[1]),
+            age.meta.strides()[0],
             k,
             scale,
-            age.is_some(),
             [elem_type(input.dtype), elem_type(dtype)],
         );
     }
     panels
+}
+
+fn panels<'a>(
+    from: impl IntoIterator<Item = &'a CubeTensor>,
+    scores: &CubeTensor,
+    chosen: &Chosen,
+    dtype: DType,
+) -> [CubeTensor; 2] {
+    let k = chosen.rows.meta.shape()[0];
+    let mut panels = from
+        .into_iter()
+        .map(|from| empty(scores, [k, from.meta.shape()[1]], dtype));
+    [(); 2].map(|()| panels.next().expect("two factors"))
 }
 
 /// The chosen rows of one matrix, contiguous, each times its weight; zeros in place of one whose
@@ -155,8 +204,54 @@ fn move_kernel<T: Float, N: Size>(
     }
 }
 
+/// Its inputs are only read, and may be one buffer: WebGPU forbids to bind one twice that may be written.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
+fn gather_kernel<T: Float, NX: Size, NG: Size>(
+    input: &[Vector<T, NX>],
+    grad: &[Vector<T, NG>],
+    panel_input: &mut [Vector<T, NX>],
+    panel_grad: &mut [Vector<T, NG>],
+    chosen: &[u32],
+    roots: &[f32],
+    scores: &[f32],
+    input_rows: RowLayout,
+    grad_rows: RowLayout,
+    panel_input_rows: RowLayout,
+    panel_grad_rows: RowLayout,
+    k: usize,
+    #[define(T)] _dtype: ElemType,
+) {
+    let to = CUBE_POS;
+    if to >= k {
+        terminate!();
+    }
+    let row = chosen[to] as usize;
+    let finite = is_finite(scores[row]);
+    let scale = roots[to];
+    copy::<T, T, NX>(
+        input,
+        row,
+        &input_rows,
+        panel_input,
+        to,
+        &panel_input_rows,
+        scale,
+        finite,
+    );
+    copy::<T, T, NG>(
+        grad,
+        row,
+        &grad_rows,
+        panel_grad,
+        to,
+        &panel_grad_rows,
+        scale,
+        finite,
+    );
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn take_out_kernel<S: Float, T: Float, NX: Size, NG: Size>(
     input: &mut [Vector<S, NX>],
     grad: &mut [Vector<S, NG>],
     panel_input: &mut [Vector<T, NX>],
@@ -172,7 +267,6 @@ fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
     age_stride: usize,
     k: usize,
     scale: f32,
-    #[comptime] cleared: bool,
     #[define(S, T)] _dtypes: [ElemType; 2],
 ) {
     let to = CUBE_POS;
@@ -202,12 +296,10 @@ fn gather_kernel<S: Float, T: Float, NX: Size, NG: Size>(
         scale,
         finite,
     );
-    if comptime!(cleared) {
-        clear::<S, NX>(input, row, &input_rows);
-        clear::<S, NG>(grad, row, &grad_rows);
-        if UNIT_POS == 0 {
-            age[row * age_stride] = 0.0f32;
-        }
+    clear::<S, NX>(input, row, &input_rows);
+    clear::<S, NG>(grad, row, &grad_rows);
+    if UNIT_POS == 0 {
+        age[row * age_stride] = 0.0f32;
     }
 }
 
