@@ -99,6 +99,7 @@ def main():
                 rounds.append({"round": number, "case": name, "ours": row, "torch": theirs})
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     machine["avx512"] = not options.no_avx512
+    machine["environment"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "rounds": rounds}, indent=1))
 

@@ -184,7 +184,7 @@ impl Memory {
 ///
 /// A memory is as large as input and output of the layer together. In half precision it takes half
 /// of that, and a pass over it moves fewer bytes; the rows of the gradient are then rounded to that
-/// precision too, and on CPUs the gradient takes longer. Scores and norms are always computed in
+/// precision too, and on CPUs the gradient would take longer and is exact by the cost rule. Scores and norms are always computed in
 /// single precision at least.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum MemoryPrecision {

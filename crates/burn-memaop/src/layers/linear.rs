@@ -80,7 +80,7 @@ impl MemAopLinearConfig {
 /// precision (double for double-precision layers).
 ///
 /// - Only a backward pass changes it, once for each forward pass that it goes through; a layer used
-///   twice in a forward pass folds in twice. Inference, [`valid`](Module::valid) and the
+///   twice in a forward pass folds in twice. Passes that run at the same time do not share rows. Inference, [`valid`](Module::valid) and the
 ///   recomputation of gradient checkpointing do not.
 /// - It is allocated in the first backward pass. A smaller batch uses its first rows and leaves the
 ///   others alone; a larger one grows it with rows of zeros.

@@ -1,6 +1,6 @@
 //! The autodiff operation.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use burn::backend::{
     Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
@@ -27,7 +27,7 @@ use crate::{
         memory::{Carried, MemoryHandle, MemoryState},
         rows::RowTensors,
         schedule::{self, Progress},
-        watch::{Seen, Watch},
+        watch::Seen,
     },
 };
 
@@ -248,10 +248,14 @@ impl LayerStep<'_> {
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
         let step = self.start(&mut state, adapts || due.is_some());
         if step.k >= self.rows {
+            drop(state);
             return (B::linear_weight_backward(input, grad), Bias::None);
         }
-        let kept = self.take_memory::<B>(&input, &grad, &mut state);
+        let rows = state.rows.take();
+        let rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
+        let rates = (mem::replace(&mut state.rate, rate), rate);
         drop(state);
+        let kept = self.memory::<B>(rows, rates, &input, &grad);
 
         let compared = due.is_some_and(|due| due.exact);
         let batch = compared.then(|| (input.clone(), grad.clone()));
@@ -322,13 +326,14 @@ impl LayerStep<'_> {
         }
     }
 
-    /// The memory on the device of the gradient, in the units of the learning rate of this step. One of other
-    /// widths, of a weight that has been exchanged for another since, is dropped.
-    fn take_memory<B>(
+    /// The memory on the device of the gradient, taken from the units of one learning rate to those of another.
+    /// One of other widths, of a weight that has been exchanged for another since, is dropped.
+    fn memory<B>(
         &self,
+        rows: Option<RowTensors>,
+        rates: (Option<f64>, Option<f64>),
         input: &FloatTensor<B>,
         grad: &FloatTensor<B>,
-        state: &mut MemoryState,
     ) -> RowMemory<B>
     where
         B: MemAopOps,
@@ -336,20 +341,18 @@ impl LayerStep<'_> {
     {
         let widths = [input.shape()[1], grad.shape()[1]];
         let fits = |rows: &RowTensors| [rows.input.dims()[1], rows.grad.dims()[1]] == widths;
-        let memory = match (self.config.memory, state.rows.take().filter(fits)) {
+        match (self.config.memory, rows.filter(fits)) {
             (Memory::None, _) | (_, None) => RowMemory::Empty,
             (_, Some(rows)) => {
                 let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());
-                let rows = follow(rows, state.rate, &state.watch);
+                let rows = follow(rows, rates);
                 RowMemory::Rows {
                     input: into_primitive::<B>(rows.input),
                     grad: into_primitive::<B>(rows.grad),
                     age: into_primitive::<B>(rows.age),
                 }
             }
-        };
-        state.rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
-        memory
+        }
     }
 }
 
@@ -369,10 +372,9 @@ where
 }
 
 /// The rows in the units of the learning rate that they follow.
-fn follow(rows: RowTensors, rate: Option<f64>, watch: &Watch) -> RowTensors {
-    let target = watch.rate.as_ref().and_then(SharedLearningRate::get);
-    match rate.zip(target) {
-        Some((from, to)) if from != to => {
+fn follow(rows: RowTensors, rates: (Option<f64>, Option<f64>)) -> RowTensors {
+    match rates {
+        (Some(from), Some(to)) if from != to => {
             let factor = learning_rate::rescale(from, to);
             RowTensors {
                 input: rows.input * factor,

@@ -117,6 +117,10 @@ impl WeakHandle {
     pub(crate) fn is(&self, handle: &MemoryHandle) -> bool {
         std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&handle.0))
     }
+
+    pub(crate) fn has_one_owner(&self) -> bool {
+        self.0.strong_count() == 1
+    }
 }
 
 /// A summary of a layer's memory, from

@@ -133,7 +133,7 @@ impl LayerMemory {
     }
 
     /// The same memory on another device.
-    pub(crate) fn to_device(self, device: &Device) -> Self {
+    pub(crate) fn to_device(&self, device: &Device) -> Self {
         let device = device.clone().inner();
         let moved = self.copy(self.number);
         let state = moved.own.lock().to_device(&device);

@@ -33,8 +33,8 @@ pub(crate) struct Workers(Mutex<List>);
 #[derive(Debug, Default)]
 struct List {
     workers: Vec<Worker>,
-    /// Whether a worker goes on with the rows of the model itself; no other may apply them again.
-    rows_given: bool,
+    /// The step of the model itself whose rows a worker goes on with; no other may apply them again.
+    rows_given: Option<u64>,
     /// How far the workers had come at the start of the step.
     progress: Option<Progress>,
     /// The list of an earlier step, whose workers this one has not taken over yet.
@@ -65,7 +65,7 @@ impl Workers {
             memory: MemoryHandle::new(state),
         };
         Self(Mutex::new(List {
-            rows_given: !states.is_empty(),
+            rows_given: (!states.is_empty()).then_some(model_step),
             workers: states.into_iter().map(worker).collect(),
             ..List::default()
         }))
@@ -90,34 +90,35 @@ impl Workers {
         let mut list = self.lock();
         list.take_over(own);
         match list.find(number, device) {
-            Some(index) => list.workers[index].goes_on(device, own),
+            Some(index) => list.go_on(index, device, own),
             None => list.add(number, device, own),
         }
     }
 
-    /// Drops the memory of a fork that is trained itself and so is the model, and no worker; with it those
-    /// that a record had for workers that there are not.
+    /// Drops the memory of a fork that is no more, but what became of it is trained: the fork was the model,
+    /// and no worker. With it go those that a record had for workers that there are not.
     pub(crate) fn forget(&self, memory: &WeakHandle) {
         let mut list = self.lock();
         if let Some(before) = &list.before {
             before.forget(memory);
         }
         let is = |worker: &Worker| memory.is(&worker.memory);
-        if list.workers.iter().any(is) {
+        if memory.has_one_owner() && list.workers.iter().any(is) {
             let others = |worker: &Worker| !is(worker) && worker.device.is_some();
             list.workers.retain(others);
         }
     }
 
-    /// The states of all workers with their numbers, and the state of the model (`own`) with the progress of
-    /// the training: its own, or that of the worker that has come farthest.
+    /// The states of the workers that would go on with them, with their numbers, and the state of the model
+    /// (`own`) with the progress of the training: its own, or that of the worker that has come farthest.
     pub(crate) fn states(&self, own: &MemoryState) -> (Vec<(usize, MemoryState)>, MemoryState) {
         let list = self.lock();
         if let Some(before) = &list.before {
             return before.states(own);
         }
         let state = |worker: &Worker| (worker.number, worker.memory.lock().clone());
-        let mut states: Vec<_> = list.workers.iter().map(state).collect();
+        let present = |worker: &&Worker| worker.model_step == own.progress.step;
+        let mut states: Vec<_> = list.workers.iter().filter(present).map(state).collect();
         states.sort_by_key(|(number, _)| *number);
         let model = MemoryState {
             progress: list.farthest(own),
@@ -134,10 +135,9 @@ impl List {
             return;
         };
         let mut before = before.lock();
-        // For clones of the model of that step that are still there.
-        before.progress = Some(before.farthest(own));
-        self.progress = before.progress;
-        self.rows_given = before.rows_given;
+        self.progress = Some(before.farthest(own));
+        // Clones of the model of that step that are still there begin anew.
+        self.rows_given = before.rows_given.take();
         self.workers = mem::take(&mut before.workers);
         self.workers
             .iter_mut()
@@ -170,6 +170,29 @@ impl List {
         ranked.min().map(|(_, index)| index)
     }
 
+    /// The worker goes on with its memory, unless the model itself has taken steps since.
+    fn go_on(&mut self, index: usize, device: &Device, own: &MemoryState) -> MemoryHandle {
+        let worker = &mut self.workers[index];
+        let mut state = worker.memory.lock();
+        // What comes from a record has no device yet.
+        if worker.device.is_none() {
+            *state = state.to_device(device);
+        }
+        if own.progress.step > worker.model_step {
+            let rows = state.rows.take();
+            *state = own.to_device(device);
+            if self.rows_given.replace(own.progress.step) == Some(own.progress.step) {
+                state.rows = rows;
+            }
+        }
+        state.watch.join(&own.watch);
+        drop(state);
+        worker.device = Some(device.clone());
+        worker.unseen = 0;
+        worker.model_step = own.progress.step;
+        worker.memory.clone()
+    }
+
     /// A worker that begins with the progress of the others; the first, with the rows of the model.
     fn add(&mut self, number: usize, device: &Device, own: &MemoryState) -> MemoryHandle {
         let taken = |number| self.workers.iter().any(|worker| worker.number == number);
@@ -180,7 +203,7 @@ impl List {
         };
         let mut state = own.to_device(device);
         state.progress = self.progress.unwrap_or(own.progress);
-        if mem::replace(&mut self.rows_given, true) {
+        if self.rows_given.replace(own.progress.step) == Some(own.progress.step) {
             state.rows = None;
         }
         let memory = MemoryHandle::new(state);
@@ -210,26 +233,11 @@ impl List {
     }
 }
 
-impl Worker {
-    fn goes_on(&mut self, device: &Device, own: &MemoryState) -> MemoryHandle {
-        let mut state = self.memory.lock();
-        if own.progress.step > self.model_step {
-            *state = own.to_device(device);
-        } else if self.device.is_none() {
-            *state = state.to_device(device);
-        }
-        state.watch.join(&own.watch);
-        drop(state);
-        self.device = Some(device.clone());
-        self.unseen = 0;
-        self.model_step = own.progress.step;
-        self.memory.clone()
-    }
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use super::*;
+    use burn::tensor::Tensor;
+
+    use super::{super::rows::RowTensors, *};
 
     /// A training of some workers, each of which has taken a number of steps of its own.
     struct Training {
@@ -352,13 +360,68 @@ mod tests {
         assert_eq!(resumed.fork(0, &device), 2);
     }
 
+    fn rows(device: &Device) -> Option<RowTensors> {
+        let zeros = |width| Tensor::zeros([3, width], device);
+        Some(RowTensors {
+            input: zeros(2),
+            grad: zeros(2),
+            age: zeros(1),
+        })
+    }
+
+    /// How many of the first workers have rows, each asked for once.
+    fn with_rows(training: &Training, device: &Device) -> usize {
+        let memories = [0, 1].map(|number| training.workers.memory(number, device, &training.own));
+        let with = memories
+            .iter()
+            .filter(|memory| memory.lock().rows.is_some());
+        with.count()
+    }
+
     #[test]
     fn a_model_that_has_trained_on_takes_its_workers_along() {
         let device = Device::flex();
         let mut training = Training::new();
         training.fork(0, &device);
+        training.fork(1, &device);
         training.own.progress.step = 7;
+        training.own.rows = rows(&device);
+        // They are not in a record any more, and after it begin with the model.
+        assert!(training.numbers().is_empty());
+        // Its rows go to one of them.
+        assert_eq!(with_rows(&training, &device), 1);
         assert_eq!(training.fork(0, &device), 8);
         assert_eq!(training.fork(0, &device), 9);
+        assert_eq!(training.fork(1, &device), 8);
+        assert_eq!(training.numbers(), [0, 1]);
+    }
+
+    #[test]
+    fn a_second_training_from_the_same_model_gets_its_rows_too() {
+        let device = Device::flex();
+        let start = || Training {
+            workers: Arc::default(),
+            own: MemoryState {
+                rows: rows(&device),
+                ..MemoryState::default()
+            },
+        };
+        let first = start();
+        let list = first.workers.clone();
+        assert_eq!(with_rows(&first, &device), 1);
+        let mut trained = Training {
+            workers: Arc::new(list.after()),
+            own: first.own,
+        };
+        assert_eq!(trained.fork(0, &device), 1);
+        trained.optimizer_step();
+        assert_eq!(trained.fork(0, &device), 2);
+
+        let second = Training {
+            workers: list,
+            ..start()
+        };
+        assert_eq!(with_rows(&second, &device), 1);
+        assert_eq!(second.fork(0, &device), 1, "from the first step");
     }
 }

@@ -54,7 +54,6 @@ macro_rules! suite {
                     k_equal_to_m_is_the_exact_gradient,
                     non_contiguous_input_is_handled,
                     frozen_weight_takes_no_step,
-                    an_empty_batch_is_taken,
                 );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,

@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Module, ModuleMapper, Param},
-    nn::LinearConfig,
+    nn::{Linear, LinearConfig},
     optim::{GradientsParams, SgdConfig},
     store::ModuleRecord,
     tensor::{DType, Device, Tensor},
@@ -599,11 +599,14 @@ fn stacked_samples_are_unbiased() {
             .with_cost_rule(false)
     };
     let device = device();
-    let make = |n, p| LinearConfig::new(n, p).with_bias(false).init(&device);
+    let mut random = Random(42);
+    let mut make = |n, p| Linear {
+        weight: Param::from_tensor(random.matrix(n, p).tensor(&device, DType::F32)),
+        bias: None,
+    };
     let linears = [make(4, 5), make(5, 3)];
     let lower = MemAopLinear::from_linear(linears[0].clone(), config(0.125, 0.25));
     let upper = MemAopLinear::from_linear(linears[1].clone(), config(0.5, 0.5));
-    let mut random = Random(42);
     let (x, g) = (random.matrix(m, 4), random.matrix(m, 3));
     let (x, g) = (x.tensor(&device, DType::F32), g.tensor(&device, DType::F32));
     // The gradients of the lowest input and of the lower weight.
@@ -633,8 +636,9 @@ fn stacked_samples_are_unbiased() {
         }
     }
     for (sums, squares) in sums.iter().zip(squares) {
-        // The squared distance of the mean in units of its expectation.
+        // The squared distance of the mean in units of its expectation; with one stream of numbers for both
+        // layers it is above 100. Below 10 in all but 2 of 1000 cases even if all values move as one.
         let distance = sums.iter().map(|sum| sum * sum).sum::<f64>() / squares;
-        assert!(distance < 2.0, "{distance}");
+        assert!(distance < 10.0, "{distance}");
     }
 }
