@@ -19,3 +19,4 @@ mod selection;
 mod support;
 mod transformer;
 mod unbiased;
+mod workers;
