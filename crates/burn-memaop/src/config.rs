@@ -6,38 +6,34 @@ use thiserror::Error;
 /// The exact gradient `dW = X^T G` is a sum of M outer products, one for each row of the batch
 /// (all leading dimensions of the input flattened). K of them are evaluated.
 ///
-/// In the study of `docs/choosing.md` (MNIST, a perceptron 784-512-512-10, five seeds, SGD and Adam, batches of
-/// 128 and 512) the defaults lost between −0.06 and 0.07 points of accuracy, each within its interval of nothing.
-/// The figures of the options below are from there too.
+/// By default nothing needs to be set: systematic sampling, with a K that the layer chooses for itself
+/// ([`OuterProducts::Auto`]). `docs/choosing.md` says when to set something, and has the study that the figures
+/// below are from (MNIST, a perceptron 784-512-512-10, five seeds, SGD and Adam, batches of 128 and 512).
 ///
 /// ```
-/// use burn_memaop::{AopConfig, Memory, OuterProducts, Policy};
+/// use burn_memaop::{AopConfig, Memory, Method, OuterProducts};
 ///
 /// let aop = AopConfig::new()
 ///     .with_outer_products(OuterProducts::Count(32))
-///     .with_policy(Policy::WeightedK)
-///     .with_memory(Memory::Balanced { decay: 0.9 })
+///     .with_method(Method::TopK(Memory::Balanced { decay: 0.9 }))
 ///     .with_seed(7);
 /// assert_eq!(aop.outer_products.k(64), 32);
 /// ```
 #[derive(Config, Debug, Copy, PartialEq)]
 pub struct AopConfig {
     /// The number K of outer products. K >= M is the exact gradient.
-    #[config(default = "OuterProducts::Ratio { ratio: 0.25, minimum: 1 }")]
+    #[config(default = "OuterProducts::Auto")]
     pub outer_products: OuterProducts,
-    /// The rule that chooses the K rows.
-    #[config(default = "Policy::Systematic")]
-    pub policy: Policy,
-    /// What becomes of the rows that are not chosen.
-    #[config(default = "Memory::None")]
-    pub memory: Memory,
-    /// The precision in which the memory is kept.
+    /// Which rows they are, and what becomes of the others.
+    #[config(default = "Method::Systematic")]
+    pub method: Method,
+    /// The precision in which a memory is kept.
     #[config(default = "MemoryPrecision::Full")]
     pub memory_precision: MemoryPrecision,
     /// Which rows of the gradient of the input are computed.
     #[config(default = "InputGradient::Exact")]
     pub input_gradient: InputGradient,
-    /// How K changes from step to step.
+    /// The first steps.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
     /// Whether a gradient is exact where approximating it would take longer, those of weight and input each for
@@ -47,7 +43,7 @@ pub struct AopConfig {
     /// evaluated whatever it costs.
     #[config(default = true)]
     pub cost_rule: bool,
-    /// The seed of the noise of random policies and of [`Memory::Balanced`].
+    /// The seed of the noise of random methods and of [`Memory::Balanced`].
     ///
     /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph, its step
     /// counter and the row's position. So every backend draws the same rows, a training with the same seed
@@ -61,6 +57,16 @@ pub struct AopConfig {
 /// The number K of outer products that a step evaluates.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub enum OuterProducts {
+    /// The layer chooses K among M, M/2, M/4, ... M/32, so that the loss falls fastest by the clock.
+    ///
+    /// Rows left out add noise to a gradient that is noisy anyway, being of one batch. From the scores of its rows and
+    /// the norm of its gradient the layer estimates both, in one step of ten or fewer, and weighs the progress of a step
+    /// (McCandlish, Kaplan, Amodei and others, 2018, arXiv:1812.06162) against the time that it takes on this device.
+    /// The first ten steps are exact; where nothing can be saved all others are, and only the measuring is paid, half a
+    /// per cent of the step. No step waits for its own measurement.
+    ///
+    /// For [`Method::Systematic`]. The noise that other methods add follows other laws: they take K = M/8.
+    Auto,
     /// K itself, at least 1.
     Count(usize),
     /// K as a share of the rows of the batch: `max(minimum, round(ratio * M))`.
@@ -70,70 +76,94 @@ pub enum OuterProducts {
         /// The least K, at least 1.
         minimum: usize,
     },
+    /// As many as carry a given share of the sum of all `|x^| |g^|`, beginning with `share * M`.
+    ///
+    /// The share of one step in `interval` is measured, and read when the next one is: no step
+    /// waits for its own.
+    Share {
+        /// The share to hold, in `(0, 1)`.
+        share: f64,
+        /// The number of steps between adjustments, at least 1.
+        interval: usize,
+    },
 }
 
+/// The share of the rows that [`OuterProducts::Auto`] takes where it does not choose.
+const UNCHOSEN: f64 = 0.125;
+
 impl OuterProducts {
-    /// K for a batch of `rows` rows; `rows` or more means all of them, the exact gradient.
+    /// K for a batch of `rows` rows; `rows` or more means all of them, the exact gradient. Of
+    /// [`Auto`](Self::Auto) that of the methods for which it does not choose, of [`Share`](Self::Share) the first.
     pub fn k(&self, rows: usize) -> usize {
+        let share = |ratio: f64| (ratio * rows as f64).round() as usize;
         match *self {
+            Self::Auto => share(UNCHOSEN).max(1),
             Self::Count(k) => k,
-            Self::Ratio { ratio, minimum } => ((ratio * rows as f64).round() as usize).max(minimum),
+            Self::Ratio { ratio, minimum } => share(ratio).max(minimum),
+            // With all rows there would be nothing to measure.
+            Self::Share { share: ratio, .. } => {
+                share(ratio).clamp(1, rows.saturating_sub(1).max(1))
+            }
         }
     }
 }
 
-/// The rule that chooses K of the M rows.
+/// Which K of the M rows a step evaluates, and what becomes of the others.
 ///
-/// Rules go by `|x^| |g^|`, the product of the Euclidean norms of a row's two factors (with a
+/// Methods go by `|x^| |g^|`, the product of the Euclidean norms of a row's two factors (with a
 /// memory, of the factors after folding it in). The paper's score is its square.
-///
-/// The first three apply the chosen outer products as they are. On their own they are biased, and
-/// a [`Memory`] gives back later what they leave out. The others weigh each outer product by the
-/// inverse of its probability, so that the expected gradient is the exact one; they take
-/// [`Memory::None`], since a weighted row leaves nothing that a memory could keep.
-#[derive(Config, Debug, Copy, PartialEq, Eq)]
-pub enum Policy {
-    /// The K highest scores. Measured without a memory: no loss at M/8, up to 2 points and single
-    /// collapses at M/16.
-    TopK,
-    /// K rows uniformly at random, without replacement and without rescaling.
-    RandK,
-    /// K rows drawn one after the other, without replacement, each with probability proportional
-    /// to the paper's score among those left, without rescaling. Drawn as the top K of
-    /// `log(score) + Gumbel noise`, which has the same distribution.
-    WeightedK,
-    /// [`RandK`](Self::RandK), each outer product times M / K. Unbiased. Measured: 2.5 to 4 points
-    /// lost at M/16.
-    ScaledRandK,
+#[derive(Config, Debug, Copy, PartialEq)]
+pub enum Method {
     /// Systematic sampling: K rows, row m with probability `p_m = min(1, c |x_m| |g_m|)`, where c
-    /// makes the `p_m` sum to K, from one random number; each outer product times `1 / p_m`.
-    /// Unbiased (Madow, 1949; Horvitz and Thompson, 1952). The rows are taken in a random order. Measured: at
-    /// most 0.15 points lost at M/8, 0.4 at M/16.
+    /// makes the `p_m` sum to K, from one random number; each outer product times `1 / p_m`, so that the expected
+    /// gradient is the exact one (Madow, 1949; Horvitz and Thompson, 1952). The rows are taken in a random order.
+    /// Measured: at most 0.15 points lost at M/8, 0.4 at M/16.
     Systematic,
-    /// Every row on its own, with the `p_m` of [`Systematic`](Self::Systematic), and the same
-    /// weights: K rows on average, not always. Unbiased (Adelman, Levy, Hakimi, Silberstein,
+    /// The K rows with the highest scores, as they are: biased on its own, and a [`Memory`] gives back later what is
+    /// left out. Measured: with the balanced memory at most 0.1 points lost at M/8, 0.5 at M/16; without a memory none
+    /// at M/8, up to 2 and single collapses at M/16; with the published one 2 to 83 at M/8.
+    TopK(Memory),
+    /// What these are compared with: [`baseline`](crate::baseline).
+    Baseline(Baseline),
+}
+
+/// Methods of the paper and of the field to compare with; `docs/choosing.md` found none better than
+/// [`Method::Systematic`]. Rows of the first two count as they are, those of the others so that the expected gradient is
+/// the exact one.
+///
+/// On GPUs [`Bernoulli`](Self::Bernoulli), [`ColumnRow`](Self::ColumnRow) and [`WinnerTakeAll`](Self::WinnerTakeAll)
+/// choose on the host, which waits for the device at each step.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub enum Baseline {
+    /// K rows uniformly at random, without replacement and without rescaling (the paper's randK).
+    RandK(Memory),
+    /// K rows drawn one after the other, without replacement, each with probability proportional
+    /// to the paper's score among those left, without rescaling (the paper's weightedK). Drawn as the top K of
+    /// `log(score) + Gumbel noise`, which has the same distribution.
+    WeightedK(Memory),
+    /// [`RandK`](Self::RandK) without a memory, each outer product times M / K. Measured: 2.5 to 4 points lost at M/16.
+    ScaledRandK,
+    /// Every row on its own, with the `p_m` of [`Method::Systematic`], and the same
+    /// weights: K rows on average, not always (Adelman, Levy, Hakimi, Silberstein,
     /// 2021; VCAS: Wang, Chen, Zhu, 2024).
     Bernoulli,
     /// Column-row sampling: K draws with replacement, row m with probability
-    /// `p_m = |x_m| |g_m| / sum`, each outer product times `1 / (K p_m)`. Unbiased (Drineas,
+    /// `p_m = |x_m| |g_m| / sum`, each outer product times `1 / (K p_m)` (Drineas,
     /// Kannan, Mahoney, 2006; Adelman et al., 2021).
     ColumnRow,
     /// Winner-take-all column-row sampling: the rows with the largest probabilities as they are,
     /// the other draws as by [`ColumnRow`](Self::ColumnRow) from the rest; as many winners as make
-    /// the variance smallest. Unbiased (WTA-CRS: Liu et al., 2023).
+    /// the variance smallest (WTA-CRS: Liu et al., 2023).
     WinnerTakeAll,
 }
 
-impl Policy {
-    /// Whether the outer products are weighted so that the expected gradient is the exact one.
-    pub fn is_unbiased(self) -> bool {
+impl Method {
+    /// What becomes of the rows left out.
+    pub fn memory(self) -> Memory {
         match self {
-            Self::TopK | Self::RandK | Self::WeightedK => false,
-            Self::ScaledRandK
-            | Self::Systematic
-            | Self::Bernoulli
-            | Self::ColumnRow
-            | Self::WinnerTakeAll => true,
+            Self::TopK(memory)
+            | Self::Baseline(Baseline::RandK(memory) | Baseline::WeightedK(memory)) => memory,
+            _ => Memory::None,
         }
     }
 }
@@ -150,8 +180,7 @@ pub enum Memory {
     /// the same positions of the next batch.
     ///
     /// In deep networks at working learning rates the products of factors of different steps
-    /// that it creates make training collapse when K is a small share of M. Measured with
-    /// [`Policy::TopK`]: 2 to 83 points lost at M/8.
+    /// that it creates make training collapse when K is a small share of M.
     Published {
         /// The decay; 1 in the paper.
         decay: f64,
@@ -162,8 +191,8 @@ pub enum Memory {
     /// to the variance smallest: the rank-one trick of NoBackTrack and UORO (Ollivier, Tallec,
     /// Charpiat, 2015; Tallec, Ollivier, 2017).
     ///
-    /// r is 1 where a norm of the memory is 0; a pair with `|x| |g| = 0` adds nothing. Measured
-    /// with [`Policy::TopK`] and a decay of 0.9: at most 0.1 points lost at M/8, 0.5 at M/16.
+    /// r is 1 where a norm of the memory is 0; a pair with `|x| |g| = 0` adds nothing. The study of
+    /// `docs/choosing.md` takes a decay of 0.9.
     Balanced {
         /// The decay.
         decay: f64,
@@ -238,7 +267,7 @@ impl InputGradient {
     }
 }
 
-/// How the number K of outer products changes from step to step.
+/// How the number of outer products comes down to K.
 ///
 /// Steps are the layer's backward passes. While K is M the gradient is exact, and the memory is
 /// not touched.
@@ -263,17 +292,6 @@ pub enum Schedule {
         /// The number of steps from M to K, at least 1.
         steps: usize,
     },
-    /// From K, adjusted so that the chosen rows carry a given share of the sum of all
-    /// `|x^| |g^|`.
-    ///
-    /// The share of one step in `interval` is measured, and read when the next one is: no step
-    /// waits for its own.
-    Adaptive {
-        /// The share to hold, in `(0, 1)`.
-        share: f64,
-        /// The number of steps between adjustments, at least 1.
-        interval: usize,
-    },
 }
 
 /// A value of an [`AopConfig`] that breaks its rule.
@@ -295,27 +313,16 @@ pub enum AopConfigError {
     #[error("AopConfig.input_gradient: the minimum must be at least 1, but got {0}")]
     InputMinimum(usize),
     /// A decay outside `[0, 1]`.
-    #[error("AopConfig.memory: the decay must be in [0, 1], but got {0}")]
+    #[error("AopConfig.method: the decay must be in [0, 1], but got {0}")]
     Decay(f64),
-    /// An unbiased policy with a memory.
-    #[error(
-        "AopConfig.memory: {policy:?} weighs what it chooses, so it must go with None, but got \
-         {memory:?}"
-    )]
-    UnbiasedWithMemory {
-        /// The policy.
-        policy: Policy,
-        /// The memory.
-        memory: Memory,
-    },
     /// A schedule of 0 steps.
     #[error("AopConfig.schedule: the number of steps must be at least 1, but got {0}")]
     Steps(usize),
     /// A share outside `(0, 1)`.
-    #[error("AopConfig.schedule: the share must be in (0, 1), but got {0}")]
+    #[error("AopConfig.outer_products: the share must be in (0, 1), but got {0}")]
     Share(f64),
     /// An interval of 0 steps.
-    #[error("AopConfig.schedule: the interval must be at least 1, but got {0}")]
+    #[error("AopConfig.outer_products: the interval must be at least 1, but got {0}")]
     Interval(usize),
 }
 
@@ -326,10 +333,15 @@ impl AopConfig {
         if with_input && self.input_gradient.k(rows) < rows {
             return false;
         }
-        match self.schedule {
-            Schedule::Adaptive { .. } => rows <= 1,
-            _ => self.outer_products.k(rows) >= rows,
+        match self.outer_products {
+            OuterProducts::Auto | OuterProducts::Share { .. } => rows <= 1,
+            fixed => fixed.k(rows) >= rows,
         }
+    }
+
+    /// Whether the layer chooses K by the noise of its gradient.
+    pub(crate) fn chooses_k(&self) -> bool {
+        self.outer_products == OuterProducts::Auto && self.method == Method::Systematic
     }
 
     /// Checks every value against its rule.
@@ -344,7 +356,11 @@ impl AopConfig {
                 return Err(AopConfigError::Ratio(ratio));
             }
             OuterProducts::Ratio { minimum: 0, .. } => return Err(AopConfigError::Minimum(0)),
-            OuterProducts::Count(_) | OuterProducts::Ratio { .. } => {}
+            OuterProducts::Share { share, .. } if !(share > 0.0 && share < 1.0) => {
+                return Err(AopConfigError::Share(share));
+            }
+            OuterProducts::Share { interval: 0, .. } => return Err(AopConfigError::Interval(0)),
+            _ => {}
         }
         match self.input_gradient {
             InputGradient::Largest { ratio, .. } | InputGradient::Sampled { ratio, .. }
@@ -358,25 +374,15 @@ impl AopConfig {
             }
             _ => {}
         }
-        if let Some(decay) = self.memory.decay()
+        if let Some(decay) = self.method.memory().decay()
             && !(0.0..=1.0).contains(&decay)
         {
             return Err(AopConfigError::Decay(decay));
-        }
-        if self.policy.is_unbiased() && self.memory != Memory::None {
-            return Err(AopConfigError::UnbiasedWithMemory {
-                policy: self.policy,
-                memory: self.memory,
-            });
         }
         match self.schedule {
             Schedule::Linear { steps: 0, .. } | Schedule::Cosine { steps: 0, .. } => {
                 Err(AopConfigError::Steps(0))
             }
-            Schedule::Adaptive { share, .. } if !(share > 0.0 && share < 1.0) => {
-                Err(AopConfigError::Share(share))
-            }
-            Schedule::Adaptive { interval: 0, .. } => Err(AopConfigError::Interval(0)),
             _ => Ok(()),
         }
     }

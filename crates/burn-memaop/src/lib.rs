@@ -75,7 +75,7 @@ mod state;
 mod config;
 
 pub use config::{
-    AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, OuterProducts, Policy,
+    AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, Method, OuterProducts,
     Schedule,
 };
 pub use layers::{
@@ -91,6 +91,11 @@ pub use state::{
     measurement::Measured,
     memory::MemoryStats,
 };
+
+/// Methods to compare with.
+pub mod baseline {
+    pub use crate::config::Baseline;
+}
 
 /// [`burn::nn`] with the layers of this crate in the places of its own: a model whose imports come from here
 /// is the swap.

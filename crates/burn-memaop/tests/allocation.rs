@@ -15,7 +15,7 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, MemoryPrecision, OuterProducts, Policy,
+    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts,
     op::{AopStep, weight_gradient},
 };
 
@@ -78,8 +78,7 @@ fn operation(memory: Memory) -> Vec<usize> {
     let mut step = |number| {
         let settings = AopStep {
             k: 32,
-            policy: Policy::TopK,
-            memory,
+            method: Method::TopK(memory),
             memory_precision: MemoryPrecision::Full,
             seed: 0,
             step: number,
@@ -116,7 +115,6 @@ fn training<L: Module>(mut layer: L, forward: fn(&L, Tensor<2>) -> Tensor<2>) ->
 fn nothing_large_is_allocated_after_the_first_step() {
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(32))
-        .with_policy(Policy::TopK)
         .with_cost_rule(false);
     let linear = LinearConfig::new(N, P).init(&Device::flex().autodiff());
     let exact = training(linear.clone(), Linear::forward::<2>);
@@ -130,7 +128,8 @@ fn nothing_large_is_allocated_after_the_first_step() {
         assert!(requests[0] > 0, "the memory is allocated: {requests:?}");
         assert_eq!(requests[1..], [0, 0, 0], "{memory:?}");
 
-        let layer = MemAopLinear::from_linear(linear.clone(), aop.with_memory(memory));
+        let layer =
+            MemAopLinear::from_linear(linear.clone(), aop.with_method(Method::TopK(memory)));
         let ours = training(layer, MemAopLinear::forward::<2>);
         assert!(ours[1] <= exact[1], "{memory:?}: {ours:?} {exact:?}");
         assert!(ours[3] <= exact[3], "{memory:?}: {ours:?} {exact:?}");

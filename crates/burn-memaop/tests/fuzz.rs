@@ -21,7 +21,7 @@ use burn::{
     store::{ModuleRecord, RecordError},
     tensor::{Bytes, Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy};
+use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts};
 use proptest::{collection::vec, prelude::*, sample::Index};
 
 /// The system's allocator, which remembers the largest request.
@@ -97,17 +97,14 @@ fn read_configs(bytes: &[u8]) {
 }
 
 static CONFIG: LazyLock<String> = LazyLock::new(|| {
-    let aop = AopConfig::new()
-        .with_policy(Policy::TopK)
-        .with_memory(Memory::Balanced { decay: 0.9 });
+    let aop = AopConfig::new().with_method(Method::TopK(Memory::Balanced { decay: 0.9 }));
     serde_json::to_string(&MemAopLinearConfig::new(3, 2).with_aop(aop)).unwrap()
 });
 
 fn layer() -> MemAopLinear {
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(2))
-        .with_policy(Policy::TopK)
-        .with_memory(Memory::Balanced { decay: 0.9 })
+        .with_method(Method::TopK(Memory::Balanced { decay: 0.9 }))
         .with_cost_rule(false);
     MemAopLinearConfig::new(3, 2)
         .with_aop(aop)

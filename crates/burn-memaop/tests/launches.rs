@@ -11,7 +11,8 @@ use std::sync::{
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopLinearConfig, Memory, MemoryPrecision, OuterProducts, Policy,
+    AopConfig, AopObserver, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
+    baseline::Baseline,
     op::{self, AopStep, InputStep},
 };
 use log::{LevelFilter, Log, Metadata, Record};
@@ -102,12 +103,12 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
 
 fn operation(device: &Device) {
     let methods = [
-        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
-        (Policy::TopK, Memory::None),
-        (Policy::RandK, Memory::Published { decay: 1.0 }),
-        (Policy::WeightedK, Memory::Published { decay: 0.9 }),
-        (Policy::ScaledRandK, Memory::None),
-        (Policy::Systematic, Memory::None),
+        Method::TopK(Memory::Balanced { decay: 0.9 }),
+        Method::TopK(Memory::None),
+        Method::Baseline(Baseline::RandK(Memory::Published { decay: 1.0 })),
+        Method::Baseline(Baseline::WeightedK(Memory::Published { decay: 0.9 })),
+        Method::Baseline(Baseline::ScaledRandK),
+        Method::Systematic,
     ];
     for dtype in [DType::F32, DType::F16] {
         if !device.supports_dtype(dtype) {
@@ -117,14 +118,13 @@ fn operation(device: &Device) {
             random([200, 40], device, dtype),
             random([200, 24], device, dtype),
         );
-        for (policy, memory) in methods {
+        for method in methods {
             let mut kept = None;
             let mut step = 0;
             let mut gradient = || {
                 let settings = AopStep {
                     k: 25,
-                    policy,
-                    memory,
+                    method,
                     memory_precision: MemoryPrecision::Full,
                     seed: 1,
                     step,
@@ -139,7 +139,7 @@ fn operation(device: &Device) {
             // The first step makes a memory.
             gradient();
             let (kernels, reads) = observe(device, || drop(gradient()));
-            let context = format!("{policy:?} {memory:?} {dtype:?}: {kernels:?}");
+            let context = format!("{method:?} {dtype:?}: {kernels:?}");
             let products = kernels.iter().filter(|name| name.contains("matmul"));
             let products = products.count();
             assert!(products >= 1, "{context}");
@@ -181,8 +181,7 @@ fn host_selection_is_reported(device: &Device) {
             None,
             AopStep {
                 k: 8,
-                policy: Policy::Bernoulli,
-                memory: Memory::None,
+                method: Method::Baseline(Baseline::Bernoulli),
                 memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
@@ -198,14 +197,13 @@ fn host_selection_is_reported(device: &Device) {
 /// Forward and backward of a layer, its update included, and reports of measured steps.
 fn layer(device: &Device) {
     let device = device.clone().autodiff();
-    for (policy, memory) in [
-        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
-        (Policy::Systematic, Memory::None),
+    for method in [
+        Method::TopK(Memory::Balanced { decay: 0.9 }),
+        Method::Systematic,
     ] {
         let aop = AopConfig::new()
             .with_outer_products(OuterProducts::Count(9))
-            .with_policy(policy)
-            .with_memory(memory);
+            .with_method(method);
         let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
         let input = random([70, 20], &device, DType::F32);
         let observer = AopObserver::new(1).with_exact(2);
@@ -218,7 +216,7 @@ fn layer(device: &Device) {
                 reports.push(observer.observe(&layer));
             }
         });
-        assert_eq!(reads, 0, "{policy:?} {memory:?}: {kernels:?}");
+        assert_eq!(reads, 0, "{method:?}: {kernels:?}");
         let measured = reports[3].layers[0].measured().unwrap();
         assert!(measured.is_some_and(|measured| measured.cosine.is_some()));
     }

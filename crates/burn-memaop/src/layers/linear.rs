@@ -137,7 +137,7 @@ impl MemAopLinear {
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
         self.aop = valid(aop);
-        if aop.memory.decay().is_none() {
+        if aop.method.memory().decay().is_none() {
             self.memory.drop_rows();
         }
         self
@@ -198,7 +198,8 @@ impl MemAopLinear {
         }
         let device = input.device();
         let with_input = is_tracked(&input);
-        let aop = self.ruled(rows, input.dtype(), with_input, &device);
+        let pass = self.pass(rows, input.dtype(), with_input);
+        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         // A batch without rows has a gradient of zeros.
         if rows == 0 || aop.is_exact(rows, with_input) {
             self.memory.note_exact(rows, with_input);
@@ -206,6 +207,7 @@ impl MemAopLinear {
         }
         let layer = AopLayer {
             config: aop,
+            time: cost::step_time(&aop, device.as_dispatch(), pass),
             memory: self.memory.in_training(),
         };
         let bias = match bias {
@@ -229,21 +231,21 @@ impl MemAopLinear {
     /// K >= M, or by the [cost rule](AopConfig::cost_rule). The input is taken to have the type of the weight
     /// and its gradient to be asked for, as it is in all layers but the first.
     pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
-        let aop = self.ruled(rows, self.weight.val().dtype(), true, device);
+        let pass = self.pass(rows, self.weight.val().dtype(), true);
+        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         rows == 0 || aop.is_exact(rows, true)
     }
 
-    /// The configuration after the cost rule.
-    fn ruled(&self, rows: usize, dtype: DType, with_input: bool, device: &Device) -> AopConfig {
+    /// A backward pass, for the cost rule.
+    fn pass(&self, rows: usize, dtype: DType, with_input: bool) -> cost::Pass {
         let [d_input, d_output] = self.weight.shape().dims();
-        let pass = cost::Pass {
+        cost::Pass {
             rows,
             d_input,
             d_output,
             dtype,
             with_input,
-        };
-        cost::ruled(&self.aop, device.as_dispatch(), pass)
+        }
     }
 
     /// Reads the state of the memory. Waits for the device.
@@ -421,8 +423,7 @@ impl ModuleDisplay for MemAopLinear {
             .add("d_output", &d_output)
             .add("bias", &self.bias.is_some())
             .add_debug_attribute("outer_products", &self.aop.outer_products)
-            .add_debug_attribute("policy", &self.aop.policy)
-            .add_debug_attribute("memory", &self.aop.memory)
+            .add_debug_attribute("method", &self.aop.method)
             .add_debug_attribute("schedule", &self.aop.schedule)
             .optional()
     }

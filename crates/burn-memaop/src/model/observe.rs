@@ -87,6 +87,7 @@ impl AopObserver {
                 outer_products: seen.k,
                 rows: seen.rows,
                 input_rows: seen.input_rows,
+                noise: seen.noise,
                 d_input,
                 d_output,
                 measurement: seen.measurement,
@@ -122,6 +123,10 @@ pub struct LayerReport {
     /// The rows of the gradient of the input that were computed; none where nothing below the layer asks
     /// for it, as in the first layer of most models.
     pub input_rows: Option<usize>,
+    /// The noise-to-signal ratio of the gradient, by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose
+    /// K: the variance of the gradient of a batch, were its rows independent, against the square of the true gradient.
+    /// None where K is set, and before the first measurement.
+    pub noise: Option<f64>,
     /// The inputs of the layer.
     pub d_input: usize,
     /// The outputs of the layer.

@@ -17,14 +17,15 @@ use burn_autodiff::{
 use super::{
     AopLayer, MemAopOps,
     noise::layer_key,
-    step::{AopStep, Bias, InputStep, RowMemory, Share},
+    step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share},
 };
 use crate::{
-    config::{AopConfig, InputGradient, Memory, Schedule},
+    config::{AopConfig, InputGradient, Memory, OuterProducts},
     state::{
         learning_rate::{self, SharedLearningRate},
         measurement::Measurement,
         memory::{Carried, MemoryHandle, MemoryState},
+        noise_scale::{Reading, StepTime, measured_ks},
         rows::RowTensors,
         schedule::{self, Progress},
         watch::Seen,
@@ -164,6 +165,7 @@ fn propagate<B>(
     let weight = weight.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
     let step = LayerStep {
         config: &layer.config,
+        time: layer.time,
         key: layer_key(layer.config.seed, order as u64),
         rows: input.shape()[0],
         with_input: input_node.is_some(),
@@ -193,6 +195,7 @@ fn propagate<B>(
 /// One backward pass of a layer.
 struct LayerStep<'a> {
     config: &'a AopConfig,
+    time: StepTime,
     /// Of the noise of the layer.
     key: u64,
     rows: usize,
@@ -240,16 +243,32 @@ impl LayerStep<'_> {
         DispatchTensor: DispatchKindConversion<B>,
     {
         let mut state = memory.lock();
-        let adapts = schedule::measures(self.config, state.progress.step);
+        let adapts = schedule::measures_share(self.config, state.progress.step);
         if adapts {
             self.adapt(&mut state);
+        }
+        let chooses =
+            self.config.chooses_k() && state.progress.step.is_multiple_of(self.time.interval());
+        if chooses {
+            self.choose(&mut state);
         }
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
         let step = self.start(&mut state, adapts || due.is_some());
+        let batch = chooses.then(|| (input.clone(), grad.clone()));
+        let read = |gradient: &FloatTensor<B>| {
+            let (input, grad) = batch?;
+            let ks = measured_ks(self.rows, step.k);
+            let noise = B::memaop_noise(input, grad, gradient.clone(), NoiseStep { ks });
+            Some(Reading(from_primitive::<B, 1>(noise)))
+        };
         if step.k >= self.rows {
             drop(state);
-            return (B::linear_weight_backward(input, grad), Bias::None);
+            let gradient = B::linear_weight_backward(input, grad);
+            if let Some(reading) = read(&gradient) {
+                memory.lock().reading = Some(reading);
+            }
+            return (gradient, Bias::None);
         }
         let rows = state.rows.take();
         let rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
@@ -262,6 +281,7 @@ impl LayerStep<'_> {
         let gradient = B::memaop_weight_gradient(input, grad, kept, step);
         let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
 
+        let reading = read(&gradient.weight);
         let rows = put_back::<B>(gradient.memory);
         let share = match gradient.share {
             Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
@@ -277,6 +297,9 @@ impl LayerStep<'_> {
         });
         let mut state = memory.lock();
         state.rows = rows;
+        if reading.is_some() {
+            state.reading = reading;
+        }
         if let Some(seen) = state.watch.seen.as_mut()
             && seen.step == step.step
         {
@@ -293,11 +316,20 @@ impl LayerStep<'_> {
 
     /// Adjusts K by the measurement of an earlier step, if there is one.
     fn adapt(&self, state: &mut MemoryState) {
-        if let Schedule::Adaptive { share, .. } = self.config.schedule
+        if let OuterProducts::Share { share, .. } = self.config.outer_products
             && let Some(carried) = state.carried.take()
         {
             let ratio = schedule::adapt(carried.ratio, carried.read(), share);
             state.progress.ratio = Some(ratio);
+        }
+    }
+
+    /// Chooses K by all measurements up to an earlier step, if there is one.
+    fn choose(&self, state: &mut MemoryState) {
+        if let Some(reading) = state.reading.take() {
+            state.noise.add(reading.read());
+            let ratio = state.progress.ratio.unwrap_or(1.0);
+            state.progress.ratio = Some(state.noise.choose(ratio, &self.time));
         }
     }
 
@@ -310,14 +342,14 @@ impl LayerStep<'_> {
             k: k.min(self.rows),
             rows: self.rows,
             input_rows: self.with_input.then(|| self.input_rows(&state.progress)),
+            noise: state.noise.noise().filter(|_| self.config.chooses_k()),
             measurement: None,
         });
         state.progress.step += 1;
         state.progress.k = k;
         AopStep {
             k,
-            policy: self.config.policy,
-            memory: self.config.memory,
+            method: self.config.method,
             memory_precision: self.config.memory_precision,
             seed: self.key,
             step,
@@ -341,7 +373,7 @@ impl LayerStep<'_> {
     {
         let widths = [input.shape()[1], grad.shape()[1]];
         let fits = |rows: &RowTensors| [rows.input.dims()[1], rows.grad.dims()[1]] == widths;
-        match (self.config.memory, rows.filter(fits)) {
+        match (self.config.method.memory(), rows.filter(fits)) {
             (Memory::None, _) | (_, None) => RowMemory::Empty,
             (_, Some(rows)) => {
                 let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());

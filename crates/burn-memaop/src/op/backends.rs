@@ -19,7 +19,7 @@ use {burn::tensor::Element, bytemuck::Pod};
 ))]
 use crate::op::MemAopOps;
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
-use crate::op::step::{AopStep, InputStep, RowMemory, WeightGradient};
+use crate::op::step::{AopStep, InputStep, NoiseStep, RowMemory, WeightGradient};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::op::{
     cpu::{self, HostTensors},
@@ -54,6 +54,19 @@ macro_rules! cpu_backend {
                     DType::F32 => cpu::input_gradient::<Self, f32>(grad, weight, step),
                     DType::F64 => cpu::input_gradient::<Self, f64>(grad, weight, step),
                     _ => portable::input_gradient::<Self>(grad, weight, step),
+                }
+            }
+
+            fn memaop_noise(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                gradient: FloatTensor<Self>,
+                step: NoiseStep,
+            ) -> FloatTensor<Self> {
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => cpu::noise::<Self, f32>(input, grad, gradient, step),
+                    DType::F64 => cpu::noise::<Self, f64>(input, grad, gradient, step),
+                    _ => portable::noise::<Self>(input, grad, gradient, step),
                 }
             }
         }
@@ -144,6 +157,15 @@ impl MemAopOps for burn_cubecl::CubeBackend {
     ) -> FloatTensor<Self> {
         cube::input_gradient(grad, weight, step)
     }
+
+    fn memaop_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        cube::noise(input, grad, gradient, step)
+    }
 }
 
 // With and without the feature `fusion` of this crate: Burn's own features can turn Fusion on too.
@@ -164,6 +186,15 @@ impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusio
         step: InputStep,
     ) -> FloatTensor<Self> {
         fusion::input_gradient::<B>(grad, weight, step)
+    }
+
+    fn memaop_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        fusion::noise::<B>(input, grad, gradient, step)
     }
 }
 

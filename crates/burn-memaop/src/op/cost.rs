@@ -3,7 +3,10 @@
 use burn::{backend::DispatchDevice, tensor::DType};
 
 use super::portable::LEAST_DECAY;
-use crate::config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, Schedule};
+use crate::{
+    config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts},
+    state::noise_scale::{DIVISORS, StepTime},
+};
 
 /// One backward pass of a layer.
 #[derive(Debug, Clone, Copy)]
@@ -57,10 +60,6 @@ fn exact_weight(config: &mut AopConfig) {
         ratio: 1.0,
         minimum: 1,
     };
-    // That would choose a K of its own.
-    if matches!(config.schedule, Schedule::Adaptive { .. }) {
-        config.schedule = Schedule::Constant { exact_steps: 0 };
-    }
 }
 
 fn has_fast_scores(dtype: DType, cpu: bool) -> bool {
@@ -71,7 +70,7 @@ fn has_fast_scores(dtype: DType, cpu: bool) -> bool {
 }
 
 fn has_fast_weight(config: &AopConfig, dtype: DType, cpu: bool) -> bool {
-    let fast_memory = config.memory.decay().is_none_or(|decay| {
+    let fast_memory = config.method.memory().decay().is_none_or(|decay| {
         let full = config.memory_precision == MemoryPrecision::Full;
         decay >= LEAST_DECAY && (full || !cpu)
     });
@@ -114,11 +113,19 @@ impl Cost {
     }
 
     fn weight_pays(&self, config: &AopConfig, pass: Pass) -> bool {
-        let value = match config.memory {
+        let k = match config.chooses_k() {
+            true => pass.rows / DIVISORS[DIVISORS.len() - 1],
+            false => config.outer_products.k(pass.rows),
+        };
+        self.pays(k, self.weight_pass(config), pass)
+    }
+
+    /// A value in the pass for the gradient of the weight.
+    fn weight_pass(&self, config: &AopConfig) -> f64 {
+        match config.method.memory() {
             Memory::None => self.read,
             Memory::Published { .. } | Memory::Balanced { .. } => self.fold_in,
-        };
-        self.pays(config.outer_products.k(pass.rows), value, pass)
+        }
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
@@ -130,6 +137,61 @@ impl Cost {
         let left_out = 1.0 - k.min(pass.rows) as f64 / pass.rows as f64;
         let (n, p) = (pass.d_input as f64, pass.d_output as f64);
         2.0 * left_out * n * p > value * (n + p)
+    }
+}
+
+/// On a GPU, from bytes alone: values of four bytes, at 20 operations of a product for each byte of memory traffic
+/// (an H100 in `f32` has 67e12 / 3.35e12). Not measured.
+const GPU: Cost = Cost {
+    read: 80.0,
+    fold_in: 240.0,
+    input: 160.0,
+};
+/// In half precision values have half of the bytes, and products of matrix units take a fifteenth of the time.
+const GPU_HALF: Cost = Cost {
+    read: 600.0,
+    fold_in: 1800.0,
+    input: 1200.0,
+};
+
+/// What passes through memory beside the products, in values: an optimizer reads weight and gradient and writes the
+/// weight, by way of another tensor; an activation reads and writes in both directions.
+const BESIDE: f64 = 4.0;
+
+/// Where only operations of products count.
+const NOTHING: Cost = Cost {
+    read: 0.0,
+    fold_in: 0.0,
+    input: 0.0,
+};
+
+/// The time of a training step in operations of a matrix product per row, for the choice of K; without the cost
+/// rule, of the products alone.
+pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> StepTime {
+    let half = matches!(pass.dtype, DType::F16 | DType::BF16);
+    let cost = match device_class(device) {
+        _ if !config.cost_rule => NOTHING,
+        Class::Cpu => Cost::of_this_processor(),
+        Class::Cube if half => GPU_HALF,
+        Class::Cube => GPU,
+        Class::Other => NARROW,
+    };
+    let (n, p) = (pass.d_input as f64, pass.d_output as f64);
+    let rows = pass.rows as f64;
+    let product = 2.0 * n * p;
+    // A value of the weight is shared by the rows.
+    let weight = n * p / rows;
+    let input_rows = config.input_gradient.k(pass.rows) as f64;
+    let input = match pass.with_input {
+        false => 0.0,
+        true if input_rows < rows => product * input_rows / rows + cost.input * (n + p),
+        true => product,
+    };
+    StepTime {
+        fixed: product + input + BESIDE * cost.read * (weight + p),
+        pass: cost.weight_pass(config) * (n + p),
+        product,
+        measure: cost.read * (n + p + weight),
     }
 }
 
@@ -164,7 +226,7 @@ fn device_class(device: &DispatchDevice) -> Class {
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
-    use crate::config::Policy;
+    use crate::config::Method;
 
     fn pass(rows: usize, d_input: usize, d_output: usize) -> Pass {
         Pass {
@@ -177,14 +239,13 @@ mod tests {
     }
 
     fn config(memory: Memory, k: usize) -> AopConfig {
-        let policy = match memory {
-            Memory::None => Policy::Systematic,
-            _ => Policy::TopK,
+        let method = match memory {
+            Memory::None => Method::Systematic,
+            memory => Method::TopK(memory),
         };
         AopConfig::new()
             .with_outer_products(OuterProducts::Count(k))
-            .with_policy(policy)
-            .with_memory(memory)
+            .with_method(method)
     }
 
     const BALANCED: Memory = Memory::Balanced { decay: 0.9 };
@@ -241,17 +302,38 @@ mod tests {
             (true, false)
         );
         assert_eq!(ruled(few, pass(512, 784, 10)), (false, false));
-        // An adaptive schedule does not bring back what does not pay.
-        let adaptive = Schedule::Adaptive {
-            share: 0.5,
-            interval: 10,
-        };
-        assert_eq!(
-            ruled(few.with_schedule(adaptive), pass(512, 784, 10)),
-            (false, false)
-        );
+        // A K that the layer chooses may be exact, and is where no K pays.
+        for outer_products in [
+            OuterProducts::Auto,
+            OuterProducts::Share {
+                share: 0.5,
+                interval: 10,
+            },
+        ] {
+            let chosen = few.with_outer_products(outer_products);
+            assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
+            assert_eq!(ruled(chosen, wide), (true, true));
+        }
         let off = few.with_cost_rule(false);
         assert_eq!(ruled(off, pass(512, 784, 10)), (true, true));
+    }
+
+    #[test]
+    fn a_step_is_three_products_and_what_stands_beside() {
+        let device = burn::tensor::Device::flex();
+        let time = |pass| step_time(&AopConfig::new(), device.as_dispatch(), pass);
+        let wide = pass(4096, 1024, 1024);
+        let StepTime { fixed, product, .. } = time(wide);
+        assert!(fixed > 2.0 * product && fixed < 2.3 * product, "{fixed}");
+        let first = time(Pass {
+            with_input: false,
+            ..wide
+        });
+        assert_eq!(fixed - first.fixed, product);
+        // A small batch pays more for each row, and measures less often where the layer is small too.
+        let small = time(pass(64, 128, 128));
+        assert!(small.fixed > 2.5 * small.product);
+        assert!(small.interval() > 20 && time(wide).interval() == 10);
     }
 
     #[test]

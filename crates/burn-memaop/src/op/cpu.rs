@@ -18,7 +18,7 @@ use crate::{
     op::noise::StepNoise,
     op::portable::{self, LEAST_DECAY},
     op::selection::{self, Selection},
-    op::step::{AopStep, Bias, InputStep, RowMemory, Share, WeightGradient},
+    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
 };
 
 /// Access to the values of a backend's tensors.
@@ -45,7 +45,7 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     memory: RowMemory<B>,
     step: AopStep,
 ) -> WeightGradient<B> {
-    let decay = step.memory.decay();
+    let decay = step.method.memory().decay();
     let full = step.memory_precision == MemoryPrecision::Full;
     if decay.is_some_and(|decay| decay < LEAST_DECAY || !full) {
         return portable::weight_gradient::<B>(input, grad, memory, step);
@@ -165,7 +165,7 @@ fn choose_and_keep<E: Real>(
         scores,
         sum: step.bias,
         first: 0,
-        balanced: matches!(step.memory, Memory::Balanced { .. }),
+        balanced: matches!(step.method.memory(), Memory::Balanced { .. }),
         noise: StepNoise {
             seed: step.seed,
             step: step.step,
@@ -305,6 +305,48 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
         first: 0,
     });
     from_values::<B, E>(gradient, [rows, d_input], &device)
+}
+
+/// The same result as the default body.
+pub(crate) fn noise<B: HostTensors<E>, E: Real>(
+    input: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    gradient: FloatTensor<B>,
+    step: NoiseStep,
+) -> FloatTensor<B> {
+    let device = input.device();
+    let [input, grad, gradient] = [input, grad, gradient].map(B::contiguous);
+    let rows = |tensor| {
+        let [_, width] = TensorMetadata::shape(tensor).dims();
+        Rows::new(B::values(tensor), width)
+    };
+    let mut scores = vec![E::zero(); input.shape()[0]];
+    in_parallel(Score {
+        batch: Batch {
+            input: rows(&input),
+            grad: rows(&grad),
+        },
+        scores: &mut scores,
+        sum: false,
+    });
+    let mut norms = vec![E::zero(); gradient.shape()[0]];
+    in_parallel(Norm {
+        rows: rows(&gradient),
+        norms: &mut norms,
+    });
+    let squares = norms.iter().map(|&norm| {
+        let norm: f64 = norm.into();
+        norm * norm
+    });
+    let norm = squares.sum::<f64>().sqrt();
+    let scores = scores.iter().map(|&score| score.into()).collect();
+    let noise = selection::noise(scores, &step);
+    let figures: Vec<_> = std::iter::once(norm)
+        .chain(noise)
+        .map(|root| root as f32)
+        .collect();
+    let shape = [figures.len()];
+    B::float_from_data(TensorData::new(figures, shape), &device)
 }
 
 /// Whether the product of some of the rows is worth copying them to a panel and back.

@@ -30,7 +30,7 @@ mod units;
 use crate::{
     config::Memory,
     op::portable::{self, LEAST_DECAY},
-    op::step::{AopStep, Bias, InputStep, RowMemory, WeightGradient},
+    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, WeightGradient},
 };
 
 pub(crate) fn weight_gradient(
@@ -41,7 +41,7 @@ pub(crate) fn weight_gradient(
 ) -> WeightGradient<CubeBackend> {
     let units = input.client.properties().hardware.max_units_per_cube;
     let supported = supported(input.dtype, input.shape()[0], units);
-    if let Err(reason) = supported.and_then(|()| supports_decay(step.memory)) {
+    if let Err(reason) = supported.and_then(|()| supports_decay(step.method.memory())) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
             log::warn!(
@@ -58,7 +58,7 @@ pub(crate) fn weight_gradient(
     };
     let batch = [input, grad].map(row_major);
 
-    let (chosen, panels, memory) = match step.memory.decay() {
+    let (chosen, panels, memory) = match step.method.memory().decay() {
         None => {
             let [input, grad] = &batch;
             let scores = fold::score(input, grad);
@@ -104,6 +104,23 @@ pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputSt
     let gradient = CubeBackend::float_zeros(shape, &grad.device(), grad.dtype.into());
     gather::scatter_rows(&row_major(product), &sizes, &chosen, &gradient);
     gradient
+}
+
+/// The noise of a gradient, in two launches and the norm.
+pub(crate) fn noise(
+    input: CubeTensor,
+    grad: CubeTensor,
+    gradient: CubeTensor,
+    step: NoiseStep,
+) -> CubeTensor {
+    let units = input.client.properties().hardware.max_units_per_cube;
+    if supported(input.dtype, input.shape()[0], units).is_err() {
+        return portable::noise::<CubeBackend>(input, grad, gradient, step);
+    }
+    let [input, grad] = [input, grad].map(row_major);
+    let noise = select::variances(&fold::score(&input, &grad), &step);
+    let gradient = portable::cast::<CubeBackend>(gradient, FloatDType::F32);
+    CubeBackend::float_cat(vec![portable::norm::<CubeBackend>(gradient), noise], 0)
 }
 
 /// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.

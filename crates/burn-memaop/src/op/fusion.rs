@@ -13,7 +13,7 @@ use crate::{
     op::portable,
     op::{
         MemAopOps,
-        step::{AopStep, Bias, InputStep, RowMemory, Share, WeightGradient},
+        step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
     },
 };
 
@@ -41,7 +41,7 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     }
     // In the order in which they are taken out again below.
     let mut outputs = vec![(Shape::new([d_input, d_output]), dtype)];
-    if step.memory.decay().is_some() {
+    if step.method.memory().decay().is_some() {
         let memory = DType::from(portable::memory_dtype(dtype, &step));
         let age = DType::from(portable::working_dtype(dtype));
         let rows = rows.max(kept);
@@ -75,7 +75,7 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     let mut next = || outputs.next().expect("as many outputs as were described");
     WeightGradient {
         weight: next(),
-        memory: match step.memory.decay() {
+        memory: match step.method.memory().decay() {
             None => RowMemory::Empty,
             Some(_) => RowMemory::Rows {
                 input: next(),
@@ -135,6 +135,50 @@ impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for ExecuteInput<
         let weight = handles.get_float_tensor::<B>(weight);
         let gradient = B::memaop_input_gradient(grad, weight, self.step);
         handles.register_float_tensor::<B>(&output.id, gradient);
+        Ok(())
+    }
+}
+
+pub(crate) fn noise<B: FusionBackend + MemAopOps>(
+    input: FusionTensor<B::FusionRuntime>,
+    grad: FusionTensor<B::FusionRuntime>,
+    gradient: FusionTensor<B::FusionRuntime>,
+    step: NoiseStep,
+) -> FusionTensor<B::FusionRuntime> {
+    let client = input.client.clone();
+    let shape = Shape::new([2 + step.ks.len()]);
+    let output = TensorIr::uninit(client.create_empty_handle(), shape, DType::F32);
+    let inputs = [input, grad, gradient].map(FusionTensor::into_ir);
+    let description = CustomOpIr::new("memaop_noise", &inputs, &[output]);
+    let operation = ExecuteNoise::<B> {
+        description: description.clone(),
+        step,
+        backend: core::marker::PhantomData,
+    };
+    client
+        .register(
+            StreamId::current(),
+            OperationIr::Custom(description),
+            operation,
+        )
+        .output()
+}
+
+#[derive(Debug)]
+struct ExecuteNoise<B> {
+    description: CustomOpIr,
+    step: NoiseStep,
+    backend: core::marker::PhantomData<B>,
+}
+
+impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for ExecuteNoise<B> {
+    fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
+        let (inputs, [output]) = self.description.as_fixed();
+        let [input, grad, gradient] = inputs
+            .each_ref()
+            .map(|ir| handles.get_float_tensor::<B>(ir));
+        let noise = B::memaop_noise(input, grad, gradient, self.step);
+        handles.register_float_tensor::<B>(&output.id, noise);
         Ok(())
     }
 }

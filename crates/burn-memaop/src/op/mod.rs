@@ -23,10 +23,13 @@ mod portable;
 mod selection;
 pub(crate) mod step;
 
-pub use step::{AopStep, InputStep};
+pub use step::{AopStep, InputStep, NoiseStep};
 
 use self::step::{Bias, RowMemory, Share, WeightGradient};
-use crate::{config::AopConfig, state::memory::MemoryHandle};
+use crate::{
+    config::AopConfig,
+    state::{memory::MemoryHandle, noise_scale::StepTime},
+};
 
 /// The rows that earlier steps left out, in gradient units (no learning rate in them): one pair of factors
 /// for each position of the batch; a pair of zeros is a position with nothing pending.
@@ -55,7 +58,7 @@ pub struct Gradient {
     pub share: Option<Tensor<1>>,
 }
 
-/// The sum of the outer products of the chosen rows, times their weights with an unbiased policy, and the
+/// The sum of the outer products of the chosen rows, times their weights with an unbiased method, and the
 /// memory of the other rows.
 ///
 /// Takes the memory by value, so that a backend that holds the only reference can update it in place. A
@@ -71,9 +74,8 @@ pub struct Gradient {
 /// # Panics
 ///
 /// Panics if the tensors are on an autodiff device or on different devices, `input` and `grad` differ in
-/// dtype or rows, `step.k` is not in `1..=rows`, a tensor of the memory has another width or another number
-/// of rows than the others, or the step's policy is [unbiased](crate::Policy::is_unbiased) and it has a
-/// memory.
+/// dtype or rows, `step.k` is not in `1..=rows`, or a tensor of the memory has another width or another number
+/// of rows than the others.
 pub fn weight_gradient(
     input: Tensor<2>,
     grad: Tensor<2>,
@@ -89,12 +91,6 @@ pub fn weight_gradient(
         (1..=rows).contains(&step.k),
         "{NAME}: step.k must be in 1..={rows}, the rows of the batch, but is {}",
         step.k
-    );
-    assert!(
-        !step.policy.is_unbiased() || step.memory.decay().is_none(),
-        "{NAME}: step.memory must be None with {:?}, which weighs what it chooses, but is {:?}",
-        step.policy,
-        step.memory
     );
     let memory = match memory {
         None => RowMemory::Empty,
@@ -170,6 +166,55 @@ pub fn input_gradient(grad: Tensor<2>, weight: Tensor<2>, step: InputStep) -> Te
     Tensor::from_dispatch(Dispatch::memaop_input_gradient(grad, weight, step))
 }
 
+/// What the noise of a gradient follows from, shape `[8]`, in single precision: the norm of `gradient`, the root of
+/// the sum of the squares of all scores `s_m = |x_m| |g_m|`, and for each of `step.ks` the root of the variance that
+/// [systematic sampling](crate::Method::Systematic) of so many rows adds, `sum (1 / p_m - 1) s_m^2`. A score that is
+/// not finite counts as zero.
+///
+/// # Shapes
+///
+/// - input: `[rows, d_input]`
+/// - grad: `[rows, d_output]`
+/// - gradient: `[d_input, d_output]`, of the weight
+///
+/// # Panics
+///
+/// Panics if the tensors are on an autodiff device or on different devices, or differ in dtype or in a
+/// dimension that they share, or if one of `step.ks` is not in `1..=rows`.
+pub fn gradient_noise(
+    input: Tensor<2>,
+    grad: Tensor<2>,
+    gradient: Tensor<2>,
+    step: NoiseStep,
+) -> Tensor<1> {
+    const NAME: &str = "gradient_noise";
+    let ([rows, d_input], [grad_rows, d_output]) = (input.dims(), grad.dims());
+    same_device(NAME, [("input", &input), ("grad", &grad)]);
+    same_device(NAME, [("input", &input), ("gradient", &gradient)]);
+    expect(NAME, "the rows of grad", rows, grad_rows);
+    expect(
+        NAME,
+        "the shape of gradient",
+        [d_input, d_output],
+        gradient.dims(),
+    );
+    for (name, tensor) in [("grad", &grad), ("gradient", &gradient)] {
+        expect(
+            NAME,
+            &format!("the dtype of {name}"),
+            input.dtype(),
+            tensor.dtype(),
+        );
+    }
+    assert!(
+        step.ks.iter().all(|k| (1..=rows).contains(k)),
+        "{NAME}: step.ks must be in 1..={rows}, the rows of the batch, but are {:?}",
+        step.ks
+    );
+    let [input, grad, gradient] = [input, grad, gradient].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(Dispatch::memaop_noise(input, grad, gradient, step))
+}
+
 fn expect<T: PartialEq + core::fmt::Debug>(name: &str, what: &str, expected: T, found: T) {
     assert!(
         expected == found,
@@ -191,6 +236,8 @@ fn same_device(name: &str, [first, second]: [(&str, &Tensor<2>); 2]) {
 #[derive(Debug, Clone)]
 pub(crate) struct AopLayer {
     pub(crate) config: AopConfig,
+    /// Of a step, for the choice of K.
+    pub(crate) time: StepTime,
     pub(crate) memory: MemoryHandle,
 }
 
@@ -238,5 +285,16 @@ pub(crate) trait MemAopOps: Backend {
         step: InputStep,
     ) -> FloatTensor<Self> {
         portable::input_gradient::<Self>(grad, weight, step)
+    }
+
+    /// As [`gradient_noise`].
+    #[allow(unused_variables)]
+    fn memaop_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        portable::noise::<Self>(input, grad, gradient, step)
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     config::{Memory, MemoryPrecision},
     op::noise::StepNoise,
     op::selection::{self, Selection},
-    op::step::{AopStep, Bias, InputStep, RowMemory, Share, WeightGradient},
+    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
 };
 
 /// A memory that shrinks more than this from step to step is left to this body: faster ones read
@@ -57,7 +57,7 @@ pub(crate) fn weight_gradient<B: Backend>(
     };
     let gathered = gather::<B>(&factors, &scores, &chosen);
     let gathered = gathered.map(|factor| B::float_cast(factor, dtype));
-    let memory = match step.memory.decay() {
+    let memory = match step.method.memory().decay() {
         None => RowMemory::Empty,
         Some(decay) => {
             let precision = memory_dtype(DType::from(dtype), &step);
@@ -117,6 +117,32 @@ pub(crate) fn input_gradient<B: Backend>(
     B::float_select_assign(zeros, 0, chosen.rows, product, IndexingUpdateOp::Add)
 }
 
+pub(crate) fn noise<B: Backend>(
+    input: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    gradient: FloatTensor<B>,
+    step: NoiseStep,
+) -> FloatTensor<B> {
+    let working = |tensor: FloatTensor<B>| {
+        let dtype = working_dtype(tensor.dtype());
+        cast::<B>(tensor, dtype)
+    };
+    let scores = scores::<B>(&Factors {
+        input: working(input),
+        grad: working(grad),
+    });
+    let norm = norm::<B>(working(gradient));
+    let noise = selection::noise(read::<B>(scores.clone()), &step);
+    let count = noise.len();
+    let noise = floats::<B>(noise, [count], &scores);
+    B::float_cast(B::float_cat(vec![norm, noise], 0), FloatDType::F32)
+}
+
+/// The Frobenius norm of a matrix, shape `[1]`.
+pub(crate) fn norm<B: Backend>(matrix: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_sqrt(B::float_sum(B::float_mul(matrix.clone(), matrix)))
+}
+
 /// `X^` and `G^` in at least single precision, the ages of their positions, and the rows of the
 /// memory beyond this batch, which take no part in the step.
 fn fold_in<B: Backend>(
@@ -130,7 +156,7 @@ fn fold_in<B: Backend>(
 
     let RowMemory::Rows { input, grad, age } = memory else {
         let age = B::float_ones(Shape::new([rows, 1]), &batch.input.device(), dtype);
-        return match step.memory {
+        return match step.method.memory() {
             Memory::None | Memory::Published { .. } => (batch, age, None),
             Memory::Balanced { .. } => (balance::<B>(batch, None, step), age, None),
         };
@@ -149,7 +175,7 @@ fn fold_in<B: Backend>(
     });
     let age = B::float_add_scalar(resize_rows::<B>(age, rows), Scalar::from(1.0));
     let memory = memory.map(|factor| resize_rows::<B>(factor, rows));
-    let batch = match step.memory {
+    let batch = match step.method.memory() {
         Memory::None | Memory::Published { .. } => batch,
         Memory::Balanced { .. } => balance::<B>(batch, Some(&memory), step),
     };

@@ -1,11 +1,11 @@
-//! Policies: which rows a step evaluates, and how it weighs them.
+//! Methods: which rows a step evaluates, and how it weighs them.
 
 use std::cmp::Ordering;
 
 use crate::{
-    config::Policy,
+    config::{Baseline, Method},
     op::noise::StepNoise,
-    op::step::{AopStep, InputStep},
+    op::step::{AopStep, InputStep, NoiseStep},
 };
 
 /// The chosen rows.
@@ -13,7 +13,7 @@ use crate::{
 pub(crate) struct Selection {
     /// In ascending order where no row can come twice.
     pub(crate) rows: Vec<usize>,
-    /// A weight for each of them, with unbiased policies.
+    /// A weight for each of them, with unbiased methods.
     pub(crate) weights: Option<Vec<f64>>,
 }
 
@@ -34,7 +34,7 @@ impl Selection {
     }
 }
 
-/// Chooses among `rows` rows, of which `scores` gives `|x^| |g^|`; it is called by policies that
+/// Chooses among `rows` rows, of which `scores` gives `|x^| |g^|`; it is called by methods that
 /// need the scores only.
 ///
 /// A row whose score is not finite is chosen only when no other is left.
@@ -44,25 +44,25 @@ pub(crate) fn select(rows: usize, step: &AopStep, scores: impl FnOnce() -> Vec<f
         seed: step.seed,
         step: step.step,
     };
-    match step.policy {
-        Policy::TopK => Selection::unweighted(largest(&scores(), k)),
-        Policy::WeightedK => {
+    match step.method {
+        Method::Systematic => systematic(&finite(scores()), k, noise.uniform(0), &noise),
+        Method::TopK(_) => Selection::unweighted(largest(&scores(), k)),
+        Method::Baseline(Baseline::WeightedK(_)) => {
             let keys = scores().into_iter().enumerate();
             let keys = keys.map(|(row, score)| 2.0 * score.ln() + noise.gumbel(row));
             Selection::unweighted(largest(&keys.collect::<Vec<_>>(), k))
         }
-        Policy::RandK => Selection::unweighted(random(rows, k, &noise)),
-        Policy::ScaledRandK => {
+        Method::Baseline(Baseline::RandK(_)) => Selection::unweighted(random(rows, k, &noise)),
+        Method::Baseline(Baseline::ScaledRandK) => {
             let weight = rows as f64 / k as f64;
             Selection::weighted(random(rows, k, &noise), vec![weight; k])
         }
-        Policy::Systematic => systematic(&finite(scores()), k, noise.uniform(0), &noise),
-        Policy::Bernoulli => bernoulli(&finite(scores()), k, &noise),
-        Policy::ColumnRow => {
+        Method::Baseline(Baseline::Bernoulli) => bernoulli(&finite(scores()), k, &noise),
+        Method::Baseline(Baseline::ColumnRow) => {
             let scores = finite(scores());
             column_row(&scores, Vec::new(), k, &noise)
         }
-        Policy::WinnerTakeAll => {
+        Method::Baseline(Baseline::WinnerTakeAll) => {
             let scores = finite(scores());
             let winners = winners(&scores, k);
             column_row(&scores, winners, k, &noise)
@@ -148,6 +148,27 @@ fn inclusion(scores: &[f64], k: usize) -> f64 {
         }
         c = next;
     }
+}
+
+/// The variance that systematic sampling of K rows adds to the gradient, `sum (1 / p_m - 1) s_m^2`.
+pub(crate) fn added_variance(scores: &[f64], k: usize) -> f64 {
+    if k >= scores.len() {
+        return 0.0;
+    }
+    let c = inclusion(scores, k);
+    let added = scores.iter().map(|&score| match probability(c, score) {
+        0.0 => 0.0,
+        p => (1.0 / p - 1.0) * score * score,
+    });
+    added.sum()
+}
+
+/// The root of the sum of the squares of finite scores, and the roots of the variances that sampling of each K adds.
+pub(crate) fn noise(scores: Vec<f64>, step: &NoiseStep) -> Vec<f64> {
+    let scores = finite(scores);
+    let batch: f64 = scores.iter().map(|score| score * score).sum();
+    let added = step.ks.iter().map(|&k| added_variance(&scores, k));
+    std::iter::once(batch).chain(added).map(f64::sqrt).collect()
 }
 
 /// `min(1, c score)`, also where c is infinite.

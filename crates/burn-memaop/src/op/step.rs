@@ -2,7 +2,7 @@
 
 use burn::backend::{Backend, ExtensionType, tensor::FloatTensor};
 
-use crate::config::{Memory, MemoryPrecision, Policy};
+use crate::config::{MemoryPrecision, Method};
 
 /// A bias or its gradient, or none.
 #[derive(ExtensionType, Debug)]
@@ -70,11 +70,9 @@ pub(crate) struct WeightGradient<B: Backend> {
 pub struct AopStep {
     /// The number of outer products, from 1 to the number of rows.
     pub k: usize,
-    /// The rule that chooses the rows.
-    pub policy: Policy,
-    /// What becomes of the other rows.
-    pub memory: Memory,
-    /// The precision in which they are kept.
+    /// Which rows they are, and what becomes of the others.
+    pub method: Method,
+    /// The precision in which the others are kept.
     pub memory_precision: MemoryPrecision,
     /// The seed of the noise.
     pub seed: u64,
@@ -97,4 +95,11 @@ pub struct InputStep {
     pub seed: u64,
     /// The number of gradients the layer has computed before this one.
     pub step: u64,
+}
+
+/// The settings of one measurement of the noise of a gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct NoiseStep {
+    /// The numbers of rows of which the variance of sampling is asked for, each from 1 to that of the batch.
+    pub ks: [usize; 6],
 }

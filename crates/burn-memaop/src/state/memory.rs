@@ -4,7 +4,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::tensor::{Device, Tensor};
 
-use super::{rows::RowTensors, schedule::Progress, watch::Watch};
+use super::{
+    noise_scale::{Averages, Reading},
+    rows::RowTensors,
+    schedule::Progress,
+    watch::Watch,
+};
 
 /// The share of the score mass that the chosen rows carried at K = `ratio * rows`, on the device.
 #[derive(Debug, Clone)]
@@ -25,6 +30,9 @@ pub(crate) struct MemoryState {
     pub(crate) progress: Progress,
     /// The measurement that the next adjustment of K goes by.
     pub(crate) carried: Option<Carried>,
+    /// What has been measured of the noise, and the measurement that the next choice of K goes by too.
+    pub(crate) noise: Averages,
+    pub(crate) reading: Option<Reading>,
     /// Allocated by the first approximate gradient, where the configuration asks for a memory.
     pub(crate) rows: Option<RowTensors>,
     /// The learning rate that the rows are in the units of, where they follow one.
@@ -40,6 +48,9 @@ impl MemoryState {
                 ratio: carried.ratio,
                 share: carried.share.clone().to_device(device),
             }),
+            noise: self.noise,
+            reading: (self.reading.as_ref())
+                .map(|reading| Reading(reading.0.clone().to_device(device))),
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
             rate: self.rate,
             watch: self.watch.clone(),

@@ -100,6 +100,7 @@ impl LayerMemory {
                 k: rows,
                 rows,
                 input_rows: input.then_some(rows),
+                noise: None,
                 measurement: None,
             });
         }

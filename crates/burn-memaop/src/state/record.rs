@@ -19,6 +19,7 @@ use burn::{
 
 use super::{
     memory::{Carried, MemoryState},
+    noise_scale::{Averages, DIVISORS, FIGURES, Reading},
     offer::{Shown, show},
     rows::RowTensors,
     schedule::Progress,
@@ -28,6 +29,10 @@ use super::{
 const VERSION: i32 = 1;
 /// The entry of `more` with the numbers of the workers, whose memories are under `worker<number>`.
 const WORKERS: i32 = 1;
+/// The entry of `more` with what has been measured of the noise: [`Averages`], then the figures of the last
+/// measurement, each number as a low and a high half.
+const NOISE: i32 = 2;
+const NOISE_NUMBERS: usize = 2 + DIVISORS.len() + FIGURES;
 /// More of them are no record of a training.
 const MOST_WORKERS: usize = 4096;
 
@@ -82,15 +87,11 @@ impl Header {
             self.rows as u64,
             self.words as u64 | (self.more as u64) << 32,
         ];
-        let halves = fields.map(|field| [field as i32, (field >> 32) as i32]);
-        halves.concat()
+        halves(&fields)
     }
 
     fn decode(values: &[i32], device: &Device) -> Self {
-        let field = |index: usize| {
-            let half = |value: i32| u64::from(value as u32);
-            half(values[2 * index]) | half(values[2 * index + 1]) << 32
-        };
+        let field = |index: usize| whole(&values[2 * index..]);
         // A share of the rows; anything else in the record is no measurement.
         let share = |index: usize| {
             let value = f64::from_bits(field(index));
@@ -136,15 +137,8 @@ impl MemoryRecord {
         shown: Shown,
         visitor: &mut V,
     ) {
-        let more = match workers {
-            [] => Vec::new(),
-            workers => {
-                let numbers = workers.iter().map(|(number, _)| *number as i32);
-                let head = [VERSION, WORKERS, workers.len() as i32];
-                head.into_iter().chain(numbers).collect()
-            }
-        };
-        self.visit_state(state, more, Some(shown), visitor);
+        let workers_of = workers.iter().map(|(number, _)| *number).collect();
+        self.visit_state(state, workers_of, Some(shown), visitor);
         for (number, state) in workers {
             let name = worker_name(*number);
             visitor.enter_module(&name, CONTAINER);
@@ -158,10 +152,11 @@ impl MemoryRecord {
     fn visit_state<V: ModuleVisitor>(
         &self,
         state: &MemoryState,
-        more: Vec<i32>,
+        workers: Vec<usize>,
         shown: Option<Shown>,
         visitor: &mut V,
     ) {
+        let more = More::of(state, workers);
         let header = Header::of(state, more.len());
         let words = header.words;
         let header = self.tensor(0, [HEADER], move |device| {
@@ -171,9 +166,9 @@ impl MemoryRecord {
             Some(shown) => show(shown, || visitor.visit_int(&header)),
             None => visitor.visit_int(&header),
         });
-        if !more.is_empty() {
+        if more.len() > 0 {
             let shape = [more.len()];
-            let more = self.tensor(4, shape, move |device| ints(more, shape, device));
+            let more = self.tensor(4, shape, move |device| ints(more.encode(), shape, device));
             at(visitor, "more", |visitor| visitor.visit_int(&more));
         }
 
@@ -202,8 +197,8 @@ impl MemoryRecord {
         weight: &Param<Tensor<2>>,
         mapper: &mut M,
     ) -> Option<(MemoryState, Vec<(usize, MemoryState)>)> {
-        let (state, more) = self.map_state(weight, mapper)?;
-        let workers = more.into_iter().flat_map(|number| {
+        let (state, workers) = self.map_state(weight, mapper)?;
+        let workers = workers.into_iter().flat_map(|number| {
             let name = worker_name(number);
             mapper.enter_module(&name, CONTAINER);
             let worker = self.map_state(weight, mapper);
@@ -227,7 +222,7 @@ impl MemoryRecord {
             length => self.load(mapper, "more", 4, [length]),
         };
         // Where partial loading is allowed, a memory that cannot be read is as one that is missing.
-        let workers = workers(&more?, |name| self.refuse(mapper, name))?;
+        let more = More::decode(&more?, &self.device, |name| self.refuse(mapper, name))?;
 
         // Words that no dtype has, or rows that the record does not hold, meet a shape that the
         // record's tensors do not have, which the mapper reports.
@@ -250,11 +245,13 @@ impl MemoryRecord {
         let state = MemoryState {
             progress: header.progress,
             carried: header.carried,
+            noise: more.noise,
+            reading: more.reading,
             rows,
             rate: header.rate,
             ..MemoryState::default()
         };
-        Some((state, workers))
+        Some((state, more.workers))
     }
 
     /// Offers the mapper a tensor, and returns what it loads in its place, if it does.
@@ -328,36 +325,155 @@ fn worker_name(number: usize) -> String {
     format!("worker{number}")
 }
 
-/// The numbers of the workers in `more`; `refuse` is told of what cannot be read.
-fn workers(more: &[i32], mut refuse: impl FnMut(&str)) -> Option<Vec<usize>> {
-    let (&version, mut entries) = more.split_first()?;
-    if version > VERSION {
-        refuse(&format!(
-            "a format that this version of burn-memaop reads: the record has version {version}, \
-             and {VERSION} is the latest known"
-        ));
-        return None;
+/// What `more` holds.
+#[derive(Default)]
+struct More {
+    workers: Vec<usize>,
+    noise: Averages,
+    reading: Option<Reading>,
+}
+
+impl More {
+    fn of(state: &MemoryState, workers: Vec<usize>) -> Self {
+        Self {
+            workers,
+            noise: state.noise,
+            reading: state.reading.clone(),
+        }
     }
-    let mut numbers = Vec::new();
-    while let [tag, length, rest @ ..] = entries {
-        let length = usize::try_from(*length)
-            .ok()
-            .filter(|&length| length <= rest.len());
-        let Some((values, rest)) = length.map(|length| rest.split_at(length)) else {
-            refuse("sound entries in `more`");
-            return None;
+
+    fn has_noise(&self) -> bool {
+        self.reading.is_some() || self.noise != Averages::default()
+    }
+
+    /// The number of integers, 0 where there is nothing to tell.
+    fn len(&self) -> usize {
+        let workers = match self.workers.len() {
+            0 => 0,
+            count => 2 + count,
         };
-        if *tag == WORKERS {
-            let sound = values.len() <= MOST_WORKERS && values.iter().all(|&number| number >= 0);
+        let noise = match self.has_noise() {
+            true => 2 + 2 * NOISE_NUMBERS,
+            false => 0,
+        };
+        match workers + noise {
+            0 => 0,
+            entries => 1 + entries,
+        }
+    }
+
+    /// Waits for the device, if it has not measured the noise yet.
+    fn encode(&self) -> Vec<i32> {
+        let mut more = vec![VERSION];
+        if !self.workers.is_empty() {
+            more.extend([WORKERS, self.workers.len() as i32]);
+            more.extend(self.workers.iter().map(|&number| number as i32));
+        }
+        if self.has_noise() {
+            let Averages {
+                weight,
+                signal,
+                added,
+            } = self.noise;
+            // NaN stands for none.
+            let figures = self
+                .reading
+                .as_ref()
+                .map_or([f64::NAN; FIGURES], Reading::read);
+            let numbers = [weight, signal].into_iter().chain(added).chain(figures);
+            let numbers: Vec<_> = numbers.map(f64::to_bits).collect();
+            more.extend([NOISE, 2 * NOISE_NUMBERS as i32]);
+            more.extend(halves(&numbers));
+        }
+        more
+    }
+
+    /// `refuse` is told of what cannot be read.
+    fn decode(more: &[i32], device: &Device, mut refuse: impl FnMut(&str)) -> Option<Self> {
+        let (&version, mut entries) = more.split_first()?;
+        if version > VERSION {
+            refuse(&format!(
+                "a format that this version of burn-memaop reads: the record has version {version}, \
+                 and {VERSION} is the latest known"
+            ));
+            return None;
+        }
+        let mut decoded = Self::default();
+        while let [tag, length, rest @ ..] = entries {
+            let length = usize::try_from(*length)
+                .ok()
+                .filter(|&length| length <= rest.len());
+            let Some((values, rest)) = length.map(|length| rest.split_at(length)) else {
+                refuse("sound entries in `more`");
+                return None;
+            };
+            let sound = match *tag {
+                WORKERS => decoded.set_workers(values),
+                NOISE => decoded.set_noise(values, device),
+                _ => true,
+            };
             if !sound {
-                refuse("sound numbers of workers in `more`");
+                refuse("sound entries in `more`");
                 return None;
             }
-            numbers = values.iter().map(|&number| number as usize).collect();
+            entries = rest;
         }
-        entries = rest;
+        Some(decoded)
     }
-    Some(numbers)
+
+    fn set_workers(&mut self, values: &[i32]) -> bool {
+        let numbers = values.iter().map(|&number| usize::try_from(number));
+        let Ok(numbers) = numbers.collect() else {
+            return false;
+        };
+        self.workers = numbers;
+        values.len() <= MOST_WORKERS
+    }
+
+    /// Averages that no measurement leads to are as none.
+    fn set_noise(&mut self, values: &[i32], device: &Device) -> bool {
+        if values.len() != 2 * NOISE_NUMBERS {
+            return false;
+        }
+        let numbers = values
+            .chunks_exact(2)
+            .map(|pair| f64::from_bits(whole(pair)));
+        let numbers: Vec<_> = numbers.collect();
+        let [weight, signal, rest @ ..] = &numbers[..] else {
+            return false;
+        };
+        let (added, figures) = rest.split_at(DIVISORS.len());
+        let averages = Averages {
+            weight: *weight,
+            signal: *signal,
+            added: std::array::from_fn(|index| added[index]),
+        };
+        let positive = |value: &f64| *value >= 0.0 && value.is_finite();
+        let sound = added.iter().chain([weight]).all(positive);
+        if sound && signal.is_finite() {
+            self.noise = averages;
+        }
+        self.reading = (!figures[0].is_nan()).then(|| {
+            let figures: Vec<_> = figures.iter().map(|&figure| figure as f32).collect();
+            Reading(Tensor::from_data(
+                TensorData::new(figures, [FIGURES]),
+                (device, DType::F32),
+            ))
+        });
+        true
+    }
+}
+
+/// Each number as a low and a high half.
+fn halves(numbers: &[u64]) -> Vec<i32> {
+    let halves = |&number: &u64| [number as i32, (number >> 32) as i32];
+    numbers.iter().flat_map(halves).collect()
+}
+
+/// The number of the first two halves.
+fn whole(halves: &[i32]) -> u64 {
+    let half = |value: i32| u64::from(value as u32);
+    half(halves[0]) | half(halves[1]) << 32
 }
 
 fn ints<const D: usize>(values: Vec<i32>, shape: [usize; D], device: &Device) -> Tensor<D, Int> {

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use crate::config::{AopConfig, Schedule};
+use crate::config::{AopConfig, OuterProducts, Schedule};
 
 /// What the schedule of a layer needs to know of the steps before.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -11,13 +11,13 @@ pub(crate) struct Progress {
     pub(crate) step: u64,
     /// K of the last of them.
     pub(crate) k: usize,
-    /// K as a share of the rows, once [`Schedule::Adaptive`] has adjusted it.
+    /// K as a share of the rows, once the layer has chosen it.
     pub(crate) ratio: Option<f64>,
 }
 
 /// K for the next gradient of a batch of `rows` rows; `rows` is the exact gradient.
 pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
-    let last = config.outer_products.k(rows).min(rows);
+    let last = target(config, progress, rows);
     let from_all = |share: f64| last + ((rows - last) as f64 * share).round() as usize;
     // The share of the way from M to K that is done, after the exact steps.
     let done = |exact_steps: usize, steps: usize| {
@@ -35,35 +35,43 @@ pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
             None => rows,
             Some(done) => from_all(0.5 + 0.5 * (PI * done).cos()),
         },
-        Schedule::Adaptive { .. } => {
-            // Up, so that K does not stay below its target where the next row would reach it.
-            let k = match progress.ratio {
-                Some(ratio) => (ratio * rows as f64 - 1e-6).ceil() as usize,
-                None => last,
-            };
-            // With all rows there would be nothing to measure.
+    }
+}
+
+/// K when the schedule has run out.
+fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
+    match (config.outer_products, progress.ratio) {
+        (OuterProducts::Auto, chosen) if config.chooses_k() => {
+            let k = chosen.unwrap_or(1.0) * rows as f64;
+            (k.round() as usize).clamp(1, rows)
+        }
+        (OuterProducts::Share { .. }, Some(ratio)) => {
+            // Up, so that K does not stay below its target where the next row would reach it; with all rows there
+            // would be nothing to measure.
+            let k = (ratio * rows as f64 - 1e-6).ceil() as usize;
             k.clamp(1, (rows - 1).max(1))
         }
+        (fixed, _) => fixed.k(rows).min(rows),
     }
 }
 
 /// Whether the schedule takes all rows at this step, and fewer later: fewer outer products, or fewer rows of
 /// the gradient of the input.
 pub(crate) fn is_exact_for_now(config: &AopConfig, progress: &Progress, rows: usize) -> bool {
-    let exact_steps = match config.schedule {
-        Schedule::Constant { exact_steps }
-        | Schedule::Linear { exact_steps, .. }
-        | Schedule::Cosine { exact_steps, .. } => exact_steps as u64,
-        Schedule::Adaptive { .. } => 0,
+    let (exact_steps, falls) = match config.schedule {
+        Schedule::Constant { exact_steps } => (exact_steps, false),
+        Schedule::Linear { exact_steps, .. } | Schedule::Cosine { exact_steps, .. } => {
+            (exact_steps, true)
+        }
     };
-    progress.step < exact_steps
-        || config.outer_products.k(rows) < rows && k(config, progress, rows) >= rows
+    progress.step < exact_steps as u64
+        || falls && target(config, progress, rows) < rows && k(config, progress, rows) >= rows
 }
 
 /// Whether the step measures the share of its rows, to be read `interval` steps later.
-pub(crate) fn measures(config: &AopConfig, step: u64) -> bool {
-    match config.schedule {
-        Schedule::Adaptive { interval, .. } => step.is_multiple_of(interval as u64),
+pub(crate) fn measures_share(config: &AopConfig, step: u64) -> bool {
+    match config.outer_products {
+        OuterProducts::Share { interval, .. } => step.is_multiple_of(interval as u64),
         _ => false,
     }
 }
@@ -87,7 +95,6 @@ pub(crate) fn adapt(ratio: f64, share: f64, target: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::OuterProducts;
 
     fn config(schedule: Schedule) -> AopConfig {
         AopConfig::new()
@@ -132,28 +139,52 @@ mod tests {
     }
 
     #[test]
-    fn adaptive_k_stays_between_1_and_all_but_one_row() {
-        let config = config(Schedule::Adaptive {
+    fn a_k_that_holds_a_share_stays_between_1_and_all_but_one_row() {
+        let config = AopConfig::new().with_outer_products(OuterProducts::Share {
             share: 0.5,
             interval: 5,
         });
         let at = |ratio, rows| {
-            k(
-                &config,
-                &Progress {
-                    step: 7,
-                    k: 0,
-                    ratio,
-                },
-                rows,
-            )
+            let progress = Progress {
+                step: 7,
+                k: 0,
+                ratio,
+            };
+            k(&config, &progress, rows)
         };
-        assert_eq!(at(None, 100), 20);
+        assert_eq!(at(None, 100), 50);
         assert_eq!((at(Some(0.333), 100), at(Some(0.33), 100)), (34, 33));
         assert_eq!((at(Some(0.0), 100), at(Some(1.0), 100)), (1, 99));
-        assert_eq!((at(None, 10), at(None, 1)), (9, 1));
-        let measured: Vec<_> = (0..12).filter(|&step| measures(&config, step)).collect();
-        assert_eq!(measured, [0, 5, 10]);
+        assert_eq!((at(None, 10), at(None, 1)), (5, 1));
+        let steps = (0..12).filter(|&step| measures_share(&config, step));
+        assert_eq!(steps.collect::<Vec<_>>(), [0, 5, 10]);
+    }
+
+    #[test]
+    fn a_chosen_k_is_exact_until_the_first_choice_and_the_end_of_a_schedule() {
+        let at = |schedule, ratio, step| {
+            let progress = Progress { step, k: 0, ratio };
+            let config = AopConfig::new().with_schedule(schedule);
+            let k = k(&config, &progress, 100);
+            (k, is_exact_for_now(&config, &progress, 100))
+        };
+        let constant = Schedule::Constant { exact_steps: 3 };
+        assert_eq!(at(constant, Some(0.25), 2), (100, true));
+        assert_eq!(at(constant, Some(0.25), 3), (25, false));
+        // All rows by choice, not by the schedule: the gradient of the input goes its own way.
+        assert_eq!(at(constant, None, 3), (100, false));
+        assert_eq!(at(constant, Some(1.0), 3), (100, false));
+        let linear = Schedule::Linear {
+            exact_steps: 0,
+            steps: 10,
+        };
+        assert_eq!(at(linear, Some(0.5), 0), (100, true));
+        assert_eq!(at(linear, Some(0.5), 5), (75, false));
+        assert_eq!(at(linear, Some(0.5), 10), (50, false));
+        // Methods that the rule does not hold for.
+        let other =
+            AopConfig::new().with_method(crate::config::Method::TopK(crate::config::Memory::None));
+        assert_eq!(k(&other, &Progress::default(), 100), 13);
     }
 
     #[test]

@@ -62,5 +62,7 @@ pub(crate) struct Seen {
     pub(crate) rows: usize,
     /// The rows of the gradient of the input that were computed, if it was asked for.
     pub(crate) input_rows: Option<usize>,
+    /// The noise-to-signal ratio by which K was chosen.
+    pub(crate) noise: Option<f64>,
     pub(crate) measurement: Option<Arc<Measurement>>,
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{input_gradient, layer, observe, operation, transformer};
+use crate::{auto, input_gradient, layer, observe, operation, transformer};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -34,6 +34,7 @@ macro_rules! suite {
                 rows_of_zeros_add_nothing,
                 equal_seeds_draw_the_rows_of_the_oracle,
                 one_tensor_as_both_factors,
+                the_noise_of_a_gradient_equals_the_oracle,
             );
 
             checks!($device; input_gradient:
@@ -47,6 +48,10 @@ macro_rules! suite {
 
                 checks!($device.map(Device::autodiff); input_gradient:
                     only_the_gradient_of_the_input_changes,
+                );
+
+                checks!($device.map(Device::autodiff); auto:
+                    k_falls_where_there_is_no_noise,
                 );
 
                 checks!($device.map(Device::autodiff); layer:

@@ -5,7 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
+    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts, Schedule,
 };
 
 use crate::support::published;
@@ -54,28 +54,19 @@ fn minimum_of_zero() {
 }
 
 #[test]
-#[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got -0.1")]
+#[should_panic(expected = "AopConfig.method: the decay must be in [0, 1], but got -0.1")]
 fn negative_decay() {
-    init(published().with_memory(Memory::Published { decay: -0.1 }));
+    init(published().with_method(Method::TopK(Memory::Published { decay: -0.1 })));
 }
 
 #[test]
-#[should_panic(expected = "AopConfig.memory: the decay must be in [0, 1], but got 1.1")]
+#[should_panic(expected = "AopConfig.method: the decay must be in [0, 1], but got 1.1")]
 fn decay_above_one() {
-    init(published().with_memory(Memory::Balanced { decay: 1.1 }));
+    init(published().with_method(Method::TopK(Memory::Balanced { decay: 1.1 })));
 }
 
-#[test]
-#[should_panic(
-    expected = "AopConfig.memory: Systematic weighs what it chooses, so it must go with None, but \
-                got Balanced { decay: 0.9 }"
-)]
-fn unbiased_policy_with_a_memory() {
-    init(
-        AopConfig::new()
-            .with_policy(Policy::Systematic)
-            .with_memory(Memory::Balanced { decay: 0.9 }),
-    );
+fn share(share: f64, interval: usize) -> AopConfig {
+    AopConfig::new().with_outer_products(OuterProducts::Share { share, interval })
 }
 
 fn schedule(schedule: Schedule) -> AopConfig {
@@ -92,21 +83,15 @@ fn schedule_of_no_steps() {
 }
 
 #[test]
-#[should_panic(expected = "AopConfig.schedule: the share must be in (0, 1), but got 1")]
+#[should_panic(expected = "AopConfig.outer_products: the share must be in (0, 1), but got 1")]
 fn share_of_one() {
-    init(schedule(Schedule::Adaptive {
-        share: 1.0,
-        interval: 10,
-    }));
+    init(share(1.0, 10));
 }
 
 #[test]
-#[should_panic(expected = "AopConfig.schedule: the interval must be at least 1, but got 0")]
+#[should_panic(expected = "AopConfig.outer_products: the interval must be at least 1, but got 0")]
 fn interval_of_zero() {
-    init(schedule(Schedule::Adaptive {
-        share: 0.5,
-        interval: 0,
-    }));
+    init(share(0.5, 0));
 }
 
 #[test]
@@ -138,13 +123,11 @@ fn bad_input_loses_no_memory() {
 fn the_configuration_survives_serialization() {
     let config = MemAopLinearConfig::new(4, 2).with_aop(
         AopConfig::new()
-            .with_outer_products(OuterProducts::Count(3))
-            .with_policy(Policy::Systematic)
-            .with_memory(Memory::None)
-            .with_schedule(Schedule::Adaptive {
+            .with_outer_products(OuterProducts::Share {
                 share: 0.8,
                 interval: 50,
             })
+            .with_method(Method::TopK(Memory::Balanced { decay: 0.5 }))
             .with_seed(u64::MAX),
     );
     let json = config.to_string();

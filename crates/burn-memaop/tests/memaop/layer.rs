@@ -5,11 +5,11 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{DType, Device, Tensor, activation::relu},
 };
-use burn_memaop::{AopConfig, MemAopLinear, OuterProducts, Policy};
+use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
 
 use crate::{
     operation::methods,
-    oracle::{Oracle, layer_seed},
+    oracle::{Oracle, Policy, layer_seed},
     support::{Matrix, Random, bits, published},
 };
 
@@ -56,8 +56,7 @@ pub fn layer_equals_the_oracle(device: &Device) {
                     ratio: 0.3,
                     minimum: 2,
                 })
-                .with_policy(policy)
-                .with_memory(memory)
+                .with_method(policy.method(memory))
                 .with_seed(seed);
             let layer = layer(&linear, aop);
             let mut oracle = Oracle::new(policy, memory, 0, n, p);
@@ -149,7 +148,7 @@ pub fn non_contiguous_input_is_handled(device: &Device) {
     let aop = published().with_outer_products(OuterProducts::Count(k));
     let linear = LinearConfig::new(n, p).with_bias(false).init(device);
     let layer = layer(&linear, aop);
-    let mut oracle = Oracle::new(Policy::TopK, aop.memory, 0, n, p);
+    let mut oracle = Oracle::new(Policy::TopK, aop.method.memory(), 0, n, p);
     for _ in 0..3 {
         let (x, g) = (random.matrix(m, n), random.matrix(m, p));
         let transpose = |matrix: &Matrix| {

@@ -5,7 +5,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{MemAopLinear, Memory, OuterProducts, Policy, SharedLearningRate};
+use burn_memaop::{MemAopLinear, Memory, Method, OuterProducts, SharedLearningRate};
 
 use crate::support::{Matrix, Random, published};
 
@@ -54,8 +54,7 @@ fn distance(follow: bool, decay: f64) -> f64 {
     let device = Device::flex().autodiff();
     let aop = published()
         .with_outer_products(OuterProducts::Count(K))
-        .with_policy(Policy::TopK)
-        .with_memory(Memory::Published { decay });
+        .with_method(Method::TopK(Memory::Published { decay }));
     let linear = LinearConfig::new(N, P).with_bias(false).init(&device);
     let mut layer = MemAopLinear::from_linear(linear, aop);
     let rate = SharedLearningRate::new();

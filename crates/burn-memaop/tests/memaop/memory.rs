@@ -7,12 +7,12 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts,
-    Policy, with_aop,
+    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method,
+    OuterProducts, baseline::Baseline, with_aop,
 };
 
 use crate::{
-    oracle::Oracle,
+    oracle::{Oracle, Policy},
     support::{Matrix, Random, bits, published},
 };
 
@@ -35,7 +35,7 @@ pub fn layer() -> MemAopLinear {
 }
 
 pub fn oracle() -> Oracle {
-    Oracle::new(Policy::TopK, aop().memory, 0, N, P)
+    Oracle::new(Policy::TopK, aop().method.memory(), 0, N, P)
 }
 
 /// One backward pass with the upstream gradient `g`; the gradient of the weight.
@@ -79,7 +79,7 @@ fn stats_describe_the_memory() {
 fn without_a_memory_nothing_is_kept() {
     let mut random = Random(21);
     let layer = MemAopLinearConfig::new(N, P)
-        .with_aop(aop().with_memory(Memory::None))
+        .with_aop(aop().with_method(Method::TopK(Memory::None)))
         .init(&device());
     let (x, g) = batch(&mut random, 10);
     step(&layer, &x, &g);
@@ -215,7 +215,7 @@ fn a_memory_of_other_widths_is_dropped() {
         let smaller = LinearConfig::new(N, outputs).init(&device());
         layer.weight = smaller.weight;
         layer.bias = smaller.bias;
-        let mut oracle = Oracle::new(Policy::TopK, aop().memory, 0, N, outputs);
+        let mut oracle = Oracle::new(Policy::TopK, aop().method.memory(), 0, N, outputs);
         let (x, g) = (random.matrix(10, N), random.matrix(10, outputs));
         assert_close(&step(&layer, &x, &g), &oracle.step(&x, &g, K));
     }
@@ -284,8 +284,7 @@ fn display_names_the_settings() {
     let layer = MemAopLinearConfig::new(3, 5).init(&Device::flex());
     assert_eq!(
         format!("{layer}"),
-        "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Ratio { ratio: 0.25, \
-         minimum: 1 }, policy: Systematic, memory: None, schedule: Constant { exact_steps: 0 }, \
+        "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Auto, method: Systematic, schedule: Constant { exact_steps: 0 }, \
          params: 20}"
     );
 }
@@ -339,9 +338,10 @@ fn another_configuration_keeps_the_memory() {
         assert_close(&step(&layer, &x, &g), &oracle.step(&x, &g, k));
     }
     let kept = layer.memory_stats();
-    let layer = layer.with_aop(aop().with_policy(Policy::RandK));
+    let random = Method::Baseline(Baseline::RandK(aop().method.memory()));
+    let layer = layer.with_aop(aop().with_method(random));
     assert_eq!(layer.memory_stats(), kept);
-    let layer = layer.with_aop(aop().with_memory(Memory::None));
+    let layer = layer.with_aop(aop().with_method(Method::TopK(Memory::None)));
     assert_eq!(
         (layer.memory_stats().step, layer.memory_stats().rows),
         (3, 0)

@@ -7,11 +7,11 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, AopObserver, InputGradient, LayerReport, MemAopLinear, MemAopLinearConfig, Memory,
-    OuterProducts, Policy,
+    OuterProducts,
 };
 
 use crate::{
-    oracle::{Oracle, layer_seed},
+    oracle::{Oracle, Policy, layer_seed},
     support::{Matrix, Random, published},
 };
 
@@ -170,8 +170,7 @@ pub fn figures_equal_their_definitions(device: &Device) {
     ] {
         let aop = published()
             .with_outer_products(OuterProducts::Count(k))
-            .with_policy(policy)
-            .with_memory(memory)
+            .with_method(policy.method(memory))
             .with_seed(9);
         let layer = MemAopLinearConfig::new(n, p).with_aop(aop).init(device);
         let mut oracle = Oracle::new(policy, memory, layer_seed(9, 1), n, p);

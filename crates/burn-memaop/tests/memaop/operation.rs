@@ -4,12 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_memaop::{
-    Memory, MemoryPrecision, Policy,
-    op::{AopStep, InputStep, Rows, input_gradient, weight_gradient},
+    Memory, MemoryPrecision, Method,
+    op::{AopStep, InputStep, NoiseStep, Rows, gradient_noise, input_gradient, weight_gradient},
 };
 
 use crate::{
-    oracle::Oracle,
+    oracle::{Oracle, Policy, inclusion_probabilities},
     support::{Matrix, Random},
 };
 
@@ -65,8 +65,7 @@ impl Operation {
     fn step(&mut self, input: Tensor<2>, grad: Tensor<2>, k: usize) -> Tensor<2> {
         let step = AopStep {
             k,
-            policy: self.policy,
-            memory: self.memory,
+            method: self.policy.method(self.memory),
             memory_precision: self.precision,
             seed: self.seed,
             step: self.step,
@@ -266,7 +265,8 @@ pub fn batches_of_every_size_equal_the_oracle(device: &Device) {
                 let mut comparison = Comparison::new(device, policy, memory, n, p);
                 for k in [m.div_ceil(8), 1, (m - 1).max(1)] {
                     // The oracle takes K M steps to choose rows with weights.
-                    if k * m > 1 << 20 && policy.is_unbiased() && policy != Policy::Systematic {
+                    if k * m > 1 << 20 && UNBIASED.contains(&policy) && policy != Policy::Systematic
+                    {
                         continue;
                     }
                     comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
@@ -305,8 +305,7 @@ fn arguments_that_do_not_fit_are_named() {
     };
     let step = AopStep {
         k: 2,
-        policy: Policy::TopK,
-        memory: Memory::Published { decay: 1.0 },
+        method: Method::TopK(Memory::Published { decay: 1.0 }),
         memory_precision: MemoryPrecision::Full,
         seed: 0,
         step: 0,
@@ -314,15 +313,14 @@ fn arguments_that_do_not_fit_are_named() {
         measure: false,
     };
     let (x, g) = (|| zeros([4, 3]), || zeros([4, 2]));
-    let sampled = AopStep {
-        policy: Policy::Systematic,
-        ..step
-    };
     let input = |k| InputStep {
         k,
         sampled: true,
         seed: 0,
         step: 0,
+    };
+    let noise = |k| NoiseStep {
+        ks: [4, 4, 3, 2, 1, k],
     };
     type Call<'a> = Box<dyn Fn() + 'a>;
     let calls: Vec<(Call, &str)> = vec![
@@ -341,10 +339,6 @@ fn arguments_that_do_not_fit_are_named() {
         (
             Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 0, ..step }))),
             "but is 0",
-        ),
-        (
-            Box::new(|| drop(weight_gradient(x(), g(), None, sampled))),
-            "step.memory must be None with Systematic",
         ),
         (
             Box::new(|| {
@@ -372,6 +366,14 @@ fn arguments_that_do_not_fit_are_named() {
             "without autodiff",
         ),
         (
+            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 3]), noise(2)))),
+            "the shape of gradient must be [3, 2]",
+        ),
+        (
+            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 2]), noise(5)))),
+            "step.ks must be in 1..=4",
+        ),
+        (
             Box::new(|| drop(input_gradient(g(), zeros([3, 4]), input(2)))),
             "the second axis of weight must be 2",
         ),
@@ -394,6 +396,68 @@ fn arguments_that_do_not_fit_are_named() {
         let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
         let message = panic.downcast_ref::<String>().expect("a message");
         assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// The figures that a choice of K goes by, by their definitions.
+pub fn the_noise_of_a_gradient_equals_the_oracle(device: &Device) {
+    let mut random = Random(16);
+    for (m, n, p) in [
+        (1, 3, 2),
+        (2, 5, 3),
+        (65, 8, 12),
+        (1000, 9, 4),
+        (5000, 3, 8),
+    ] {
+        for dtype in [DType::F32, DType::F64, DType::F16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let tolerance = if dtype == DType::F16 { 2e-3 } else { 2e-5 };
+            let [mut x, mut g, w] = [(m, n), (m, p), (n, p)]
+                .map(|(rows, columns)| random.matrix(rows, columns).rounded(dtype));
+            // A row of zeros, and one that counts as such.
+            if m > 2 {
+                x.0[1] = vec![0.0; n];
+                g.0[2][0] = f64::NAN;
+            }
+            let ks = [
+                m,
+                m.div_ceil(2),
+                m.div_ceil(3),
+                m.div_ceil(8),
+                m.div_ceil(32),
+                1,
+            ];
+            let tensors = [&x, &g, &w].map(|matrix| matrix.tensor(device, dtype));
+            let [input, grad, gradient] = tensors;
+            let found = gradient_noise(input, grad, gradient, NoiseStep { ks });
+            let found: Vec<f64> = found.into_data().iter::<f64>().collect();
+
+            let square = |row: &[f64]| row.iter().map(|value| value * value).sum::<f64>();
+            let sizes = (0..m).map(|row| (square(&x.0[row]) * square(&g.0[row])).sqrt());
+            let sizes: Vec<_> = sizes
+                .map(|size| if size.is_nan() { 0.0 } else { size })
+                .collect();
+            let mut expected = vec![square(&w.0.concat()), square(&sizes)];
+            expected.extend(ks.map(|k| {
+                let p = inclusion_probabilities(&sizes, k);
+                let rows = (0..m).filter(|&row| k < m && p[row] > 0.0);
+                rows.map(|row| (1.0 / p[row] - 1.0) * sizes[row] * sizes[row])
+                    .sum::<f64>()
+            }));
+            assert_eq!(found.len(), expected.len());
+            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let expected = expected.sqrt();
+                let error = (found - expected).abs();
+                // A variance is a difference of terms of the size of S.
+                let scale = expected.max(1e-2 * square(&sizes).sqrt());
+                assert!(
+                    error <= tolerance * scale,
+                    "{dtype:?} {m} {index}: {found} {expected}"
+                );
+            }
+        }
     }
 }
 

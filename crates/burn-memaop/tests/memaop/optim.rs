@@ -8,10 +8,10 @@ use burn::{
     optim::{AdamConfig, GradientsAccumulator, GradientsParams, SgdConfig},
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, Memory, OuterProducts, Policy};
+use burn_memaop::{AopConfig, MemAopLinear, Memory, Method, OuterProducts};
 
 use crate::{
-    oracle::{Oracle, layer_seed},
+    oracle::{Oracle, Policy, layer_seed},
     support::{Matrix, Random, published},
 };
 
@@ -24,7 +24,7 @@ const MEMORY: Memory = Memory::Balanced { decay: 0.9 };
 fn aop() -> AopConfig {
     published()
         .with_outer_products(OuterProducts::Count(K))
-        .with_memory(MEMORY)
+        .with_method(Method::TopK(MEMORY))
 }
 
 fn layer(device: &Device) -> MemAopLinear {

@@ -1,9 +1,38 @@
 //! The whole step in plain `f64` loops: fold in, score, select, apply, keep. It shares no code
 //! with the crate, its random numbers included.
 
-use burn_memaop::{Memory, Policy};
+use burn_memaop::{Memory, Method, baseline::Baseline};
 
 use crate::support::Matrix;
+
+/// The rules that choose rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    TopK,
+    RandK,
+    WeightedK,
+    ScaledRandK,
+    Systematic,
+    Bernoulli,
+    ColumnRow,
+    WinnerTakeAll,
+}
+
+impl Policy {
+    /// The method of the crate of that name.
+    pub fn method(self, memory: Memory) -> Method {
+        match self {
+            Self::TopK => Method::TopK(memory),
+            Self::RandK => Method::Baseline(Baseline::RandK(memory)),
+            Self::WeightedK => Method::Baseline(Baseline::WeightedK(memory)),
+            Self::ScaledRandK => Method::Baseline(Baseline::ScaledRandK),
+            Self::Systematic => Method::Systematic,
+            Self::Bernoulli => Method::Baseline(Baseline::Bernoulli),
+            Self::ColumnRow => Method::Baseline(Baseline::ColumnRow),
+            Self::WinnerTakeAll => Method::Baseline(Baseline::WinnerTakeAll),
+        }
+    }
+}
 
 /// One layer's approximate gradient and memory.
 pub struct Oracle {

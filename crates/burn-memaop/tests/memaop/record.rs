@@ -11,7 +11,7 @@ use burn::{
     tensor::{Bytes, DType, Device, Int, Tensor, TensorData, activation::relu},
 };
 use burn_memaop::{
-    MemAopLinear, MemAopLinearConfig, Memory, OuterProducts, Policy, Schedule,
+    MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts, baseline::Baseline,
     transformer::MemAopTransformerEncoder,
 };
 
@@ -29,14 +29,14 @@ fn device() -> Device {
 
 fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
     let aop = published()
-        .with_outer_products(OuterProducts::Count(4))
-        .with_policy(Policy::WeightedK)
-        .with_memory(Memory::Balanced { decay: 0.9 })
         // Measured before the stop, adjusted after it.
-        .with_schedule(Schedule::Adaptive {
+        .with_outer_products(OuterProducts::Share {
             share: 0.9,
             interval: 2,
-        });
+        })
+        .with_method(Method::Baseline(Baseline::WeightedK(Memory::Balanced {
+            decay: 0.9,
+        })));
     MemAopLinearConfig::new(d_input, d_output)
         .with_aop(aop)
         .init(&device())

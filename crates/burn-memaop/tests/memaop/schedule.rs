@@ -6,8 +6,9 @@ use burn::{
     store::ModuleRecord,
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, Memory, OuterProducts, Policy, Schedule};
+use burn_memaop::{AopConfig, MemAopLinear, Memory, Method, OuterProducts, Schedule};
 
+use crate::oracle::Policy;
 use crate::support::{Matrix, Random, bits, published};
 
 const M: usize = 40;
@@ -18,15 +19,13 @@ fn device() -> Device {
     Device::flex().autodiff()
 }
 
-fn aop(policy: Policy, schedule: Schedule) -> AopConfig {
+fn aop(policy: Policy) -> AopConfig {
     published()
         .with_outer_products(OuterProducts::Ratio {
             ratio: 0.1,
             minimum: 1,
         })
-        .with_policy(policy)
-        .with_memory(Memory::None)
-        .with_schedule(schedule)
+        .with_method(policy.method(Memory::None))
 }
 
 fn step(
@@ -45,7 +44,10 @@ fn exact_steps_are_those_of_linear_and_then_k_falls() {
         exact_steps: 3,
         steps: 4,
     };
-    let aop = aop(Policy::TopK, schedule).with_memory(Memory::Balanced { decay: 1.0 });
+    let method = Method::TopK(Memory::Balanced { decay: 1.0 });
+    let aop = aop(Policy::TopK)
+        .with_schedule(schedule)
+        .with_method(method);
     let layer = MemAopLinear::from_linear(linear.clone(), aop);
     let mut random = Random(50);
     for (number, k) in [40, 40, 40, 40, 31, 22, 13, 4, 4].into_iter().enumerate() {
@@ -73,23 +75,13 @@ fn exact_steps_are_those_of_linear_and_then_k_falls() {
 #[test]
 fn adaptive_k_holds_the_share_of_the_score_mass() {
     let (target, interval) = (0.7, 4);
-    // From far below and from far above.
-    for (policy, start) in [
-        (Policy::TopK, 0.03),
-        (Policy::TopK, 0.95),
-        (Policy::Systematic, 0.03),
-        (Policy::RandK, 0.03),
-    ] {
-        let schedule = Schedule::Adaptive {
+    for policy in [Policy::TopK, Policy::Systematic, Policy::RandK] {
+        let share = OuterProducts::Share {
             share: target,
             interval,
         };
         let linear = LinearConfig::new(N, P).init(&device());
-        let start = OuterProducts::Ratio {
-            ratio: start,
-            minimum: 1,
-        };
-        let aop = aop(policy, schedule).with_outer_products(start);
+        let aop = aop(policy).with_outer_products(share);
         let layer = MemAopLinear::from_linear(linear, aop);
         let mut random = Random(51);
         let (x, g) = (random.matrix(M, N), random.matrix(M, P));
@@ -98,7 +90,7 @@ fn adaptive_k_holds_the_share_of_the_score_mass() {
             step(|x| layer.forward(x), &x, &g);
             ks.push(layer.memory_stats().k);
         }
-        assert_eq!(ks[0], start.k(M));
+        assert_eq!(ks[0], share.k(M));
         for block in ks.chunks(interval) {
             assert!(
                 block.iter().all(|k| k == &block[0]),

@@ -2,10 +2,11 @@
 
 use burn::tensor::{DType, Device};
 use burn_memaop::{
-    Memory, MemoryPrecision, Policy,
+    Memory, MemoryPrecision,
     op::{AopStep, weight_gradient},
 };
 
+use crate::oracle::Policy;
 use crate::support::Matrix;
 
 const DRAWS: u64 = 6000;
@@ -21,8 +22,7 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
         None,
         AopStep {
             k,
-            policy,
-            memory: Memory::Published { decay: 1.0 },
+            method: policy.method(Memory::Published { decay: 1.0 }),
             memory_precision: MemoryPrecision::Full,
             seed: 99,
             step,

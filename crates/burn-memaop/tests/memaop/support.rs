@@ -1,13 +1,12 @@
 //! Random data, and tensors of it.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_memaop::{AopConfig, Memory, Policy};
+use burn_memaop::{AopConfig, Memory, Method};
 
 /// The method of the paper, in layers of any size.
 pub fn published() -> AopConfig {
     AopConfig::new()
-        .with_policy(Policy::TopK)
-        .with_memory(Memory::Published { decay: 1.0 })
+        .with_method(Method::TopK(Memory::Published { decay: 1.0 }))
         .with_cost_rule(false)
 }
 

@@ -13,7 +13,7 @@ use burn::{
     tensor::{Bool, Device, Gradients, Tensor, TensorData},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopLinear, Memory, OuterProducts, Policy,
+    AopConfig, AopObserver, MemAopLinear, Memory, Method, OuterProducts,
     transformer::{
         MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig, MemAopPositionWiseFeedForward,
         MemAopPositionWiseFeedForwardConfig, MemAopTransformerEncoder,
@@ -316,11 +316,8 @@ fn conversions_keep_parameters_and_count_the_seeds() {
 fn records_load_into_each_other() {
     let device = Device::flex().autodiff();
     let config = TransformerEncoderConfig::new(8, 12, 2, 1).with_dropout(0.0);
-    let memaop = MemAopTransformerEncoderConfig::new(config.clone()).with_aop(
-        half_of_the_rows()
-            .with_policy(Policy::TopK)
-            .with_memory(Memory::Balanced { decay: 0.9 }),
-    );
+    let memaop = MemAopTransformerEncoderConfig::new(config.clone())
+        .with_aop(half_of_the_rows().with_method(Method::TopK(Memory::Balanced { decay: 0.9 })));
     let tokens = tokens(&mut Random(85), [2, 4, 8], &device);
     let bytes = |record: ModuleRecord| -> ModuleRecord {
         ModuleRecord::from_bytes(record.into_bytes().unwrap()).unwrap()

@@ -3,12 +3,12 @@
 
 use burn::tensor::{DType, Device};
 use burn_memaop::{
-    Memory, MemoryPrecision, Policy,
+    Memory, MemoryPrecision, Method,
     op::{AopStep, Rows, weight_gradient},
 };
 
 use crate::{
-    oracle::{choose, inclusion_probabilities},
+    oracle::{Policy, choose, inclusion_probabilities},
     support::{Matrix, Random},
 };
 
@@ -86,8 +86,7 @@ fn measure(policy: Policy) -> Measured {
     for step in 0..DRAWS {
         let step = AopStep {
             k: K,
-            policy,
-            memory: Memory::None,
+            method: policy.method(Memory::None),
             memory_precision: MemoryPrecision::Full,
             seed: 77,
             step,
@@ -135,13 +134,12 @@ fn systematic_sampling_is_not_misled_by_a_period() {
     }
     let g = Matrix(vec![vec![1.0]; m]);
     let exact = sum((0..m).map(|i| outer(&x.0[i], &g.0[i], 1.0)));
-    let variance = |policy| {
+    let variance = |policy: Policy| {
         let draws = 400;
         let error = |step| {
             let step = AopStep {
                 k,
-                policy,
-                memory: Memory::None,
+                method: policy.method(Memory::None),
                 memory_precision: MemoryPrecision::Full,
                 seed: 78,
                 step,
@@ -267,8 +265,7 @@ fn balanced(batches: &[(Matrix, Matrix)], decay: f64, seed: u64) -> (Matrix, Mat
     for (step, (x, g)) in batches.iter().enumerate() {
         let step = AopStep {
             k: 1,
-            policy: Policy::TopK,
-            memory: Memory::Balanced { decay },
+            method: Method::TopK(Memory::Balanced { decay }),
             memory_precision: MemoryPrecision::Full,
             seed,
             step: step as u64,

@@ -8,7 +8,7 @@ use burn::{
 };
 
 use burn_memaop::{
-    Memory, Schedule,
+    AopConfig, Memory, Method, OuterProducts, Schedule,
     train::{Checkpoints, resume_loader},
 };
 
@@ -120,28 +120,24 @@ fn workers_of_the_multi_device_strategies_keep_their_memories() {
 #[test]
 fn workers_resume_where_they_stopped() {
     let device = Device::flex().autodiff();
-    let adaptive = Schedule::Adaptive {
+    let share = OuterProducts::Share {
         share: 0.8,
         interval: 2,
     };
-    let schedules = [
-        (
-            Memory::Balanced { decay: 0.9 },
-            Schedule::Constant {
-                exact_steps: STEPS - 2,
-            },
-        ),
-        (
-            Memory::Balanced { decay: 0.9 },
-            Schedule::Linear {
-                exact_steps: 2,
-                steps: 2 * STEPS,
-            },
-        ),
-        (Memory::None, adaptive),
+    let methods = [
+        aop().with_schedule(Schedule::Constant {
+            exact_steps: STEPS - 2,
+        }),
+        aop().with_schedule(Schedule::Linear {
+            exact_steps: 2,
+            steps: 2 * STEPS,
+        }),
+        aop()
+            .with_outer_products(share)
+            .with_method(Method::TopK(Memory::None)),
+        AopConfig::new().with_cost_rule(false),
     ];
-    for (memory, schedule) in schedules {
-        let aop = aop().with_memory(memory).with_schedule(schedule);
+    for aop in methods {
         let train = |folder: &std::path::Path, epochs: usize| {
             let checkpoints = Checkpoints::new(folder.join("checkpoint"));
             let done = checkpoints.resumable().unwrap().unwrap_or(0);
@@ -169,10 +165,7 @@ fn workers_resume_where_they_stopped() {
         let half = weights(&train(parts.path(), 1));
         assert!(distance(&half, &expected) > 1e-4);
         // The sum of two workers' gradients does not depend on their order.
-        assert!(
-            weights(&train(parts.path(), 2)) == expected,
-            "{memory:?} {schedule:?}"
-        );
+        assert!(weights(&train(parts.path(), 2)) == expected, "{aop:?}");
     }
 }
 

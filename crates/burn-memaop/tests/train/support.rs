@@ -24,15 +24,19 @@ use burn::{
         },
     },
 };
-use burn_memaop::{AopConfig, AopObserver, AopReport, MemAopLinear, Memory, OuterProducts, Policy};
+use burn_memaop::{
+    AopConfig, AopObserver, AopReport, MemAopLinear, Memory, Method, OuterProducts,
+    baseline::Baseline,
+};
 
 pub const BATCH: usize = 16;
 
 pub fn aop() -> AopConfig {
     AopConfig::new()
         .with_outer_products(OuterProducts::Count(4))
-        .with_policy(Policy::WeightedK)
-        .with_memory(Memory::Balanced { decay: 0.9 })
+        .with_method(Method::Baseline(Baseline::WeightedK(Memory::Balanced {
+            decay: 0.9,
+        })))
         .with_cost_rule(false)
 }
 

@@ -86,7 +86,7 @@ pub(super) fn fold_in(
     ];
     let units = row_units([input, grad], sizes);
     let (count, dim) = cubes(input, rows, units);
-    let decay = step.memory.decay().unwrap_or(1.0).sqrt() as f32;
+    let decay = step.method.memory().decay().unwrap_or(1.0).sqrt() as f32;
     let step_noise = StepNoise {
         seed: step.seed,
         step: step.step,
@@ -115,7 +115,7 @@ pub(super) fn fold_in(
             rows,
             decay,
             noise::arg(step_noise),
-            matches!(step.memory, Memory::Balanced { .. }),
+            matches!(step.method.memory(), Memory::Balanced { .. }),
             units,
             [elem_type(input.dtype), elem_type(kept_input.dtype)],
         );

@@ -16,6 +16,7 @@ use cubecl::prelude::*;
 
 mod largest;
 mod systematic;
+mod variance;
 
 use self::{
     largest::{Key, largest},
@@ -26,12 +27,14 @@ use super::{
     units::{cube_sum, is_finite},
 };
 use crate::{
-    config::Policy,
+    config::{Baseline, Method},
     op::noise::StepNoise,
     op::portable,
     op::selection,
     op::step::{AopStep, InputStep, Share},
 };
+
+pub(super) use self::variance::variances;
 
 /// The chosen rows.
 pub(super) struct Chosen {
@@ -63,15 +66,19 @@ pub(super) fn choose(scores: &CubeTensor, step: &AopStep) -> Chosen {
         },
         measure: step.measure,
     };
-    match step.policy {
-        Policy::TopK => largest(scores, draw, Key::Score, 1.0),
-        Policy::RandK => largest(scores, draw, Key::Noise, 1.0),
-        Policy::ScaledRandK => largest(scores, draw, Key::Noise, random_weight),
-        Policy::WeightedK => largest(scores, draw, Key::LogScorePlusNoise, 1.0),
-        Policy::Systematic => systematic(scores, draw, false),
+    match step.method {
+        Method::Systematic => systematic(scores, draw, false),
+        Method::TopK(_) => largest(scores, draw, Key::Score, 1.0),
+        Method::Baseline(Baseline::RandK(_)) => largest(scores, draw, Key::Noise, 1.0),
+        Method::Baseline(Baseline::ScaledRandK) => largest(scores, draw, Key::Noise, random_weight),
+        Method::Baseline(Baseline::WeightedK(_)) => {
+            largest(scores, draw, Key::LogScorePlusNoise, 1.0)
+        }
         // The number of rows of the first depends on the draw, and with it the shape of what
         // follows; the others draw with replacement.
-        Policy::Bernoulli | Policy::ColumnRow | Policy::WinnerTakeAll => on_host(scores, step),
+        Method::Baseline(Baseline::Bernoulli | Baseline::ColumnRow | Baseline::WinnerTakeAll) => {
+            on_host(scores, step)
+        }
     }
 }
 

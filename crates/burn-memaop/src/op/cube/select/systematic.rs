@@ -67,35 +67,18 @@ fn systematic_kernel(
     }
     let largest = cube_max(largest, &mut shared, units);
 
-    // c, from below: rows that are certain to be chosen take one of the K each, the others share
-    // what is left. It grows until no row is added to the certain ones.
-    let count = f32::cast_from(k);
-    let mut c = 0.0f32;
-    let mut certain = 0.0f32;
-    let mut searching = 1u32;
-    while searching == 1 {
-        let mut ones = 0.0f32;
-        let mut rest = 0.0f32;
-        for row in first..end {
-            let score = relative(scores[row as usize], largest);
-            if c * score >= 1.0 {
-                ones += 1.0;
-            } else {
-                rest += score;
-            }
-        }
-        certain = cube_sum(ones, &mut shared, units);
-        let rest = cube_sum(rest, &mut shared, units);
-        let mut next = c;
-        if certain < count && rest > 0.0 {
-            next = (count - certain) / rest;
-        }
-        if UNIT_POS == 0 {
-            flag[0] = select(next > c, 1u32, 0u32);
-        }
-        searching = workgroup_uniform_load(&flag[0]);
-        c = f32::max(c, next);
-    }
+    let found = inclusion(
+        scores,
+        first,
+        end,
+        largest,
+        k,
+        &mut shared,
+        &mut flag,
+        units,
+    );
+    let c = found.c;
+    let certain = found.certain;
 
     // The p below 1 sum to what the certain rows leave, but for the rounding of c: `correction` is
     // the relative error that remains.
@@ -181,8 +164,59 @@ fn systematic_kernel(
     }
 }
 
+/// The c of `p_m = min(1, c s_m)`, for scores relative to the largest, and how many p are 1.
+#[derive(CubeType)]
+pub(super) struct Inclusion {
+    pub(super) c: f32,
+    pub(super) certain: f32,
+}
+
+/// From below: rows that are certain to be chosen take one of the K each, the others share what is left. It grows
+/// until no row is added to the certain ones.
 #[cube]
-fn relative(score: f32, largest: f32) -> f32 {
+#[allow(clippy::too_many_arguments)]
+pub(super) fn inclusion(
+    scores: &[f32],
+    first: u32,
+    end: u32,
+    largest: f32,
+    k: u32,
+    shared: &mut Shared<[f32]>,
+    flag: &mut Shared<[u32]>,
+    #[comptime] units: u32,
+) -> Inclusion {
+    let count = f32::cast_from(k);
+    let mut c = 0.0f32;
+    let mut certain = 0.0f32;
+    let mut searching = 1u32;
+    while searching == 1 {
+        let mut ones = 0.0f32;
+        let mut rest = 0.0f32;
+        for row in first..end {
+            let score = relative(scores[row as usize], largest);
+            if c * score >= 1.0 {
+                ones += 1.0;
+            } else {
+                rest += score;
+            }
+        }
+        certain = cube_sum(ones, shared, units);
+        let rest = cube_sum(rest, shared, units);
+        let mut next = c;
+        if certain < count && rest > 0.0 {
+            next = (count - certain) / rest;
+        }
+        if UNIT_POS == 0 {
+            flag[0] = select(next > c, 1u32, 0u32);
+        }
+        searching = workgroup_uniform_load(&flag[0]);
+        c = f32::max(c, next);
+    }
+    Inclusion { c, certain }
+}
+
+#[cube]
+pub(super) fn relative(score: f32, largest: f32) -> f32 {
     select(largest > 0.0, finite_score(score) / largest, 0.0f32)
 }
 

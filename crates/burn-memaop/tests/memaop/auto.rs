@@ -1,0 +1,193 @@
+//! K chosen by the layer itself.
+
+use burn::{
+    module::Module,
+    nn::LinearConfig,
+    store::ModuleRecord,
+    tensor::{DType, Device, Tensor},
+};
+use burn_memaop::{AopConfig, AopObserver, MemAopLinear, OuterProducts, Schedule};
+
+use crate::support::{Matrix, Random, bits};
+
+const M: usize = 128;
+const N: usize = 9;
+const P: usize = 6;
+/// Of alike rows nu is `1 / (M - 1)`, and `(1 + nu M / K) (1 + K / M)` smallest here (the input asks for no gradient).
+const QUIET: usize = M / 8;
+
+fn auto() -> AopConfig {
+    AopConfig::new().with_cost_rule(false)
+}
+
+fn layer(aop: AopConfig, device: &Device) -> MemAopLinear {
+    MemAopLinear::from_linear(LinearConfig::new(N, P).init(device), aop)
+}
+
+/// A batch whose rows share a direction, with noise of a given size about it: the signal grows with the rows, the
+/// noise with their root.
+fn batch(random: &mut Random, noise: f64) -> (Matrix, Matrix) {
+    let mut matrix = |columns| {
+        let mut matrix = Matrix::zeros(M, columns);
+        let values = matrix.0.iter_mut().flatten();
+        values.for_each(|value| *value = f64::from((1.0 + noise * random.value()) as f32));
+        matrix
+    };
+    (matrix(N), matrix(P))
+}
+
+fn step(layer: &MemAopLinear, x: &Matrix, g: &Matrix, device: &Device) -> Tensor<2> {
+    let output = layer.forward(x.tensor(device, DType::F32));
+    let grads = (output * g.tensor(device, DType::F32)).sum().backward();
+    layer.weight.grad(&grads).unwrap()
+}
+
+fn exact(x: &Matrix, g: &Matrix) -> Matrix {
+    let mut exact = Matrix::zeros(N, P);
+    for (x, g) in x.0.iter().zip(&g.0) {
+        for a in 0..N {
+            for b in 0..P {
+                exact.0[a][b] += x[a] * g[b];
+            }
+        }
+    }
+    exact
+}
+
+/// K of some steps on batches of so much noise.
+fn ks(layer: &MemAopLinear, noise: f64, steps: usize, device: &Device) -> Vec<usize> {
+    let mut random = Random(61);
+    let mut k = || {
+        let (x, g) = batch(&mut random, noise);
+        let gradient = Matrix::from_tensor(step(layer, &x, &g, device));
+        let stats = layer.memory_stats();
+        let error = gradient.relative_error(&exact(&x, &g));
+        assert_eq!(error < 1e-5, stats.k == M, "K {}: {error:e}", stats.k);
+        stats.k
+    };
+    (0..steps).map(|_| k()).collect()
+}
+
+pub fn k_falls_where_there_is_no_noise(device: &Device) {
+    let layer = layer(auto(), device);
+    // A measurement is read at the next.
+    let ks = ks(&layer, 0.01, 25, device);
+    assert!(ks[..10].iter().all(|&k| k == M), "{ks:?}");
+    assert!(ks[10..].iter().all(|&k| k == QUIET), "{ks:?}");
+}
+
+#[test]
+fn k_follows_the_noise() {
+    let device = Device::flex().autodiff();
+    let layer = layer(auto(), &device);
+    for (noise, k) in [(0.01, QUIET), (1e3, M), (0.01, QUIET)] {
+        let ks = ks(&layer, noise, 800, &device);
+        assert_eq!(ks.last(), Some(&k), "{noise}");
+    }
+}
+
+#[test]
+fn rows_of_a_batch_that_are_noise_alone_are_all_taken() {
+    let device = Device::flex().autodiff();
+    let layer = layer(auto(), &device);
+    let mut random = Random(62);
+    for _ in 0..200 {
+        let (x, g) = batch(&mut random, 1e3);
+        step(&layer, &x, &g, &device);
+        assert_eq!(layer.memory_stats().k, M);
+    }
+}
+
+/// Wherever it is stopped: before the first choice, with a measurement that waits to be read, after a choice.
+#[test]
+fn a_training_goes_on_with_the_k_that_it_had() {
+    let device = Device::flex().autodiff();
+    let train = |layer: &MemAopLinear, range: std::ops::Range<u64>| -> Vec<Vec<u32>> {
+        let gradient = |number| {
+            // Noise that rises, so that K changes.
+            let noise = 0.02 * 1.05f64.powi(number as i32);
+            let (x, g) = batch(&mut Random(70 + number), noise);
+            bits(step(layer, &x, &g, &device))
+        };
+        range.map(gradient).collect()
+    };
+    let linear = LinearConfig::new(N, P).init(&device);
+    let new = || MemAopLinear::from_linear(linear.clone(), auto());
+    let steps = 240;
+    let whole = new();
+    let mut expected = train(&whole, 0..150);
+    assert!(whole.memory_stats().k < M, "K stayed");
+    expected.extend(train(&whole, 150..steps));
+    for stop in [1, 30, 75, 130, 239] {
+        let first = new();
+        train(&first, 0..stop);
+        let bytes = first.into_record().into_bytes().unwrap();
+        let second = new().load_record(ModuleRecord::from_bytes(bytes).unwrap());
+        let found = train(&second, stop..steps);
+        assert!(found[..] == expected[stop as usize..], "stopped at {stop}");
+    }
+}
+
+#[test]
+fn the_observer_tells_the_noise() {
+    let device = Device::flex().autodiff();
+    let layer = layer(auto(), &device);
+    let observer = AopObserver::new(1);
+    let noise = |noise| {
+        ks(&layer, noise, 800, &device);
+        observer.observe(&layer).layers[0].noise
+    };
+    let (quiet, noisy) = (noise(0.01).unwrap(), noise(100.0).unwrap());
+    // Equal rows: S is M s^2 and F is M^2 s^2. Systematic sampling of such rows varies less than V says.
+    assert!((quiet * (M as f64 - 1.0) - 1.0).abs() < 0.07, "{quiet}");
+    assert!(noisy > 1.0, "{noisy}");
+
+    let fixed = MemAopLinear::from_linear(
+        LinearConfig::new(N, P).init(&device),
+        auto().with_outer_products(OuterProducts::Count(8)),
+    );
+    observer.observe(&fixed);
+    let (x, g) = batch(&mut Random(63), 1.0);
+    step(&fixed, &x, &g, &device);
+    assert_eq!(observer.observe(&fixed).layers[0].noise, None);
+}
+
+#[test]
+fn a_schedule_ends_at_the_k_that_is_chosen() {
+    let device = Device::flex().autodiff();
+    let schedule = Schedule::Linear {
+        exact_steps: 30,
+        steps: 100,
+    };
+    let layer = layer(auto().with_schedule(schedule), &device);
+    let ks = ks(&layer, 0.01, 150, &device);
+    assert!(ks[..=30].iter().all(|&k| k == M), "{ks:?}");
+    assert_eq!(ks[80], (M + QUIET) / 2);
+    assert!(ks[130..].iter().all(|&k| k == QUIET));
+}
+
+/// Batches that grow and shrink, to one row and none.
+#[test]
+fn k_is_a_share_of_any_batch() {
+    let device = Device::flex().autodiff();
+    let layer = layer(auto(), &device);
+    ks(&layer, 0.01, 30, &device);
+    let mut random = Random(64);
+    for (rows, k) in [(1024, 128), (64, 8), (33, 4), (5, 1)] {
+        let (x, g) = (random.matrix(rows, N), random.matrix(rows, P));
+        step(&layer, &x, &g, &device);
+        assert_eq!(layer.memory_stats().k, k);
+    }
+    for rows in [1, 0] {
+        let x = Tensor::<2>::ones([rows, N], &device);
+        let grads = layer.forward(x).sum().backward();
+        let gradient = Matrix::from_tensor(layer.weight.grad(&grads).unwrap());
+        assert!(
+            gradient
+                .0
+                .iter()
+                .flatten()
+                .all(|&value| value == rows as f64)
+        );
+    }
+}
