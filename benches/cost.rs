@@ -11,7 +11,7 @@ use std::hint::black_box;
 use anyhow::{Result, bail};
 use burn::tensor::Tensor;
 use burn_memaop::{
-    Memory, Policy,
+    Memory, Method,
     op::{AopStep, InputStep, input_gradient, weight_gradient},
 };
 use clap::Parser;
@@ -25,16 +25,20 @@ struct Options {
     common: Common,
 }
 
-const SIZES: [[usize; 3]; 9] = [
+const SIZES: [[usize; 3]; 13] = [
     [128, 64, 64],
     [128, 128, 128],
     [512, 64, 64],
     [512, 128, 128],
+    [128, 784, 512],
     [512, 784, 64],
     [512, 512, 512],
     [2048, 128, 128],
     [2048, 256, 256],
+    [2048, 512, 512],
+    [1024, 1024, 1024],
     [4096, 1024, 64],
+    [4096, 1024, 1024],
 ];
 
 #[derive(Serialize)]
@@ -48,6 +52,8 @@ struct Row {
     read: f64,
     fold_in: f64,
     input_rows: f64,
+    /// Operations that a value of the gradient costs in a product of any number of rows.
+    write: f64,
 }
 
 fn main() -> Result<()> {
@@ -55,8 +61,8 @@ fn main() -> Result<()> {
     let common = &options.common;
     let device = common.device()?;
     println!(
-        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10}",
-        "M", "N", "P", "ops/ns", "read", "fold in", "input rows"
+        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10} {:>6}",
+        "M", "N", "P", "ops/ns", "read", "fold in", "input rows", "write"
     );
     let mut rows = Vec::new();
     for [m, n, p] in SIZES {
@@ -67,14 +73,13 @@ fn main() -> Result<()> {
         let product = |x: &Tensor<2>, g: &Tensor<2>| {
             black_box(x.clone().transpose().matmul(g.clone()));
         };
-        let gradient = |policy, memory| {
+        let gradient = |method| {
             let (x, g) = (&x, &g);
             let (mut kept, mut step) = (None, 0);
             move || {
                 let settings = AopStep {
                     k,
-                    policy,
-                    memory,
+                    method,
                     memory_precision: burn_memaop::MemoryPrecision::Full,
                     seed: 0,
                     step,
@@ -99,8 +104,8 @@ fn main() -> Result<()> {
             &mut [
                 &mut || product(&x, &g),
                 &mut || product(&some_x, &some_g),
-                &mut gradient(Policy::Systematic, Memory::None),
-                &mut gradient(Policy::TopK, Memory::Balanced { decay: 0.9 }),
+                &mut gradient(Method::Systematic),
+                &mut gradient(Method::TopK(Memory::Balanced { decay: 0.9 })),
                 &mut || {
                     black_box(some_g.clone().matmul(w.clone().transpose()));
                 },
@@ -122,10 +127,12 @@ fn main() -> Result<()> {
             read: cost(read, some),
             fold_in: cost(fold_in, some),
             input_rows: cost(input_rows, some_dx),
+            // T(K) is a + b K.
+            write: (some - exact / 8.0) / (1.0 - 1.0 / 8.0) * 1e6 * rate / (n * p) as f64,
         };
         println!(
-            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0}",
-            row.read, row.fold_in, row.input_rows
+            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0}",
+            row.read, row.fold_in, row.input_rows, row.write
         );
         rows.push(row);
     }

@@ -193,8 +193,7 @@ fn measure(
         }
         let settings = AopStep {
             k,
-            policy: config.policy,
-            memory: config.memory,
+            method: config.method,
             memory_precision: config.memory_precision,
             seed: config.seed,
             step,

@@ -141,18 +141,15 @@ impl Method {
                 .map(|(policy, memory)| Self { policy, memory })
                 .to_vec();
         };
-        let memory = memory.unwrap_or(match policy.policy().is_unbiased() {
-            true => MemoryOption::None,
-            false => MemoryOption::Balanced,
-        });
+        let memory = memory.unwrap_or(policy.usual_memory());
         vec![Self { policy, memory }]
     }
 
     /// The policy, and the memory if there is one.
     pub fn name(&self) -> String {
-        let policy = format!("{:?}", self.policy).to_lowercase();
+        let policy = self.policy;
         match self.memory {
-            MemoryOption::None => policy,
+            MemoryOption::None => policy.to_string(),
             memory => format!("{policy}, {memory:?}").to_lowercase(),
         }
     }
@@ -165,8 +162,10 @@ impl Method {
     pub fn config(&self, outer_products: OuterProducts, common: &Common) -> Result<AopConfig> {
         let config = AopConfig::new()
             .with_outer_products(outer_products)
-            .with_policy(self.policy.policy())
-            .with_memory(self.memory.memory(self.memory.default_decay()))
+            .with_method(
+                self.policy
+                    .method(self.memory.memory(self.memory.default_decay()))?,
+            )
             .with_memory_precision(common.memory_precision.precision())
             .with_cost_rule(!common.no_cost_rule);
         config.validate()?;

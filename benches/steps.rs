@@ -6,10 +6,10 @@ use burn::{
     optim::{GradientsParams, ModuleOptimizer},
     tensor::{Device, Tensor},
 };
-use burn_memaop::{AopConfig, OuterProducts};
+use burn_memaop::AopConfig;
 use clap::Args;
 use memaop_examples::{
-    Backend, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    Backend, InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
 };
 use serde::Serialize;
 
@@ -20,7 +20,7 @@ use crate::{Common, Method, Precision, interleaved};
 pub struct StepOptions {
     /// Outer products as a share of the batch; without it 1/4, 1/8 and 1/16
     #[arg(long)]
-    pub k_ratio: Option<f64>,
+    pub k_ratio: Option<KRatio>,
     /// Without it topk with balanced memory, topk without memory, and systematic
     #[arg(long, value_enum)]
     pub policy: Option<PolicyOption>,
@@ -51,7 +51,7 @@ struct Row {
     memory_precision: MemoryPrecisionOption,
     #[serde(flatten)]
     size: Size,
-    k_ratio: f64,
+    k_ratio: KRatio,
     policy: PolicyOption,
     memory: MemoryOption,
     #[serde(flatten)]
@@ -76,18 +76,14 @@ pub fn step_table<'a>(
 ) -> Result<()> {
     println!(
         "{:>6} {:>6} {:>7}  {:<20} {:>9} {:>9} {:>6}",
-        "width", "M", "K/M", "method", "exact", "aop", "ratio"
+        "width", "M", "K", "method", "exact", "aop", "ratio"
     );
     let mut rows = Vec::new();
-    let ratios = vec![0.25, 0.125, 0.0625];
+    let ratios = [0.25, 0.125, 0.0625].map(KRatio::Of).to_vec();
     for k_ratio in options.k_ratio.map_or(ratios, |ratio| vec![ratio]) {
         for method in Method::selected(options.policy, options.memory) {
-            let outer_products = OuterProducts::Ratio {
-                ratio: k_ratio,
-                minimum: 1,
-            };
             let config = method
-                .config(outer_products, common)?
+                .config(k_ratio.outer_products(), common)?
                 .with_input_gradient(options.input_gradient.input_gradient());
             config.validate()?;
             let [mut exact, mut aop] = sides(config);
@@ -96,9 +92,10 @@ pub fn step_table<'a>(
                 bail!("two sides were timed");
             };
             println!(
-                "{:>6} {:>6} {k_ratio:>7}  {:<20} {exact_ms:>9.3} {aop_ms:>9.3} {:>6.3}",
+                "{:>6} {:>6} {:>7}  {:<20} {exact_ms:>9.3} {aop_ms:>9.3} {:>6.3}",
                 size.width,
                 size.m,
+                k_ratio.to_string(),
                 method.name(),
                 aop_ms / exact_ms
             );

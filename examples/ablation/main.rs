@@ -17,10 +17,9 @@ mod training;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
-use burn_memaop::Memory;
 use clap::{Args, Parser, Subcommand};
 use memaop_examples::{
-    InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
 };
 
 use crate::{
@@ -66,12 +65,12 @@ struct Grid {
     widths: Vec<usize>,
     #[arg(long, default_value_t = 3)]
     epochs: usize,
-    /// Outer products in a step as a share of the batch; 1 is the exact gradient
+    /// Outer products in a step as a share of the batch; 1 is the exact gradient, auto as the layer chooses
     #[arg(long, value_delimiter = ',', default_value = "0.125")]
-    k_ratio: Vec<f64>,
+    k_ratio: Vec<KRatio>,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "topk")]
     policy: Vec<PolicyOption>,
-    /// Of policies that are not unbiased [default: balanced; none with unbiased policies]
+    /// Of policies that are not unbiased [default: balanced; none with policies that take none]
     #[arg(long, value_enum, value_delimiter = ',')]
     memory: Vec<MemoryOption>,
     /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
@@ -152,8 +151,7 @@ impl Grid {
         let mut settings: Vec<Setting> = Vec::new();
         for &policy in &self.policy {
             let memories = match &self.memory[..] {
-                [] if policy.policy().is_unbiased() => vec![MemoryOption::None],
-                [] => vec![MemoryOption::Balanced],
+                [] => vec![policy.usual_memory()],
                 memories => memories.to_vec(),
             };
             for memory in memories {
@@ -173,8 +171,8 @@ impl Grid {
                         false => setting,
                     };
                     // In a grid, not every policy goes with every memory.
-                    let invalid = policy.policy().is_unbiased()
-                        && memory.memory(decay) != Memory::None
+                    let invalid = !policy.takes_memory()
+                        && memory != MemoryOption::None
                         && self.memory.len() > 1;
                     if !invalid && !settings.contains(&setting) {
                         settings.push(setting);
@@ -193,7 +191,7 @@ impl Grid {
         policy: PolicyOption,
         memory: MemoryOption,
         decay: f64,
-        k_ratio: f64,
+        k_ratio: KRatio,
     ) -> Setting {
         Setting {
             optimizer: self.optimizer,

@@ -1,18 +1,19 @@
-//! How long trainings take to an accuracy. All of one seed take turns, a part of an epoch each, so that
-//! their times compare.
+//! How long trainings take to an accuracy, or to the loss that exact training ends at. All of one seed take turns, a
+//! part of an epoch each, so that their times compare.
 
 use std::{fmt::Write, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use clap::Args;
 use memaop_examples::{
-    InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
     statistics::{confidence, mean_and_error},
 };
+use serde::Serialize;
 
 use crate::{
     setting::{Optimizer, Setting},
-    training::{Data, Training},
+    training::{Data, Tested, Training},
 };
 
 /// Turns, and so tests, in an epoch.
@@ -23,6 +24,9 @@ pub struct Race {
     /// The share of test images to recognise
     #[arg(long, default_value_t = 0.97)]
     target: f64,
+    /// To the loss on the test images that exact training at the same batch size has after --epochs, in place of --target
+    #[arg(long, conflicts_with = "target")]
+    final_loss: bool,
     #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
     optimizer: Optimizer,
     /// Batch sizes, each with the learning rate at its place in --lr
@@ -37,12 +41,15 @@ pub struct Race {
     /// Epochs after which a training gives up
     #[arg(long, default_value_t = 10)]
     epochs: usize,
-    /// Outer products in a step as a share of the batch
-    #[arg(long, default_value_t = 0.125)]
-    k_ratio: f64,
-    /// Rows of the gradient of the input, where not all are computed
-    #[arg(long, default_value_t = 0.25)]
-    dx_ratio: f64,
+    /// Outer products in a step as a share of the batch, auto as the layers choose; each is a training of its own
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    k_ratio: Vec<KRatio>,
+    /// Besides, with this share of the rows of the gradient of the input: the largest, and a sample
+    #[arg(long)]
+    dx_ratio: Option<f64>,
+    /// Besides, top-K with the balanced memory
+    #[arg(long)]
+    topk: bool,
     #[arg(long, default_value_t = 3)]
     seeds: u64,
     /// A folder with the four IDX files of MNIST in mnist/, plain or .gz
@@ -51,6 +58,23 @@ pub struct Race {
     /// Writes the table to this file
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Writes the course of every training to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// A training's course, turn by turn.
+#[derive(Debug, Clone, Serialize)]
+struct Course {
+    #[serde(flatten)]
+    setting: Setting,
+    seed: u64,
+    /// Of training, tests not counted.
+    seconds: Vec<f64>,
+    accuracy: Vec<f64>,
+    loss: Vec<f64>,
+    /// K of each layer at the last step; 0 of layers that are exact by the cost rule.
+    k: Vec<Vec<usize>>,
 }
 
 /// A training's way to the target.
@@ -58,6 +82,27 @@ pub struct Race {
 struct Finish {
     seconds: f64,
     epochs: f64,
+}
+
+impl Course {
+    /// When a value that rises first reached a target, on the line between two tests.
+    fn finish(&self, values: impl Iterator<Item = f64>, target: f64) -> Option<Finish> {
+        let mut before = (0.0, f64::NAN);
+        for (turn, (&seconds, value)) in self.seconds.iter().zip(values).enumerate() {
+            if value >= target {
+                let way = match before.1.is_nan() {
+                    true => 1.0,
+                    false => (target - before.1) / (value - before.1),
+                };
+                return Some(Finish {
+                    seconds: before.0 + way * (seconds - before.0),
+                    epochs: (turn as f64 + way) / TURNS as f64,
+                });
+            }
+            before = (seconds, value);
+        }
+        None
+    }
 }
 
 impl Race {
@@ -80,16 +125,14 @@ impl Race {
             setting.validate(data.train.len())?;
         }
         let bar = parallel::progress_bar(self.seeds * (self.epochs * TURNS) as u64)?;
-        let mut finishes = vec![Vec::new(); settings.len()];
-        for seed in 0..self.seeds {
-            let race = self.race(&data, &settings, seed, || bar.inc(1));
-            for (finishes, finish) in finishes.iter_mut().zip(race) {
-                finishes.extend(finish);
-            }
-        }
+        let seeds = (0..self.seeds).map(|seed| self.race(&data, &settings, seed, || bar.inc(1)));
+        let races: Vec<Vec<Course>> = seeds.collect();
         bar.finish();
-        let table = table(&settings, &finishes, self);
+        let table = self.table(&settings, &races);
         println!("{table}");
+        if let Some(path) = &self.json {
+            parallel::write(path, &serde_json::to_string(&races.concat())?)?;
+        }
         match &self.out {
             None => Ok(()),
             Some(path) => parallel::write(path, &table),
@@ -98,137 +141,184 @@ impl Race {
 
     /// For each batch size the exact training first.
     fn settings(&self) -> Vec<Setting> {
-        let all = InputGradientOptions::default();
-        let largest = InputGradientOptions {
-            dx_ratio: Some(self.dx_ratio),
-            dx_sampled: false,
+        let input_gradient = |dx_sampled| InputGradientOptions {
+            dx_ratio: self.dx_ratio,
+            dx_sampled,
         };
-        let sampled = InputGradientOptions {
-            dx_sampled: true,
-            ..largest
-        };
-        let methods = [
-            (PolicyOption::Systematic, MemoryOption::None, all),
-            (PolicyOption::Systematic, MemoryOption::None, largest),
-            (PolicyOption::Systematic, MemoryOption::None, sampled),
-            (PolicyOption::TopK, MemoryOption::Balanced, sampled),
-        ];
+        let mut methods = Vec::new();
+        for &k_ratio in &self.k_ratio {
+            let all = InputGradientOptions::default();
+            methods.push((k_ratio, PolicyOption::Systematic, all));
+            if self.dx_ratio.is_some() {
+                methods.push((k_ratio, PolicyOption::Systematic, input_gradient(false)));
+                methods.push((k_ratio, PolicyOption::Systematic, input_gradient(true)));
+            }
+            if self.topk {
+                methods.push((k_ratio, PolicyOption::TopK, all));
+            }
+        }
         let pairs = self.batch.iter().zip(&self.lr);
         let settings = pairs.flat_map(|(&batch, &lr)| {
-            let approximate = methods.map(|(policy, memory, input_gradient)| Setting {
+            let exact = Setting {
                 optimizer: self.optimizer,
                 lr,
                 momentum: 0.0,
                 batch,
                 widths: self.widths.clone(),
                 epochs: self.epochs,
-                k_ratio: self.k_ratio,
-                policy,
-                memory,
-                decay: memory.default_decay(),
+                k_ratio: KRatio::ALL,
+                policy: PolicyOption::TopK,
+                memory: MemoryOption::None,
+                decay: 1.0,
                 memory_precision: MemoryPrecisionOption::Full,
-                input_gradient,
+                input_gradient: InputGradientOptions::default(),
                 cost_rule: true,
                 exact_steps: 0,
+            };
+            let approximate = methods.iter().map(|&(k_ratio, policy, input_gradient)| {
+                let memory = policy.usual_memory();
+                Setting {
+                    k_ratio,
+                    policy,
+                    memory,
+                    decay: memory.default_decay(),
+                    input_gradient,
+                    ..exact.clone()
+                }
             });
-            [approximate[0].exact()].into_iter().chain(approximate)
+            let approximate: Vec<_> = approximate.collect();
+            [exact].into_iter().chain(approximate)
         });
         settings.collect()
     }
 
-    /// When each training reached the target, if it did.
+    /// The course of each training, to the target or to the end.
     fn race(
         &self,
         data: &Data,
         settings: &[Setting],
         seed: u64,
         after_turn: impl Fn(),
-    ) -> Vec<Option<Finish>> {
-        let mut runners: Vec<_> = settings
-            .iter()
-            .map(|setting| (Training::new(data, setting, seed), 0.0, 0.0, None))
-            .collect();
+    ) -> Vec<Course> {
+        let runner = |setting| {
+            let course = Course {
+                setting: Setting::clone(setting),
+                seed,
+                seconds: Vec::new(),
+                accuracy: Vec::new(),
+                loss: Vec::new(),
+                k: Vec::new(),
+            };
+            (Training::new(data, setting, seed), course)
+        };
+        let mut runners: Vec<_> = settings.iter().map(runner).collect();
         for turn in 0..self.epochs * TURNS {
-            for ((training, seconds, accuracy, finish), setting) in runners.iter_mut().zip(settings)
-            {
-                if finish.is_some() {
+            for (training, course) in &mut runners {
+                let reached = course
+                    .accuracy
+                    .last()
+                    .is_some_and(|&last| last >= self.target);
+                if reached && !self.final_loss {
                     continue;
                 }
-                let steps = data.train.len() / setting.batch;
+                let steps = data.train.len() / course.setting.batch;
                 // The parts of an epoch are equal but for one step.
                 let part = turn % TURNS;
                 let steps = (part + 1) * steps / TURNS - part * steps / TURNS;
-                let before = (*seconds, *accuracy);
-                *seconds += training.advance(steps);
-                *accuracy = training.test_accuracy();
-                if *accuracy >= self.target {
-                    // Between two tests, on the line.
-                    let way = (self.target - before.1) / (*accuracy - before.1);
-                    *finish = Some(Finish {
-                        seconds: before.0 + way * (*seconds - before.0),
-                        epochs: (turn as f64 + way) / TURNS as f64,
-                    });
-                }
+                let before = course.seconds.last().copied().unwrap_or(0.0);
+                course.seconds.push(before + training.advance(steps));
+                let Tested { accuracy, loss } = training.test();
+                course.accuracy.push(accuracy);
+                course.loss.push(loss);
+                course.k.push(training.ks());
             }
             after_turn();
         }
-        runners.into_iter().map(|runner| runner.3).collect()
+        runners.into_iter().map(|(_, course)| course).collect()
     }
-}
 
-/// A Markdown table with 95 % intervals; ratios are those of the same seed at the batch size at which exact
-/// training is fastest.
-fn table(settings: &[Setting], finishes: &[Vec<Finish>], race: &Race) -> String {
-    let seconds = |finishes: &[Finish]| -> Vec<f64> {
-        finishes.iter().map(|finish| finish.seconds).collect()
-    };
-    let interval = |values: &[f64]| {
-        let width = confidence(values).unwrap_or(f64::NAN);
-        format!("{:.2} ± {width:.2}", mean_and_error(values).0)
-    };
-    let all = |finishes: &[Finish]| finishes.len() == race.seeds as usize;
-    let exact = settings.iter().zip(finishes);
-    let exact = exact.filter(|(setting, finishes)| setting.is_exact() && all(finishes));
-    let best = exact
-        .map(|(_, finishes)| seconds(finishes))
-        .min_by(|a, b| mean_and_error(a).0.total_cmp(&mean_and_error(b).0));
-    let mut table = format!(
-        "Seconds and epochs to {} %, {:?}, hidden {:?}, K/M {}, {} seeds\n\n\
-         | batch | learning rate | method | seconds | epochs | to the best exact |\n\
-         |---|---|---|---|---|---|\n",
-        100.0 * race.target,
-        race.optimizer,
-        race.widths,
-        race.k_ratio,
-        race.seeds
-    );
-    for (setting, finishes) in settings.iter().zip(finishes) {
-        let _ = write!(
-            table,
-            "| {} | {} | {} | ",
-            setting.batch,
-            setting.lr,
-            setting.method()
-        );
-        let _ = match all(finishes) {
-            false => writeln!(
-                table,
-                "{} of {} reached it in {} epochs | | |",
-                finishes.len(),
-                race.seeds,
-                race.epochs
-            ),
-            true => {
-                let seconds = seconds(finishes);
-                let epochs: Vec<_> = finishes.iter().map(|finish| finish.epochs).collect();
-                let ratios = best.iter().flatten().zip(&seconds);
-                let ratios: Vec<_> = ratios.map(|(best, seconds)| seconds / best).collect();
-                let [seconds, epochs, ratios] = [seconds, epochs, ratios].map(|v| interval(&v));
-                writeln!(table, "{seconds} | {epochs} | {ratios} |")
+    /// When each training of a seed reached the target, if it did.
+    fn finishes(&self, courses: &[Course]) -> Vec<Option<Finish>> {
+        let finish = |course: &Course| {
+            if !self.final_loss {
+                return course.finish(course.accuracy.iter().copied(), self.target);
             }
+            let mut others = courses.iter();
+            let exact = others.find(|other| {
+                other.setting.is_exact() && other.setting.batch == course.setting.batch
+            })?;
+            let target = -exact.loss.last()?;
+            course.finish(course.loss.iter().map(|loss| -loss), target)
         };
+        courses.iter().map(finish).collect()
     }
-    table
+
+    /// A Markdown table with 95 % intervals. Ratios are those of the same seed: to exact training at the same batch
+    /// size, and at the one at which it is fastest.
+    fn table(&self, settings: &[Setting], races: &[Vec<Course>]) -> String {
+        let by_seed: Vec<_> = races.iter().map(|courses| self.finishes(courses)).collect();
+        let finishes: Vec<Vec<Finish>> = (0..settings.len())
+            .map(|index| by_seed.iter().filter_map(|seed| seed[index]).collect())
+            .collect();
+        let all = |finishes: &[Finish]| finishes.len() == races.len();
+        let of = |finishes: &[Finish], value: fn(&Finish) -> f64| -> Vec<f64> {
+            finishes.iter().map(value).collect()
+        };
+        let seconds = |finishes: &[Finish]| of(finishes, |finish| finish.seconds);
+        let exact = |batch: Option<usize>| {
+            let exact = settings
+                .iter()
+                .zip(&finishes)
+                .filter(|(setting, finishes)| {
+                    let meant = batch.is_none_or(|batch| setting.batch == batch);
+                    setting.is_exact() && meant && all(finishes)
+                });
+            exact
+                .map(|(_, finishes)| seconds(finishes))
+                .min_by(|a, b| mean_and_error(a).0.total_cmp(&mean_and_error(b).0))
+        };
+        let interval = |values: &[f64]| match (values, confidence(values)) {
+            ([], _) => String::new(),
+            (_, None) => format!("{:.2}", mean_and_error(values).0),
+            (_, Some(width)) => format!("{:.2} ± {width:.2}", mean_and_error(values).0),
+        };
+        let target = match self.final_loss {
+            true => format!("the loss of exact training after {} epochs", self.epochs),
+            false => format!("{} %", 100.0 * self.target),
+        };
+        let mut table = format!(
+            "Seconds and epochs to {target}, {:?}, hidden {:?}, {} seeds\n\n\
+             | batch | learning rate | method | K | seconds | epochs | to exact | to the best exact |\n\
+             |---|---|---|---|---|---|---|---|\n",
+            self.optimizer,
+            self.widths,
+            races.len()
+        );
+        for (setting, finishes) in settings.iter().zip(&finishes) {
+            let (batch, lr) = (setting.batch, setting.lr);
+            let (method, k) = (setting.method(), setting.k_ratio);
+            let _ = write!(table, "| {batch} | {lr} | {method} | {k} | ");
+            if !all(finishes) {
+                let (reached, all) = (finishes.len(), races.len());
+                let _ = writeln!(
+                    table,
+                    "{reached} of {all} reached it in {} epochs | | | |",
+                    self.epochs
+                );
+                continue;
+            }
+            let seconds = seconds(finishes);
+            let to = |exact: Option<Vec<f64>>| -> Vec<f64> {
+                let pairs = exact.iter().flatten().zip(&seconds);
+                pairs.map(|(exact, seconds)| seconds / exact).collect()
+            };
+            let epochs = of(finishes, |finish| finish.epochs);
+            let cells = [&seconds, &epochs, &to(exact(Some(batch))), &to(exact(None))];
+            let cells = cells.map(|values| interval(values));
+            let _ = writeln!(table, "{} |", cells.join(" | "));
+        }
+        table
+    }
 }
 
 #[cfg(test)]
@@ -250,24 +340,63 @@ mod tests {
     fn all_reach_a_target_that_is_easy_and_none_one_that_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let data = data(folder.path());
-        let small = "--batch 32,16 --widths 256 --k-ratio 0.25 --seeds 1 --target 0.9";
-        let race = parse(&format!("{small} --lr 0.1,0.1 --epochs 4"));
+        let small = "--batch 32,16 --widths 256 --k-ratio 0.25,auto --seeds 1 --target 0.9";
+        let race = parse(&format!(
+            "{small} --lr 0.1,0.1 --epochs 4 --dx-ratio 0.25 --topk"
+        ));
         let settings = race.settings();
-        let finishes: Vec<Vec<_>> = race
-            .race(&data, &settings, 0, || ())
-            .into_iter()
-            .map(|finish| finish.into_iter().collect())
-            .collect();
-        assert_eq!(finishes.len(), 10);
-        for finish in finishes.iter().flatten() {
+        let courses = race.race(&data, &settings, 0, || ());
+        let finishes = race.finishes(&courses);
+        assert_eq!(finishes.len(), 18);
+        for finish in &finishes {
+            let finish = finish.expect("it is easy");
             assert!(finish.epochs > 0.0 && finish.epochs <= 4.0 && finish.seconds > 0.0);
         }
-        let table = table(&settings, &finishes, &race);
+        let table = race.table(&settings, &[courses]);
         assert!(!table.contains("reached it"), "{table}");
-        assert!(table.contains("| 16 | 0.1 | exact |"), "{table}");
+        assert!(table.contains("| 16 | 0.1 | exact | M |"), "{table}");
+        assert!(
+            table.contains("| 16 | 0.1 | systematic | auto |"),
+            "{table}"
+        );
 
         let race = parse(&format!("{small} --lr 1e-6,1e-6 --epochs 1"));
-        assert_eq!(race.race(&data, &race.settings(), 0, || ()), [None; 10]);
+        let courses = race.race(&data, &race.settings(), 0, || ());
+        assert_eq!(race.finishes(&courses), [None; 6]);
+    }
+
+    #[test]
+    fn exact_training_reaches_its_own_loss_at_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = data(folder.path());
+        let race = parse("--final-loss --batch 32 --lr 0.1 --widths 32 --epochs 2 --k-ratio 0.5");
+        let courses = race.race(&data, &race.settings(), 0, || ());
+        assert!(courses.iter().all(|course| course.loss.len() == 2 * TURNS));
+        let [exact, _] = race.finishes(&courses)[..] else {
+            panic!("two trainings");
+        };
+        let exact = exact.unwrap();
+        assert!(exact.epochs <= 2.0 && exact.epochs > 1.5, "{exact:?}");
+    }
+
+    #[test]
+    fn a_finish_is_on_the_line_between_two_tests() {
+        let course = Course {
+            setting: parse("").settings().remove(0),
+            seed: 0,
+            seconds: vec![1.0, 2.0, 4.0],
+            accuracy: vec![0.5, 0.6, 0.8],
+            loss: Vec::new(),
+            k: Vec::new(),
+        };
+        let finish = |target| {
+            let finish = course.finish(course.accuracy.iter().copied(), target);
+            finish.map(|finish| (finish.seconds, finish.epochs * TURNS as f64))
+        };
+        let (seconds, turns) = finish(0.7).unwrap();
+        assert!((seconds - 3.0).abs() < 1e-9 && (turns - 2.5).abs() < 1e-9);
+        assert_eq!(finish(0.4), Some((1.0, 1.0)));
+        assert_eq!(finish(0.9), None);
     }
 
     #[test]

@@ -2,7 +2,8 @@ use std::{fmt::Write, path::Path};
 
 use anyhow::Result;
 use memaop_examples::{
-    chart::{Chart, Series},
+    KRatio,
+    chart::{self, Chart, Series},
     statistics::{confidence, mean_and_error},
 };
 
@@ -46,7 +47,10 @@ impl<'a> Regime<'a> {
             }
         }
         for (_, outcomes) in &mut methods {
-            outcomes.sort_by(|a, b| b.setting.k_ratio.total_cmp(&a.setting.k_ratio));
+            // Where K is not fixed, in the end.
+            let order =
+                |outcome: &Outcome| outcome.setting.k_ratio.divisor().unwrap_or(f64::INFINITY);
+            outcomes.sort_by(|a, b| order(a).total_cmp(&order(b)));
         }
         methods
     }
@@ -71,10 +75,7 @@ pub fn table(outcomes: &[Outcome]) -> String {
         for (method, outcomes) in regime.methods() {
             for outcome in outcomes {
                 let setting = &outcome.setting;
-                let k = match setting.is_exact() {
-                    true => "M".to_string(),
-                    false => format!("M/{}", (1e2 / setting.k_ratio).round() / 1e2),
-                };
+                let k = setting.k_ratio;
                 let accuracy = outcome.final_accuracy();
                 let difference = match &exact {
                     Some(exact) if !setting.is_exact() && exact.len() == accuracy.len() => {
@@ -100,86 +101,150 @@ pub fn table(outcomes: &[Outcome]) -> String {
     table
 }
 
-/// Two figures for each regime: accuracy against K, and against the time spent on training.
+/// The methods that `docs/choosing.md` recommends, by name; the rest is grey.
+const RECOMMENDED: [&str; 2] = ["systematic", "topk, balanced 0.9"];
+const AUTO: &str = "systematic, K chosen by the layer";
+
+/// Two figures for each regime: what is lost against K, and the course of the trainings by epoch and by time.
 pub fn figures(outcomes: &[Outcome], folder: &Path) -> Result<()> {
     for (number, regime) in Regime::all(outcomes).iter().enumerate() {
         let file = |kind: &str| folder.join(format!("{}-{kind}.svg", number + 1));
         against_k(regime, &file("k"))?;
-        against_time(regime, &file("time"))?;
+        courses(regime, &file("course"))?;
     }
     Ok(())
 }
 
+/// Points of accuracy to exact with 95 % intervals, seed by seed.
 fn against_k(regime: &Regime, path: &Path) -> Result<()> {
-    let mean = |outcome: &Outcome| 100.0 * mean_and_error(&outcome.final_accuracy()).0;
-    let sparsity = |outcome: &Outcome| -outcome.setting.k_ratio.log2();
+    let Some(exact) = regime.exact().map(Outcome::final_accuracy) else {
+        return Ok(());
+    };
+    let points = |outcome: &Outcome| -> (f64, f64) {
+        let accuracy = outcome.final_accuracy();
+        let differences = accuracy.iter().zip(&exact).map(|(a, b)| 100.0 * (a - b));
+        let differences: Vec<_> = differences.collect();
+        let width = confidence(&differences).unwrap_or(0.0);
+        (mean_and_error(&differences).0, width)
+    };
+    let place = |outcome: &Outcome| outcome.setting.k_ratio.divisor().map(f64::log2);
     let methods = regime.methods();
-    let farthest = regime.outcomes.iter().map(|outcome| sparsity(outcome));
-    let farthest = farthest.fold(0.0, f64::max);
-    let series: Vec<_> = methods
-        .iter()
-        .enumerate()
-        .map(|(color, (name, outcomes))| Series {
-            name,
-            points: match regime.exact() {
-                // The exact layer is a line from end to end.
-                Some(exact) if name == "exact" => vec![(0.0, mean(exact)), (farthest, mean(exact))],
-                _ => outcomes.iter().map(|o| (sparsity(o), mean(o))).collect(),
-            },
-            color,
-            dashed: name == "exact",
-        })
-        .collect();
-    Chart {
-        title: &regime.name,
-        x: "log2(M / K)",
-        y: "test accuracy, %",
-        logarithmic: false,
-        series: &series,
+    let places = regime.outcomes.iter().copied().filter_map(place);
+    let places: Vec<_> = places.filter(|&place| place > 0.0).collect();
+    let first = places.iter().copied().fold(f64::INFINITY, f64::min);
+    let last = places.iter().copied().fold(0.0, f64::max);
+    if places.is_empty() {
+        return Ok(());
     }
-    .save(path)
+
+    let mut series = Vec::new();
+    for (name, outcomes) in &methods {
+        let color = RECOMMENDED
+            .iter()
+            .position(|recommended| recommended == name);
+        let fixed: Vec<_> = outcomes
+            .iter()
+            .filter(|outcome| place(outcome).is_some())
+            .collect();
+        if name != "exact" && !fixed.is_empty() {
+            let found: Vec<_> = fixed.iter().map(|outcome| points(outcome)).collect();
+            let places = fixed.iter().filter_map(|outcome| place(outcome));
+            series.push(Series {
+                name: color.map(|_| name.as_str()),
+                points: places.zip(found.iter().map(|point| point.0)).collect(),
+                intervals: match color {
+                    Some(_) => found.iter().map(|point| point.1).collect(),
+                    None => Vec::new(),
+                },
+                color,
+                dashed: false,
+            });
+        }
+        let auto = outcomes.iter().find(|outcome| place(outcome).is_none());
+        if let Some(auto) = auto.filter(|_| name == "systematic") {
+            let (mean, width) = points(auto);
+            series.push(Series {
+                intervals: vec![width; 2],
+                dashed: true,
+                ..Series::new(AUTO, vec![(first, mean), (last, mean)], 2)
+            });
+        }
+    }
+    let exact = Series::new("exact", vec![(first, 0.0), (last, 0.0)], 3);
+    series.push(exact);
+    let chart = Chart {
+        title: &regime.name,
+        x: "K",
+        y: "points of test accuracy to exact",
+        logarithmic: false,
+        x_label: |place| match place.fract().abs() < 1e-6 {
+            true => format!("M/{}", 2f64.powf(place)),
+            false => String::new(),
+        },
+        series: &series,
+    };
+    chart::save(&[chart], path)
 }
 
-/// Of each method, the K nearest to M/8.
-fn against_time(regime: &Regime, path: &Path) -> Result<()> {
-    let curve = |outcome: &Outcome| -> Vec<(f64, f64)> {
+/// Test accuracy by epoch and by time: exact training, K as the layer chooses, and of the methods that are recommended the
+/// K nearest to M/8.
+fn courses(regime: &Regime, path: &Path) -> Result<()> {
+    let curves = |outcome: &Outcome| -> [Vec<(f64, f64)>; 2] {
         let runs = outcome.runs.len() as f64;
+        let mean =
+            |value: &dyn Fn(usize) -> f64| (0..outcome.runs.len()).map(value).sum::<f64>() / runs;
         let mut seconds = 0.0;
-        (0..outcome.setting.epochs)
-            .map(|epoch| {
-                let mean = |value: &dyn Fn(usize) -> f64| {
-                    (0..outcome.runs.len()).map(value).sum::<f64>() / runs
-                };
-                seconds += mean(&|run| outcome.runs[run].train_seconds[epoch]);
-                let accuracy = mean(&|run| outcome.runs[run].test_accuracy[epoch]);
-                (seconds, 100.0 * accuracy)
+        let mut curves = [Vec::new(), Vec::new()];
+        for epoch in 0..outcome.setting.epochs {
+            seconds += mean(&|run| outcome.runs[run].train_seconds[epoch]);
+            let accuracy = 100.0 * mean(&|run| outcome.runs[run].test_accuracy[epoch]);
+            curves[0].push((epoch as f64 + 1.0, accuracy));
+            curves[1].push((seconds, accuracy));
+        }
+        curves
+    };
+    let mut drawn: Vec<(String, &Outcome)> = Vec::new();
+    for (name, outcomes) in regime.methods() {
+        let auto = outcomes
+            .iter()
+            .find(|outcome| outcome.setting.k_ratio == KRatio::AUTO);
+        let fixed = outcomes.iter().filter_map(|outcome| {
+            let distance = (outcome.setting.k_ratio.divisor()?.log2() - 3.0).abs();
+            Some((distance, outcome))
+        });
+        let nearest = fixed.min_by(|a, b| a.0.total_cmp(&b.0));
+        match nearest {
+            Some((_, outcome)) if name == "exact" => drawn.push((name, outcome)),
+            Some((_, outcome)) if RECOMMENDED.contains(&name.as_str()) => {
+                let name = format!("{name}, {}", outcome.setting.k_ratio);
+                drawn.push((name, outcome));
+            }
+            _ => {}
+        }
+        drawn.extend(auto.map(|outcome| (AUTO.to_string(), *outcome)));
+    }
+    let series = |kind: usize| -> Vec<_> {
+        let drawn = drawn.iter().enumerate();
+        drawn
+            .map(|(color, (name, outcome))| {
+                let [by_epoch, by_time] = curves(outcome);
+                let points = if kind == 0 { by_epoch } else { by_time };
+                Series::new(name, points, color)
             })
             .collect()
     };
-    let methods = regime.methods();
-    let series: Vec<_> = methods
-        .iter()
-        .enumerate()
-        .filter_map(|(color, (name, outcomes))| {
-            let distance = |outcome: &Outcome| (outcome.setting.k_ratio.log2() + 3.0).abs();
-            let nearest = outcomes
-                .iter()
-                .min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
-            Some(Series {
-                name,
-                points: curve(nearest),
-                color,
-                dashed: name == "exact",
-            })
-        })
-        .collect();
-    let title = format!("{}, K = M/8", regime.name);
-    Chart {
-        title: &title,
-        x: "seconds of training on one core",
+    let (by_epoch, by_time) = (series(0), series(1));
+    let chart = |x, series| Chart {
+        title: &regime.name,
+        x,
         y: "test accuracy, %",
         logarithmic: false,
-        series: &series,
-    }
-    .save(path)
+        x_label: chart::number,
+        series,
+    };
+    let charts = [
+        chart("epoch", &by_epoch[..]),
+        chart("seconds of training on one core", &by_time[..]),
+    ];
+    chart::save(&charts, path)
 }

@@ -1,7 +1,9 @@
 use anyhow::{Result, ensure};
-use burn_memaop::{AopConfig, OuterProducts, Schedule};
+use burn_memaop::{AopConfig, Schedule};
 use clap::ValueEnum;
-use memaop_examples::{InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption};
+use memaop_examples::{
+    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
+};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -23,7 +25,7 @@ pub struct Setting {
     pub widths: Vec<usize>,
     pub epochs: usize,
     /// 1 is the exact gradient.
-    pub k_ratio: f64,
+    pub k_ratio: KRatio,
     pub policy: PolicyOption,
     pub memory: MemoryOption,
     pub decay: f64,
@@ -42,7 +44,7 @@ impl Setting {
     /// The same training with exact gradients.
     pub fn exact(&self) -> Self {
         Self {
-            k_ratio: 1.0,
+            k_ratio: KRatio::ALL,
             policy: PolicyOption::TopK,
             memory: MemoryOption::None,
             decay: 1.0,
@@ -55,29 +57,31 @@ impl Setting {
     }
 
     pub fn is_exact(&self) -> bool {
-        self.k_ratio == 1.0
+        self.k_ratio == KRatio::ALL
     }
 
     /// The configuration of a layer.
-    pub fn aop(&self, seed: u64) -> AopConfig {
-        AopConfig::new()
-            .with_outer_products(OuterProducts::Ratio {
-                ratio: self.k_ratio,
-                minimum: 1,
-            })
-            .with_policy(self.policy.policy())
-            .with_memory(self.memory.memory(self.decay))
+    ///
+    /// # Errors
+    ///
+    /// Options that do not go together.
+    pub fn aop(&self, seed: u64) -> Result<AopConfig> {
+        let config = AopConfig::new()
+            .with_outer_products(self.k_ratio.outer_products())
+            .with_method(self.policy.method(self.memory.memory(self.decay))?)
             .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
             .with_cost_rule(self.cost_rule)
             .with_schedule(Schedule::Constant {
                 exact_steps: self.exact_steps,
             })
-            .with_seed(seed)
+            .with_seed(seed);
+        config.validate()?;
+        Ok(config)
     }
 
     pub fn validate(&self, images: usize) -> Result<()> {
-        self.aop(0).validate()?;
+        self.aop(0)?;
         let rate = |name: &str, value: f64, most: f64| {
             ensure!(
                 value.is_finite() && value >= 0.0 && value < most,
@@ -129,8 +133,7 @@ impl Setting {
         if self.is_exact() {
             return "exact".to_string();
         }
-        let policy = self.policy.to_possible_value().expect("none is skipped");
-        let policy = policy.get_name();
+        let policy = self.policy;
         let method = match self.memory {
             MemoryOption::None => policy.to_string(),
             MemoryOption::Published => format!("{policy}, published {}", self.decay),
@@ -163,7 +166,11 @@ impl Setting {
 
     /// A name for files.
     pub fn slug(&self) -> String {
-        let name = format!("{} {} k {}", self.regime(), self.method(), self.k_ratio);
+        let k = match self.k_ratio {
+            KRatio::Of(ratio) => ratio.to_string(),
+            KRatio::Auto(_) => "auto".to_string(),
+        };
+        let name = format!("{} {} k {k}", self.regime(), self.method());
         let words = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.');
         let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
         words.join("-").to_lowercase()

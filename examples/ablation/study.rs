@@ -1,7 +1,7 @@
 //! The settings of `docs/choosing.md`.
 
 use memaop_examples::{
-    InputGradientOptions,
+    InputGradientOptions, KRatio,
     MemoryOption::{self, Balanced, None, Published},
     MemoryPrecisionOption,
     PolicyOption::{
@@ -62,7 +62,7 @@ pub fn settings() -> Vec<Setting> {
             batch,
             widths: vec![512; hidden],
             epochs,
-            k_ratio: 1.0,
+            k_ratio: KRatio::ALL,
             policy: TopK,
             memory: None,
             decay: 1.0,
@@ -74,7 +74,7 @@ pub fn settings() -> Vec<Setting> {
         settings.push(exact.clone());
         for &(policy, memory, decay, exponents) in methods {
             settings.extend(exponents.iter().map(|&exponent| Setting {
-                k_ratio: 0.5f64.powi(exponent),
+                k_ratio: KRatio::Of(0.5f64.powi(exponent)),
                 policy,
                 memory,
                 decay,

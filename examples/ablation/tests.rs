@@ -2,7 +2,7 @@ use std::{fs, path::Path};
 
 use burn_memaop::Memory;
 use clap::Parser;
-use memaop_examples::{MemoryOption, PolicyOption, mnist::PIXELS};
+use memaop_examples::{KRatio, MemoryOption, PolicyOption, mnist::PIXELS};
 use serde_json::Value;
 
 use crate::{Cli, grid, report, setting::Setting, study, training::Data};
@@ -58,18 +58,21 @@ fn lists_span_a_grid_without_what_does_not_go_together() {
         ("systematic", 0.5),
         ("systematic", 0.25),
     ];
-    let expected = expected.map(|(name, k)| (name.to_string(), k));
+    let expected = expected.map(|(name, k)| (name.to_string(), KRatio::Of(k)));
     assert_eq!(methods, expected);
 
     let [setting] = <[Setting; 1]>::try_from(settings("--policy wta")).unwrap();
     assert_eq!(setting.memory, MemoryOption::None);
     let [setting] = <[Setting; 1]>::try_from(settings("--decay 0.5")).unwrap();
-    assert_eq!(setting.aop(0).memory, Memory::Balanced { decay: 0.5 });
+    assert_eq!(
+        setting.aop(0).unwrap().method.memory(),
+        Memory::Balanced { decay: 0.5 }
+    );
 
     let wrong = settings("--policy systematic --memory balanced");
     let error = wrong[0].validate(60_000).unwrap_err().to_string();
     assert!(
-        error.contains("Systematic weighs what it chooses"),
+        error.contains("--policy systematic weighs what it chooses"),
         "{error}"
     );
     let error = settings("--batch 0")[0].validate(60_000).unwrap_err();
@@ -148,7 +151,7 @@ fn a_grid_learns_is_written_and_goes_on_where_it_was_interrupted() {
         "{table}"
     );
     report::figures(&outcomes, folder.path()).unwrap();
-    assert!(folder.path().join("1-time.svg").exists());
+    assert!(folder.path().join("1-course.svg").exists());
 }
 
 #[test]

@@ -94,7 +94,8 @@ impl Mlp {
             linear.weight = Param::from_tensor(Tensor::from_data(weight, device));
             linear.bias = Some(Param::from_tensor(Tensor::from_data(bias, device)));
             inputs = outputs;
-            MemAopLinear::from_linear(linear, setting.aop(random.random()))
+            let aop = setting.aop(random.random());
+            MemAopLinear::from_linear(linear, aop.expect("settings are validated"))
         });
         Self {
             layers: layers.collect(),
@@ -109,16 +110,35 @@ impl Mlp {
         last.forward(hidden)
     }
 
-    fn test_accuracy(&self, images: &Images, device: &Device) -> f64 {
+    fn test(&self, images: &Images, device: &Device) -> Tested {
         let model = self.valid();
+        let entropy = CrossEntropyLossConfig::new().init(device);
         let indices: Vec<_> = (0..images.len()).collect();
-        let right = indices.chunks(TEST_BATCH).map(|indices| {
+        let (mut right, mut loss) = (0, 0.0);
+        for indices in indices.chunks(TEST_BATCH) {
             let (pixels, labels) = images.batch(indices, device);
-            let found = model.forward(pixels).argmax(1).squeeze_dim(1);
-            found.equal(labels).int().sum().into_scalar::<i64>()
-        });
-        right.sum::<i64>() as f64 / images.len() as f64
+            let output = model.forward(pixels);
+            let mean: f64 = entropy
+                .forward(output.clone(), labels.clone())
+                .into_scalar();
+            loss += mean * indices.len() as f64;
+            let found = output.argmax(1).squeeze_dim(1);
+            right += found.equal(labels).int().sum().into_scalar::<i64>();
+        }
+        let count = images.len() as f64;
+        Tested {
+            accuracy: right as f64 / count,
+            loss: loss / count,
+        }
     }
+}
+
+/// How a model does on the test images.
+pub struct Tested {
+    /// The share that is recognised.
+    pub accuracy: f64,
+    /// The mean cross-entropy.
+    pub loss: f64,
 }
 
 /// The outcome of one training.
@@ -142,7 +162,7 @@ pub fn run(data: &Data, setting: &Setting, seed: u64, after_epoch: impl Fn()) ->
     for _ in 0..setting.epochs {
         let seconds = training.advance(data.train.len() / setting.batch);
         run.train_seconds.push(seconds);
-        run.test_accuracy.push(training.test_accuracy());
+        run.test_accuracy.push(training.test().accuracy);
         after_epoch();
     }
     run
@@ -213,9 +233,16 @@ impl<'a> Training<'a> {
         seconds
     }
 
-    /// The share of test images that are recognised.
-    pub fn test_accuracy(&self) -> f64 {
+    /// K of each layer at the last step.
+    pub fn ks(&self) -> Vec<usize> {
         let model = self.model.as_ref().expect("put back by every step");
-        model.test_accuracy(&self.data.test, &Device::flex())
+        let layers = model.layers.iter();
+        layers.map(|layer| layer.memory_stats().k).collect()
+    }
+
+    /// How the model does now.
+    pub fn test(&self) -> Tested {
+        let model = self.model.as_ref().expect("put back by every step");
+        model.test(&self.data.test, &Device::flex())
     }
 }

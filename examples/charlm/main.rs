@@ -18,7 +18,8 @@ use burn::tensor::Device;
 use burn_memaop::AopConfig;
 use clap::Parser;
 use memaop_examples::{
-    AopOptions, Backend, InputGradientOptions, MemoryPrecisionOption, PolicyOption, check, parallel,
+    AopOptions, Backend, InputGradientOptions, KRatio, MemoryPrecisionOption, PolicyOption, check,
+    parallel,
 };
 use rand::{SeedableRng, rngs::StdRng};
 
@@ -35,10 +36,11 @@ struct Options {
     /// Any text in UTF-8; its last tenth is for validation
     #[arg(long)]
     text: PathBuf,
-    /// Outer products in a step as a share of the rows; each is a training of its own
-    #[arg(long, value_delimiter = ',', default_value = "0.25,0.5")]
-    k_ratio: Vec<f64>,
-    /// Each with its usual memory: balanced, or none where it is unbiased
+    /// Outer products in a step as a share of the rows, 1 for all by flat products, auto as the layers choose; each
+    /// is a training of its own
+    #[arg(long, value_delimiter = ',', default_value = "1,auto")]
+    k_ratio: Vec<KRatio>,
+    /// Each with its usual memory: balanced, or none where it takes none
     #[arg(long, value_enum, value_delimiter = ',', default_value = "systematic")]
     policy: Vec<PolicyOption>,
     #[command(flatten)]
@@ -102,7 +104,7 @@ fn main() -> Result<()> {
         fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
         parallel::write(&out.join("table.md"), &table)?;
         parallel::write(&out.join("runs.json"), &serde_json::to_string(&methods)?)?;
-        report::figures(&methods, out)?;
+        report::figure(&methods, &out.join("loss.svg"))?;
     }
     Ok(())
 }
@@ -197,7 +199,7 @@ impl Options {
         std::iter::once(Ok(None)).chain(pairs).collect()
     }
 
-    fn pairs(&self) -> impl Iterator<Item = (PolicyOption, f64)> {
+    fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio)> {
         let policies = self.policy.iter();
         policies.flat_map(|&policy| self.k_ratio.iter().map(move |&k_ratio| (policy, k_ratio)))
     }
@@ -206,8 +208,10 @@ impl Options {
         // Wrong values are found before any training.
         self.configurations(seed)?;
         let pairs = self.pairs().map(|(policy, k_ratio)| {
-            let policy = format!("{policy:?}").to_lowercase();
-            Method::new(format!("{policy} M/{}", (1e2 / k_ratio).round() / 1e2))
+            Method::new(match k_ratio {
+                KRatio::ALL => "exact, flat".to_string(),
+                k => format!("{policy} {k}"),
+            })
         });
         Ok(std::iter::once(Method::new("exact".to_string()))
             .chain(pairs)
@@ -262,8 +266,9 @@ mod tests {
 
         let table = report::table(&methods);
         assert!(table.contains("| systematic M/4 |"), "{table}");
-        report::figures(&methods, folder.path()).unwrap();
-        assert!(folder.path().join("time.svg").exists());
+        let figure = folder.path().join("loss.svg");
+        report::figure(&methods, &figure).unwrap();
+        assert!(figure.exists());
     }
 
     #[test]

@@ -2,7 +2,7 @@ use std::{fmt::Write, path::Path};
 
 use anyhow::Result;
 use memaop_examples::{
-    chart::{Chart, Series},
+    chart::{self, Chart, Series},
     statistics::{confidence, mean_and_error},
 };
 use serde::Serialize;
@@ -123,30 +123,32 @@ pub fn table(methods: &[Method]) -> String {
     table
 }
 
-/// Validation loss against steps and against the time spent on them.
-pub fn figures(methods: &[Method], folder: &Path) -> Result<()> {
-    let figure = |file: &str, x: &str, value: &dyn Fn(&Run, usize) -> f64| {
-        let series: Vec<_> = methods
-            .iter()
-            .enumerate()
+/// Validation loss against steps, and against the time spent on them.
+pub fn figure(methods: &[Method], path: &Path) -> Result<()> {
+    let lines = |value: &dyn Fn(&Run, usize) -> f64| -> Vec<_> {
+        let methods = methods.iter().enumerate();
+        methods
             .map(|(color, method)| Series {
-                name: &method.name,
-                points: method.curve(value),
-                color,
                 dashed: color == 0,
+                ..Series::new(&method.name, method.curve(value), color)
             })
-            .collect();
-        let chart = Chart {
-            title: "Validation loss, nats a character",
-            x,
-            y: "loss",
-            logarithmic: false,
-            series: &series,
-        };
-        chart.save(&folder.join(file))
+            .collect()
     };
-    figure("steps.svg", "steps", &|run, i| run.steps[i] as f64)?;
-    figure("time.svg", "seconds of training", &|run, i| run.seconds[i])
+    let by_step = lines(&|run, i| run.steps[i] as f64);
+    let by_time = lines(&|run, i| run.seconds[i]);
+    let chart = |x, series| Chart {
+        title: "Validation loss, nats a character",
+        x,
+        y: "loss",
+        logarithmic: false,
+        x_label: chart::number,
+        series,
+    };
+    let charts = [
+        chart("steps", &by_step[..]),
+        chart("seconds of training", &by_time[..]),
+    ];
+    chart::save(&charts, path)
 }
 
 #[cfg(test)]

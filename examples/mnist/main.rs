@@ -180,7 +180,7 @@ fn train_on(
             .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
             .metric_train_numeric(AopMetric::new(AopFigure::Share))
             .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("hidden2"));
-        if aop.memory.decay().is_some() {
+        if aop.method.memory().decay().is_some() {
             training = training
                 .metric_train_numeric(AopMetric::new(AopFigure::Memory))
                 .metric_train_numeric(AopMetric::new(AopFigure::Oldest));

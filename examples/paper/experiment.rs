@@ -8,7 +8,7 @@ use burn::{
         activation::{log_softmax, softmax},
     },
 };
-use burn_memaop::{AopConfig, MemAopLinear, Memory, OuterProducts, Policy};
+use burn_memaop::{AopConfig, MemAopLinear, Memory, Method, OuterProducts, baseline::Baseline};
 use clap::ValueEnum;
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
@@ -109,6 +109,9 @@ impl Setting {
         if self.policy == PolicyName::Exact && self.memory != MemoryName::None {
             bail!("--policy exact leaves no rows out, so it has --memory none");
         }
+        if self.policy == PolicyName::Systematic && self.memory != MemoryName::None {
+            bail!("--policy systematic weighs what it chooses, so it has --memory none");
+        }
         if let Some(aop) = self.aop(0) {
             aop.validate()?;
         }
@@ -116,23 +119,22 @@ impl Setting {
     }
 
     fn aop(&self, seed: u64) -> Option<AopConfig> {
-        let policy = match self.policy {
-            PolicyName::Exact => return None,
-            PolicyName::TopK => Policy::TopK,
-            PolicyName::RandK => Policy::RandK,
-            PolicyName::WeightedK => Policy::WeightedK,
-            PolicyName::Systematic => Policy::Systematic,
-        };
         let memory = match self.memory {
             MemoryName::None => Memory::None,
             MemoryName::Published => Memory::Published { decay: 1.0 },
             MemoryName::Balanced => Memory::Balanced { decay: 0.9 },
         };
+        let method = match self.policy {
+            PolicyName::Exact => return None,
+            PolicyName::TopK => Method::TopK(memory),
+            PolicyName::RandK => Method::Baseline(Baseline::RandK(memory)),
+            PolicyName::WeightedK => Method::Baseline(Baseline::WeightedK(memory)),
+            PolicyName::Systematic => Method::Systematic,
+        };
         Some(
             AopConfig::new()
                 .with_outer_products(OuterProducts::Count(self.k))
-                .with_policy(policy)
-                .with_memory(memory)
+                .with_method(method)
                 .with_cost_rule(false)
                 .with_seed(seed),
         )

@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
+use std::{collections::BTreeMap, fmt::Write, fs, path::Path, slice};
 
 use anyhow::{Context, Result};
 use memaop_examples::{
@@ -121,7 +121,7 @@ fn figure<'a>(
     folder: &Path,
 ) -> Result<()> {
     // Name, values, color, dashed.
-    let mut lines: Vec<(String, Vec<f64>, usize, bool)> = Vec::new();
+    let mut lines: Vec<(Option<String>, Vec<f64>, usize, bool)> = Vec::new();
     for (color, series) in series.enumerate() {
         let setting = &series.setting;
         let memory = match setting.memory {
@@ -130,10 +130,10 @@ fn figure<'a>(
             MemoryName::Balanced => " with balanced memory",
         };
         let name = format!("{}{memory}", setting.policy.name());
-        lines.push((name, mean_curve(&series.loss_val), color, false));
+        lines.push((Some(name), mean_curve(&series.loss_val), color, false));
         if let Some(published) = reference.0.get(&setting.name()) {
             let curve = published.loss_val.mean_curve.clone();
-            lines.push((String::new(), curve, color, true));
+            lines.push((None, curve, color, true));
         }
     }
     if lines.is_empty() {
@@ -142,10 +142,9 @@ fn figure<'a>(
     let lines: Vec<_> = lines
         .iter()
         .map(|(name, values, color, dashed)| chart::Series {
-            name,
-            points: chart::numbered(values),
-            color: *color,
+            name: name.as_deref(),
             dashed: *dashed,
+            ..chart::Series::new("", chart::numbered(values), *color)
         })
         .collect();
     let title = format!(
@@ -161,10 +160,12 @@ fn figure<'a>(
         x: "epoch",
         y: "validation loss",
         logarithmic: dataset == Dataset::Energy,
+        x_label: chart::number,
         series: &lines,
     };
     for format in ["svg", "png"] {
-        chart.save(&folder.join(format!("{}-k{k}.{format}", dataset.name())))?;
+        let path = folder.join(format!("{}-k{k}.{format}", dataset.name()));
+        chart::save(slice::from_ref(&chart), &path)?;
     }
     Ok(())
 }

@@ -134,25 +134,31 @@ fn print_table(runs: &[Run]) {
     }
 }
 
+/// Loss against epochs, and against time: the two take turns, so that their times compare.
 fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
-    let series: Vec<_> = runs
-        .iter()
-        .enumerate()
-        .map(|(color, run)| Series {
-            name: run.layer,
-            points: chart::numbered(&run.losses),
-            color,
-            dashed: false,
-        })
-        .collect();
-    let chart = Chart {
+    let series = |points: fn(&Run) -> Vec<(f64, f64)>| -> Vec<_> {
+        let runs = runs.iter().enumerate();
+        runs.map(|(color, run)| Series::new(run.layer, points(run), color))
+            .collect()
+    };
+    let by_epoch = series(|run| chart::numbered(&run.losses));
+    let by_time = series(|run| {
+        let losses = run.losses.iter().copied();
+        run.seconds.iter().copied().zip(losses).collect()
+    });
+    let chart = |x, series| Chart {
         title: "Digits: training loss",
-        x: "epoch",
+        x,
         y: "loss",
         logarithmic: true,
-        series: &series,
+        x_label: chart::number,
+        series,
     };
-    chart.save(path).context("--chart")
+    let charts = [
+        chart("epoch", &by_epoch[..]),
+        chart("seconds of training", &by_time[..]),
+    ];
+    chart::save(&charts, path).context("--chart")
 }
 
 #[cfg(test)]

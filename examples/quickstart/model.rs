@@ -11,7 +11,7 @@ use crate::data::PIXELS;
 pub trait Dense: Module + ModuleDisplay {
     fn apply(&self, input: Tensor<2>) -> Tensor<2>;
 
-    /// The outer products in the weight gradient of a batch of `rows` rows.
+    /// The outer products in the last weight gradient, of a batch of `rows` rows.
     fn outer_products(&self, rows: usize) -> usize;
 }
 
@@ -33,7 +33,7 @@ impl Dense for MemAopLinear {
     fn outer_products(&self, rows: usize) -> usize {
         match self.is_exact(rows, &self.weight.device()) {
             true => rows,
-            false => self.aop().outer_products.k(rows),
+            false => self.memory_stats().k,
         }
     }
 }

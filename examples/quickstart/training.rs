@@ -48,8 +48,11 @@ pub struct Run {
     pub outer_products: u64,
     /// The median time of a step: forward, backward, optimizer.
     pub step_ms: f64,
+    /// After each epoch: its mean loss, and the time of all steps until then.
     #[serde(skip)]
     pub losses: Vec<f64>,
+    #[serde(skip)]
+    pub seconds: Vec<f64>,
 }
 
 /// A training in progress. Two of them can take turns, so that the times of their steps compare.
@@ -64,6 +67,7 @@ pub struct Training<L: Dense> {
     /// The losses of the present epoch, on the device.
     epoch: Vec<Tensor<1>>,
     losses: Vec<f64>,
+    seconds: Vec<f64>,
     times: Vec<f64>,
     outer_products: u64,
 }
@@ -78,6 +82,7 @@ impl<L: Dense> Training<L> {
             loss: CrossEntropyLossConfig::new().init(device),
             epoch: Vec::new(),
             losses: Vec::new(),
+            seconds: Vec::new(),
             times: Vec::new(),
             outer_products: 0,
         }
@@ -87,7 +92,6 @@ impl<L: Dense> Training<L> {
     pub fn step(&mut self, batch: &Batch) -> Result<()> {
         let rows = batch.images.dims()[0];
         let model = self.model.take().expect("put back by every step");
-        self.outer_products += model.outer_products(rows) as u64;
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
         let device = images.device();
 
@@ -95,9 +99,11 @@ impl<L: Dense> Training<L> {
         let start = Instant::now();
         let loss = self.loss.forward(model.forward(images), labels);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        self.model = Some(self.optimizer.step(self.lr, model, grads));
+        let model = self.optimizer.step(self.lr, model, grads);
         device.sync()?;
         self.times.push(start.elapsed().as_secs_f64() * 1e3);
+        self.outer_products += model.outer_products(rows) as u64;
+        self.model = Some(model);
 
         self.epoch.push(loss.inner());
         Ok(())
@@ -106,6 +112,7 @@ impl<L: Dense> Training<L> {
     pub fn end_epoch(&mut self) {
         let losses = Tensor::cat(std::mem::take(&mut self.epoch), 0);
         self.losses.push(losses.mean().into_scalar());
+        self.seconds.push(1e-3 * self.times.iter().sum::<f64>());
     }
 
     pub fn finish(mut self, test: Batch) -> Run {
@@ -118,6 +125,7 @@ impl<L: Dense> Training<L> {
             outer_products: self.outer_products,
             step_ms: self.times[self.times.len() / 2],
             losses: self.losses,
+            seconds: self.seconds,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Line charts as SVG or PNG.
 
-use std::{path::Path, sync::Once};
+use std::{iter, path::Path, sync::Once};
 
 use anyhow::{Context, Result, anyhow, bail};
 use plotters::{
@@ -11,14 +11,29 @@ use plotters::{
 
 /// A line.
 pub struct Series<'a> {
-    /// The name in the legend.
-    pub name: &'a str,
+    /// The name in the legend, if it is there.
+    pub name: Option<&'a str>,
     /// Where it goes through.
     pub points: Vec<(f64, f64)>,
-    /// Which of the colors.
-    pub color: usize,
+    /// Half of the length of a bar about each point; none for a line without bars.
+    pub intervals: Vec<f64>,
+    /// Which of the colors; none for a grey line in the background.
+    pub color: Option<usize>,
     /// Dashes in place of a line.
     pub dashed: bool,
+}
+
+impl<'a> Series<'a> {
+    /// A line with a name.
+    pub fn new(name: &'a str, points: Vec<(f64, f64)>, color: usize) -> Self {
+        Self {
+            name: Some(name),
+            points,
+            intervals: Vec::new(),
+            color: Some(color),
+            dashed: false,
+        }
+    }
 }
 
 /// Values at 1, 2, 3, ...
@@ -36,44 +51,65 @@ pub struct Chart<'a> {
     pub y: &'a str,
     /// Whether the vertical axis is logarithmic.
     pub logarithmic: bool,
+    /// What stands at a place of the horizontal axis.
+    pub x_label: fn(f64) -> String,
     /// The lines.
     pub series: &'a [Series<'a>],
 }
 
+/// A number with two digits after the point at most.
+pub fn number(value: f64) -> String {
+    format!("{}", (value * 1e2).round() / 1e2)
+}
+
+/// Of one chart.
 const SIZE: (u32, u32) = (880, 540);
 
-impl Chart<'_> {
-    /// Writes the chart to a file that ends in `.svg` or `.png`.
-    ///
-    /// # Errors
-    ///
-    /// Another ending, and a file that cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        static FONT: Once = Once::new();
-        FONT.call_once(|| {
-            let font = dejavu::sans::regular();
-            // The only error is a font that cannot be parsed, and this one is compiled in.
-            let _ = register_font("sans-serif", FontStyle::Normal, font);
-        });
-        let drawn = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("svg") => self.draw(SVGBackend::new(path, SIZE).into_drawing_area()),
-            Some("png") => self.draw(BitMapBackend::new(path, SIZE).into_drawing_area()),
-            _ => bail!(
-                "a chart must be an .svg or a .png file, but got {}",
-                path.display()
-            ),
-        };
-        drawn.with_context(|| format!("{}", path.display()))
-    }
+/// Writes charts side by side to a file that ends in `.svg` or `.png`.
+///
+/// # Errors
+///
+/// Another ending, and a file that cannot be written.
+pub fn save(charts: &[Chart<'_>], path: &Path) -> Result<()> {
+    static FONT: Once = Once::new();
+    FONT.call_once(|| {
+        let font = dejavu::sans::regular();
+        // The only error is a font that cannot be parsed, and this one is compiled in.
+        let _ = register_font("sans-serif", FontStyle::Normal, font);
+    });
+    let size = (SIZE.0 * charts.len() as u32, SIZE.1);
+    let drawn = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("svg") => draw(charts, &SVGBackend::new(path, size).into_drawing_area()),
+        Some("png") => draw(charts, &BitMapBackend::new(path, size).into_drawing_area()),
+        _ => bail!(
+            "a chart must be an .svg or a .png file, but got {}",
+            path.display()
+        ),
+    };
+    drawn.with_context(|| format!("{}", path.display()))
+}
 
-    fn draw<B: DrawingBackend>(&self, root: DrawingArea<B, Shift>) -> Result<()> {
-        let points = self.series.iter().flat_map(|series| &series.points);
-        let drawn = |&&(x, y): &&(f64, f64)| {
-            x.is_finite() && y.is_finite() && (y > 0.0 || !self.logarithmic)
-        };
-        let points: Vec<_> = points.filter(drawn).collect();
+fn draw<B: DrawingBackend>(charts: &[Chart<'_>], root: &DrawingArea<B, Shift>) -> Result<()> {
+    let failed = |error: DrawingAreaErrorKind<B::ErrorType>| anyhow!("{error}");
+    root.fill(&WHITE).map_err(failed)?;
+    for (chart, area) in charts.iter().zip(root.split_evenly((1, charts.len()))) {
+        chart.draw(&area)?;
+    }
+    root.present().map_err(failed)
+}
+
+impl Chart<'_> {
+    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<()> {
+        let ends = self.series.iter().flat_map(|series| {
+            let intervals = series.intervals.iter().copied().chain(iter::repeat(0.0));
+            let ends = |(&(x, y), width): (&(f64, f64), f64)| [(x, y - width), (x, y + width)];
+            series.points.iter().zip(intervals).flat_map(ends)
+        });
+        let drawn =
+            |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite() && (y > 0.0 || !self.logarithmic);
+        let ends: Vec<_> = ends.filter(drawn).collect();
         let range = |value: fn(&(f64, f64)) -> f64| {
-            let values = points.iter().map(|point| value(point));
+            let values = ends.iter().map(value);
             values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
                 (low.min(value), high.max(value))
             })
@@ -86,8 +122,7 @@ impl Chart<'_> {
         let x_range = first..last.max(first + 1e-9);
 
         let failed = |error: DrawingAreaErrorKind<B::ErrorType>| anyhow!("{error}");
-        root.fill(&WHITE).map_err(failed)?;
-        let mut builder = ChartBuilder::on(&root);
+        let mut builder = ChartBuilder::on(area);
         builder
             .caption(self.title, ("sans-serif", 20))
             .margin(12)
@@ -104,8 +139,7 @@ impl Chart<'_> {
                 self.plot(builder.build_cartesian_2d(x_range, range).map_err(failed)?)
             }
         }
-        .map_err(failed)?;
-        root.present().map_err(failed)
+        .map_err(failed)
     }
 
     fn plot<'a, B: DrawingBackend + 'a, Y: Ranged<ValueType = f64> + ValueFormatter<f64>>(
@@ -117,20 +151,31 @@ impl Chart<'_> {
             .x_desc(self.x)
             .y_desc(self.y)
             .label_style(("sans-serif", 13))
-            .x_label_formatter(&|x| format!("{}", (x * 1e2).round() / 1e2))
+            .x_label_formatter(&|&x| (self.x_label)(x))
             .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4))
             .light_line_style(WHITE)
             .draw()?;
-        for series in self.series {
-            let style = Palette99::pick(series.color).stroke_width(2);
+        // Those of the background first.
+        let (colored, others): (Vec<_>, Vec<_>) =
+            (self.series.iter()).partition(|series| series.color.is_some());
+        for series in others.into_iter().chain(colored) {
+            let color = match series.color {
+                Some(color) => Palette99::pick(color).to_rgba(),
+                None => RGBColor(200, 200, 200).to_rgba(),
+            };
+            let style = color.stroke_width(2);
             let points = series.points.iter().copied();
+            let bars = points.clone().zip(&series.intervals);
+            chart.draw_series(bars.map(|((x, y), width)| {
+                ErrorBar::new_vertical(x, y - width, y, y + width, style, 8)
+            }))?;
             let drawn = match series.dashed {
                 true => chart.draw_series(DashedLineSeries::new(points, 6, 5, style))?,
                 false => chart.draw_series(LineSeries::new(points, style))?,
             };
-            if !series.name.is_empty() {
+            if let Some(name) = series.name {
                 drawn
-                    .label(series.name)
+                    .label(name)
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
             }
         }
@@ -151,26 +196,34 @@ mod tests {
     #[test]
     fn charts_are_written_in_both_formats() {
         let folder = tempfile::tempdir().unwrap();
-        let series = [Series {
-            name: "loss",
-            points: numbered(&[3.0, 1.0, 0.1]),
-            color: 0,
-            dashed: true,
-        }];
+        let line = Series::new("loss", numbered(&[3.0, 1.0, 0.1]), 0);
+        let series = [
+            Series {
+                intervals: vec![0.5, 0.2, 0.05],
+                dashed: true,
+                ..line
+            },
+            Series {
+                color: None,
+                ..Series::new("", numbered(&[2.0, 1.5]), 1)
+            },
+        ];
         for logarithmic in [false, true] {
-            let chart = Chart {
+            let chart = || Chart {
                 title: "title",
                 x: "epoch",
                 y: "loss",
                 logarithmic,
+                x_label: number,
                 series: &series,
             };
+            let charts = [chart(), chart()];
             for name in ["chart.svg", "chart.png"] {
                 let path = folder.path().join(name);
-                chart.save(&path).unwrap();
+                save(&charts, &path).unwrap();
                 assert!(std::fs::metadata(&path).unwrap().len() > 1000);
             }
-            let error = chart.save(&folder.path().join("chart.gif")).unwrap_err();
+            let error = save(&charts, &folder.path().join("chart.gif")).unwrap_err();
             assert!(error.to_string().starts_with("a chart must be an .svg"));
         }
     }

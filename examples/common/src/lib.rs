@@ -12,5 +12,5 @@ pub mod statistics;
 pub use backend::Backend;
 pub use encoder::Encoder;
 pub use options::{
-    AopOptions, InputGradientOptions, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    AopOptions, InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
 };

@@ -1,5 +1,9 @@
-use anyhow::Result;
-use burn_memaop::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, Policy};
+use std::{fmt, str::FromStr};
+
+use anyhow::{Result, anyhow, bail};
+use burn_memaop::{
+    AopConfig, InputGradient, Memory, MemoryPrecision, Method, OuterProducts, baseline::Baseline,
+};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -24,17 +28,111 @@ pub enum PolicyOption {
 }
 
 impl PolicyOption {
-    /// The policy of that name.
-    pub fn policy(self) -> Policy {
+    /// Whether it leaves rows that a memory can keep.
+    pub fn takes_memory(self) -> bool {
+        matches!(self, Self::TopK | Self::RandK | Self::WeightedK)
+    }
+
+    /// The memory that it has unless another is given.
+    pub fn usual_memory(self) -> MemoryOption {
+        match self.takes_memory() {
+            true => MemoryOption::Balanced,
+            false => MemoryOption::None,
+        }
+    }
+
+    /// The method with a memory.
+    ///
+    /// # Errors
+    ///
+    /// A memory for a policy that takes none.
+    pub fn method(self, memory: Memory) -> Result<Method> {
+        if memory != Memory::None && !self.takes_memory() {
+            bail!(
+                "--policy {self} weighs what it chooses and takes --memory none, but got {memory:?}"
+            );
+        }
+        Ok(match self {
+            Self::TopK => Method::TopK(memory),
+            Self::RandK => Method::Baseline(Baseline::RandK(memory)),
+            Self::WeightedK => Method::Baseline(Baseline::WeightedK(memory)),
+            Self::ScaledRandK => Method::Baseline(Baseline::ScaledRandK),
+            Self::Systematic => Method::Systematic,
+            Self::Bernoulli => Method::Baseline(Baseline::Bernoulli),
+            Self::ColumnRow => Method::Baseline(Baseline::ColumnRow),
+            Self::WinnerTakeAll => Method::Baseline(Baseline::WinnerTakeAll),
+        })
+    }
+}
+
+impl fmt::Display for PolicyOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let option = self.to_possible_value().expect("none is skipped");
+        f.write_str(option.get_name())
+    }
+}
+
+/// K on the command line and in results: a share of the batch, or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum KRatio {
+    /// K as a share of the rows.
+    Of(f64),
+    /// As the layer chooses.
+    Auto(AutoName),
+}
+
+/// The name of [`KRatio::AUTO`] in results.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum AutoName {
+    Auto,
+}
+
+impl KRatio {
+    /// As the layer chooses.
+    pub const AUTO: Self = Self::Auto(AutoName::Auto);
+    /// All rows.
+    pub const ALL: Self = Self::Of(1.0);
+
+    /// The setting of a layer.
+    pub fn outer_products(self) -> OuterProducts {
         match self {
-            Self::TopK => Policy::TopK,
-            Self::RandK => Policy::RandK,
-            Self::WeightedK => Policy::WeightedK,
-            Self::ScaledRandK => Policy::ScaledRandK,
-            Self::Systematic => Policy::Systematic,
-            Self::Bernoulli => Policy::Bernoulli,
-            Self::ColumnRow => Policy::ColumnRow,
-            Self::WinnerTakeAll => Policy::WinnerTakeAll,
+            Self::Of(ratio) => OuterProducts::Ratio { ratio, minimum: 1 },
+            Self::Auto(_) => OuterProducts::Auto,
+        }
+    }
+
+    /// M over K, where it is fixed.
+    pub fn divisor(self) -> Option<f64> {
+        match self {
+            Self::Of(ratio) => Some((1e2 / ratio).round() / 1e2),
+            Self::Auto(_) => None,
+        }
+    }
+}
+
+impl FromStr for KRatio {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::AUTO),
+            ratio => ratio
+                .parse()
+                .map(Self::Of)
+                .map_err(|_| anyhow!("must be auto or a share of the batch, but got {ratio}")),
+        }
+    }
+}
+
+impl fmt::Display for KRatio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.divisor() {
+            None => f.write_str("auto"),
+            Some(1.0) => f.write_str("M"),
+            Some(divisor) => write!(f, "M/{divisor}"),
         }
     }
 }
@@ -123,13 +221,13 @@ pub struct AopOptions {
     /// Outer products in a step, in place of --k-ratio
     #[arg(long, conflicts_with = "k_ratio")]
     pub k: Option<usize>,
-    /// Outer products in a step as a share of the batch
-    #[arg(long, default_value_t = 0.25)]
-    pub k_ratio: f64,
+    /// Outer products in a step as a share of the batch, or auto: as the layer chooses
+    #[arg(long, default_value = "auto")]
+    pub k_ratio: KRatio,
     /// The rule that chooses the rows
     #[arg(long, value_enum, default_value_t = PolicyOption::Systematic)]
     pub policy: PolicyOption,
-    /// What becomes of the rows left out [default: balanced, none with unbiased policies]
+    /// What becomes of the rows left out [default: balanced; none with policies that take none]
     #[arg(long, value_enum)]
     pub memory: Option<MemoryOption>,
     /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
@@ -153,22 +251,14 @@ impl AopOptions {
     ///
     /// The option that breaks its rule.
     pub fn config(&self, seed: u64) -> Result<AopConfig> {
-        let policy = self.policy.policy();
-        let memory = self.memory.unwrap_or(match policy.is_unbiased() {
-            true => MemoryOption::None,
-            false => MemoryOption::Balanced,
-        });
+        let memory = self.memory.unwrap_or(self.policy.usual_memory());
         let decay = self.decay.unwrap_or(memory.default_decay());
         let config = AopConfig::new()
             .with_outer_products(match self.k {
                 Some(k) => OuterProducts::Count(k),
-                None => OuterProducts::Ratio {
-                    ratio: self.k_ratio,
-                    minimum: 1,
-                },
+                None => self.k_ratio.outer_products(),
             })
-            .with_policy(policy)
-            .with_memory(memory.memory(decay))
+            .with_method(self.policy.method(memory.memory(decay))?)
             .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
             .with_cost_rule(!self.no_cost_rule)

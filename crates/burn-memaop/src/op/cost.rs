@@ -87,6 +87,8 @@ struct Cost {
     fold_in: f64,
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
+    /// A value of the gradient of the weight, in a product of any number of rows: it is written.
+    write: f64,
 }
 
 /// With products in registers of 256 bits.
@@ -94,6 +96,7 @@ const NARROW: Cost = Cost {
     read: 35.0,
     fold_in: 80.0,
     input: 45.0,
+    write: 50.0,
 };
 /// With products in registers of 512 bits, which take less time, so that the passes weigh more.
 #[cfg(any(test, all(feature = "avx512", target_arch = "x86_64")))]
@@ -101,6 +104,7 @@ const WIDE: Cost = Cost {
     read: 65.0,
     fold_in: 150.0,
     input: 50.0,
+    write: 100.0,
 };
 
 impl Cost {
@@ -117,7 +121,8 @@ impl Cost {
             true => pass.rows / DIVISORS[DIVISORS.len() - 1],
             false => config.outer_products.k(pass.rows),
         };
-        self.pays(k, self.weight_pass(config), pass)
+        let value = self.weight_pass(config);
+        self.saved(k, self.write, pass) > value * (pass.d_input + pass.d_output) as f64
     }
 
     /// A value in the pass for the gradient of the weight.
@@ -129,14 +134,15 @@ impl Cost {
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
-        pass.with_input && self.pays(config.input_gradient.k(pass.rows), self.input, pass)
+        let saved = self.saved(config.input_gradient.k(pass.rows), 0.0, pass);
+        pass.with_input && saved > self.input * (pass.d_input + pass.d_output) as f64
     }
 
-    /// Whether a product of `k` of the rows pays for a pass at so much a value.
-    fn pays(&self, k: usize, value: f64, pass: Pass) -> bool {
-        let left_out = 1.0 - k.min(pass.rows) as f64 / pass.rows as f64;
-        let (n, p) = (pass.d_input as f64, pass.d_output as f64);
-        2.0 * left_out * n * p > value * (n + p)
+    /// What a product of `k` of the rows saves per row, if `write` operations a value are paid for any number.
+    fn saved(&self, k: usize, write: f64, pass: Pass) -> f64 {
+        let rows = pass.rows as f64;
+        let left_out = 1.0 - (k as f64 / rows).min(1.0);
+        (2.0 - write / rows).max(0.0) * left_out * (pass.d_input * pass.d_output) as f64
     }
 }
 
@@ -146,12 +152,14 @@ const GPU: Cost = Cost {
     read: 80.0,
     fold_in: 240.0,
     input: 160.0,
+    write: 80.0,
 };
 /// In half precision values have half of the bytes, and products of matrix units take a fifteenth of the time.
 const GPU_HALF: Cost = Cost {
     read: 600.0,
     fold_in: 1800.0,
     input: 1200.0,
+    write: 600.0,
 };
 
 /// What passes through memory beside the products, in values: an optimizer reads weight and gradient and writes the
@@ -163,6 +171,7 @@ const NOTHING: Cost = Cost {
     read: 0.0,
     fold_in: 0.0,
     input: 0.0,
+    write: 0.0,
 };
 
 /// The time of a training step in operations of a matrix product per row, for the choice of K; without the cost
@@ -181,6 +190,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     let product = 2.0 * n * p;
     // A value of the weight is shared by the rows.
     let weight = n * p / rows;
+    let written = (cost.write * weight).min(product);
     let input_rows = config.input_gradient.k(pass.rows) as f64;
     let input = match pass.with_input {
         false => 0.0,
@@ -188,9 +198,9 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         true => product,
     };
     StepTime {
-        fixed: product + input + BESIDE * cost.read * (weight + p),
+        fixed: product + input + written + BESIDE * cost.read * (weight + p),
         pass: cost.weight_pass(config) * (n + p),
-        product,
+        product: product - written,
         measure: cost.read * (n + p + weight),
     }
 }
@@ -329,7 +339,7 @@ mod tests {
             with_input: false,
             ..wide
         });
-        assert_eq!(fixed - first.fixed, product);
+        assert_eq!(fixed - first.fixed, 2.0 * 1024.0 * 1024.0);
         // A small batch pays more for each row, and measures less often where the layer is small too.
         let small = time(pass(64, 128, 128));
         assert!(small.fixed > 2.5 * small.product);

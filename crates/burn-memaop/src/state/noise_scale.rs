@@ -17,8 +17,10 @@ pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 /// The share of a step's time that measuring may take, spread over the steps between.
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
-/// What an average keeps from one measurement to the next.
-const KEPT: f64 = 0.9;
+/// What an average keeps from one measurement to the next: much of the signal, which a batch tells little of, less of
+/// the variances of sampling, which its scores determine and which fall fast in the first steps.
+const SIGNAL_KEPT: f64 = 0.9;
+const ADDED_KEPT: f64 = 0.5;
 /// The least gain for which K is changed.
 const HYSTERESIS: f64 = 0.03;
 /// The largest ratio that averages can tell from one without any signal.
@@ -78,11 +80,11 @@ impl Reading {
 /// gradient, which falls by orders of magnitude in the first steps and jumps with the scale of a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Averages {
-    /// The sum of the weights of all measurements; 0 before the first.
+    /// The sum of the weights of all measurements of the signal; 0 before the first.
     pub(crate) weight: f64,
     /// Of `(F - V(K) - S) / S`: the signal-to-noise ratio, but for the weight.
     pub(crate) signal: f64,
-    /// Of `V / S` of each candidate, but for the weight.
+    /// Of `V / S` of each candidate.
     pub(crate) added: [f64; DIVISORS.len()],
 }
 
@@ -93,12 +95,15 @@ impl Averages {
         if !(figures.iter().all(|figure| figure.is_finite()) && batch > 0.0) {
             return;
         }
-        let update = |sum: &mut f64, value: f64| *sum = KEPT * *sum + value;
-        update(&mut self.weight, 1.0);
-        update(&mut self.signal, (gradient - at_k - batch) / batch);
-        for (sum, added) in self.added.iter_mut().zip(added) {
-            update(sum, added / batch);
+        let kept = match self.weight > 0.0 {
+            true => ADDED_KEPT,
+            false => 0.0,
+        };
+        for (average, added) in self.added.iter_mut().zip(added) {
+            *average = kept * *average + (1.0 - kept) * added / batch;
         }
+        self.weight = SIGNAL_KEPT * self.weight + 1.0;
+        self.signal = SIGNAL_KEPT * self.signal + (gradient - at_k - batch) / batch;
     }
 
     /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
@@ -113,7 +118,7 @@ impl Averages {
         };
         let candidate = |(divisor, added): (usize, f64)| {
             let ratio = 1.0 / divisor as f64;
-            let noise = noise * (1.0 + added / self.weight);
+            let noise = noise * (1.0 + added);
             (ratio, (1.0 + noise) * time.at(ratio))
         };
         let all = (1.0, (1.0 + noise) * time.at(1.0));
