@@ -42,6 +42,8 @@ struct Cli {
 enum Command {
     /// All that docs/choosing.md reports; goes on where it was interrupted
     Study(Study),
+    /// The study of the methods that are recommended, each with the best of three learning rates
+    Tuned(Study),
     /// Time to an accuracy, at several batch sizes, all trainings in turns
     Race(Race),
 }
@@ -119,6 +121,7 @@ fn main() -> Result<()> {
     let (common, settings) = match &cli.command {
         None => (&cli.grid.common, cli.grid.settings()?),
         Some(Command::Study(study)) => (&study.common, study::settings()),
+        Some(Command::Tuned(study)) => (&study.common, study::tuned()),
         Some(Command::Race(race)) => return race.run(),
     };
     ensure!(common.seeds > 0, "--seeds must be at least 1, but got 0");
@@ -130,7 +133,10 @@ fn main() -> Result<()> {
     let runs = common.out.as_ref().map(|out| out.join("runs"));
     let outcomes = grid::run(&data, &settings, &seeds, runs.as_deref())?;
 
-    let table = report::table(&outcomes);
+    let table = match &cli.command {
+        Some(Command::Tuned(_)) => report::tuned_table(&outcomes),
+        _ => report::table(&outcomes),
+    };
     println!("{table}");
     if let Some(path) = &cli.grid.json {
         let text = match &outcomes[..] {

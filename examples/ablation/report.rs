@@ -101,6 +101,60 @@ pub fn table(outcomes: &[Outcome]) -> String {
     table
 }
 
+/// A Markdown table for each regime: of each method the learning rate with the highest mean accuracy, and the difference
+/// to exact training at its own.
+pub fn tuned_table(outcomes: &[Outcome]) -> String {
+    let mean = |outcome: &Outcome| mean_and_error(&outcome.final_accuracy()).0;
+    let mut regimes: Vec<(String, Vec<&Outcome>)> = Vec::new();
+    for outcome in outcomes {
+        let name = outcome.setting.tuned_regime();
+        let index = regimes.iter().position(|regime| regime.0 == name);
+        let index = index.unwrap_or_else(|| {
+            regimes.push((name, Vec::new()));
+            regimes.len() - 1
+        });
+        let best = &mut regimes[index].1;
+        let same = |other: &&mut &Outcome| {
+            let (a, b) = (&outcome.setting, &other.setting);
+            (a.method(), a.k_ratio) == (b.method(), b.k_ratio)
+        };
+        match best.iter_mut().find(same) {
+            Some(other) if mean(other) < mean(outcome) => *other = outcome,
+            Some(_) => {}
+            None => best.push(outcome),
+        }
+    }
+    let mut table = String::new();
+    for (name, best) in regimes {
+        let _ = writeln!(
+            table,
+            "\n{name}\n\n| method | K | learning rate | accuracy, % | minus exact |\n|---|---|---|---|---|"
+        );
+        let exact = best.iter().find(|outcome| outcome.setting.is_exact());
+        let exact = exact.map(|outcome| outcome.final_accuracy());
+        for outcome in best {
+            let setting = &outcome.setting;
+            let accuracy = outcome.final_accuracy();
+            let difference = match &exact {
+                Some(exact) if !setting.is_exact() => {
+                    let pairs = accuracy.iter().zip(exact);
+                    percent(&pairs.map(|(ours, exact)| ours - exact).collect::<Vec<_>>())
+                }
+                _ => String::new(),
+            };
+            let _ = writeln!(
+                table,
+                "| {} | {} | {} | {} | {difference} |",
+                setting.method(),
+                setting.k_ratio,
+                setting.lr,
+                percent(&accuracy)
+            );
+        }
+    }
+    table
+}
+
 /// The methods that `docs/choosing.md` recommends, by name; the rest is grey.
 const RECOMMENDED: [&str; 2] = ["systematic", "topk, balanced 0.9"];
 const AUTO: &str = "systematic, K chosen by the layer";

@@ -112,12 +112,21 @@ impl Setting {
 
     /// What is common to the settings that are compared: all but the approximation.
     pub fn regime(&self) -> String {
+        self.regime_at(&format!(" {}", self.lr))
+    }
+
+    /// The same, where each method has a learning rate of its own.
+    pub fn tuned_regime(&self) -> String {
+        self.regime_at("")
+    }
+
+    fn regime_at(&self, lr: &str) -> String {
         let optimizer = match self.optimizer {
             Optimizer::Sgd if self.momentum > 0.0 => {
-                format!("SGD {} momentum {}", self.lr, self.momentum)
+                format!("SGD{lr} momentum {}", self.momentum)
             }
-            Optimizer::Sgd => format!("SGD {}", self.lr),
-            Optimizer::Adam => format!("Adam {}", self.lr),
+            Optimizer::Sgd => format!("SGD{lr}"),
+            Optimizer::Adam => format!("Adam{lr}"),
         };
         let widths: Vec<_> = self.widths.iter().map(usize::to_string).collect();
         format!(

@@ -52,25 +52,43 @@ const REGIMES: &[(Regime, &[Method])] = &[
     ((Sgd, 0.1, 0.0, 128, 4, 3), FEW),
 ];
 
+/// Methods whose learning rate is tuned, each on its own.
+const TUNED: &[(PolicyOption, MemoryOption, f64, KRatio)] = &[
+    (Systematic, None, 1.0, KRatio::AUTO),
+    (Systematic, None, 1.0, KRatio::Of(0.25)),
+    (Systematic, None, 1.0, KRatio::Of(0.125)),
+    (Systematic, None, 1.0, KRatio::Of(0.0625)),
+    (TopK, Balanced, 0.9, KRatio::Of(0.125)),
+];
+/// Times the learning rate of the regime.
+const FACTORS: [f64; 3] = [0.5, 1.0, 2.0];
+
+/// The first four regimes with three learning rates for each method.
+pub fn tuned() -> Vec<Setting> {
+    let mut settings = Vec::new();
+    for &(regime, _) in &REGIMES[..4] {
+        for factor in FACTORS {
+            let mut exact = exact(regime);
+            exact.lr *= factor;
+            let methods = TUNED
+                .iter()
+                .map(|&(policy, memory, decay, k_ratio)| Setting {
+                    k_ratio,
+                    policy,
+                    memory,
+                    decay,
+                    ..exact.clone()
+                });
+            settings.extend([exact.clone()].into_iter().chain(methods));
+        }
+    }
+    settings
+}
+
 pub fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
-    for &((optimizer, lr, momentum, batch, hidden, epochs), methods) in REGIMES {
-        let exact = Setting {
-            optimizer,
-            lr,
-            momentum,
-            batch,
-            widths: vec![512; hidden],
-            epochs,
-            k_ratio: KRatio::ALL,
-            policy: TopK,
-            memory: None,
-            decay: 1.0,
-            memory_precision: MemoryPrecisionOption::Full,
-            input_gradient: InputGradientOptions::default(),
-            cost_rule: true,
-            exact_steps: 0,
-        };
+    for &(regime, methods) in REGIMES {
+        let exact = exact(regime);
         settings.push(exact.clone());
         for &(policy, memory, decay, exponents) in methods {
             settings.extend(exponents.iter().map(|&exponent| Setting {
@@ -83,4 +101,23 @@ pub fn settings() -> Vec<Setting> {
         }
     }
     settings
+}
+
+fn exact((optimizer, lr, momentum, batch, hidden, epochs): Regime) -> Setting {
+    Setting {
+        optimizer,
+        lr,
+        momentum,
+        batch,
+        widths: vec![512; hidden],
+        epochs,
+        k_ratio: KRatio::ALL,
+        policy: TopK,
+        memory: None,
+        decay: 1.0,
+        memory_precision: MemoryPrecisionOption::Full,
+        input_gradient: InputGradientOptions::default(),
+        cost_rule: true,
+        exact_steps: 0,
+    }
 }

@@ -5,7 +5,12 @@ use clap::Parser;
 use memaop_examples::{KRatio, MemoryOption, PolicyOption, mnist::PIXELS};
 use serde_json::Value;
 
-use crate::{Cli, grid, report, setting::Setting, study, training::Data};
+use crate::{
+    Cli, grid, report,
+    setting::Setting,
+    study,
+    training::{Data, Run},
+};
 
 /// MNIST of a few images: each class has rows of its own that are white.
 pub fn data(folder: &Path) -> Data {
@@ -93,6 +98,35 @@ fn the_study_has_an_exact_layer_beside_every_setting_and_files_of_their_own() {
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), settings.len());
+}
+
+#[test]
+fn of_each_method_the_best_learning_rate_is_reported() {
+    let outcome = |index: usize, accuracy: f64| grid::Outcome {
+        runs: vec![Run {
+            seed: 0,
+            test_accuracy: vec![accuracy],
+            train_seconds: vec![1.0],
+        }],
+        setting: study::tuned()[index].clone(),
+    };
+    // Exact and chosen K at half, one and two times the learning rate.
+    let accuracies = [
+        (0, 0.5),
+        (6, 0.9),
+        (12, 0.7),
+        (1, 0.8),
+        (7, 0.6),
+        (13, 0.95),
+    ];
+    let outcomes = accuracies.map(|(index, accuracy)| outcome(index, accuracy));
+    let table = report::tuned_table(&outcomes);
+    assert!(table.contains("| exact | M | 0.1 | 90.00 |"), "{table}");
+    assert!(
+        table.contains("| systematic | auto | 0.2 | 95.00 | 5.00 |"),
+        "{table}"
+    );
+    assert_eq!(table.matches("exact | M").count(), 1);
 }
 
 #[test]

@@ -142,7 +142,8 @@ fn train_on<E: Encoder>(
         training = training
             .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
             .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
-            .metric_train_numeric(AopMetric::new(AopFigure::Share));
+            .metric_train_numeric(AopMetric::new(AopFigure::Share))
+            .metric_train_numeric(AopMetric::new(AopFigure::Noise));
     }
     if options.plain {
         training = training.renderer(Box::new(PlainRenderer::default()));

@@ -122,6 +122,41 @@ pub mod nn {
     pub use burn::nn::*;
 
     pub use crate::{MemAopLinear as Linear, MemAopLinearConfig as LinearConfig};
+
+    /// [`burn::nn::attention`] with the attention of this crate in the place of its own.
+    pub mod attention {
+        pub use burn::nn::attention::*;
+
+        pub use crate::transformer::{
+            MemAopMultiHeadAttention as MultiHeadAttention,
+            MemAopMultiHeadAttentionConfig as MultiHeadAttentionConfig, MhaInput,
+        };
+    }
+
+    /// [`burn::nn::transformer`] with the encoder and the feed-forward network of this crate in the places of its
+    /// own.
+    ///
+    /// ```
+    /// use burn::prelude::*;
+    /// // was: burn::nn::transformer
+    /// use burn_memaop::nn::transformer::{TransformerEncoderConfig, TransformerEncoderInput};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let encoder = TransformerEncoderConfig::new(32, 64, 4, 2).init(&device);
+    /// let output = encoder.forward(TransformerEncoderInput::new(Tensor::ones([8, 16, 32], &device)));
+    /// assert_eq!(output.dims(), [8, 16, 32]);
+    /// ```
+    pub mod transformer {
+        pub use burn::nn::transformer::*;
+
+        pub use crate::transformer::{
+            MemAopPositionWiseFeedForward as PositionWiseFeedForward,
+            MemAopPositionWiseFeedForwardConfig as PositionWiseFeedForwardConfig,
+            MemAopTransformerEncoder as TransformerEncoder,
+            MemAopTransformerEncoderConfig as TransformerEncoderConfig,
+            MemAopTransformerEncoderLayer as TransformerEncoderLayer, TransformerEncoderInput,
+        };
+    }
 }
 
 /// Compiles the code of the README.

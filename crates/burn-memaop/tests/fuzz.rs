@@ -111,11 +111,26 @@ fn layer() -> MemAopLinear {
         .init(&Device::flex().autodiff())
 }
 
+fn auto() -> AopConfig {
+    AopConfig::new().with_cost_rule(false)
+}
+
 /// The record of a layer with a memory.
 static RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let layer = layer();
     let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
     layer.forward(input).sum().backward();
+    layer.into_record().into_bytes().unwrap().to_vec()
+});
+
+/// The record of a layer that chooses its K, with a measurement that has not been read.
+static AUTO_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let device = Device::flex().autodiff();
+    let layer = layer().with_aop(auto());
+    for _ in 0..15 {
+        let input = Tensor::<2>::ones([5, 3], &device);
+        layer.forward(input).sum().backward();
+    }
     layer.into_record().into_bytes().unwrap().to_vec()
 });
 
@@ -165,8 +180,14 @@ fn read_record(bytes: &[u8], cast: bool) {
         return;
     };
     let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
-    loaded.forward(input).sum().backward();
+    loaded.forward(input.clone()).sum().backward();
     loaded.memory_stats();
+    // Whatever was measured, the choice of K goes on.
+    let loaded = loaded.with_aop(auto());
+    for _ in 0..10 {
+        loaded.forward(input.clone()).sum().backward();
+    }
+    assert!((1..=5).contains(&loaded.memory_stats().k));
 }
 
 fn bounded(read: impl FnOnce()) {
@@ -202,10 +223,10 @@ proptest! {
     fn damaged_records_are_refused_or_loaded(
         changes in changes(),
         length: Option<Index>,
-        workers: bool,
+        of in 0..3usize,
         cast: bool,
     ) {
-        let whole = if workers { &WORKERS_RECORD } else { &RECORD };
+        let whole = [&RECORD, &AUTO_RECORD, &WORKERS_RECORD][of];
         let bytes = damaged(whole, &changes, length);
         bounded(|| read_record(&bytes, cast));
     }
@@ -217,6 +238,8 @@ fn what_is_damaged_is_whole_before() {
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(RECORD.clone())).unwrap();
     let loaded = layer().try_load_record(record).unwrap();
     assert_eq!(loaded.memory_stats().pending, 3);
+    let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(AUTO_RECORD.clone())).unwrap();
+    assert_eq!(record.len(), 2 + 2, "parameters, state and more");
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(WORKERS_RECORD.clone())).unwrap();
     assert_eq!(
         record.len(),

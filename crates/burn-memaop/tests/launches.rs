@@ -97,6 +97,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
 
     operation(&device);
     input_gradient(&device);
+    noise(&device);
     host_selection_is_reported(&device);
     layer(&device);
 }
@@ -164,6 +165,40 @@ fn input_gradient(device: &Device) {
         });
         let products = kernels.iter().filter(|name| name.contains("matmul"));
         assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
+        assert_eq!(reads, 0, "{kernels:?}");
+    }
+}
+
+/// Two kernels, and at most seven of Burn's for the norm and putting the figures together.
+fn noise(device: &Device) {
+    for dtype in [DType::F32, DType::F16] {
+        if !device.supports_dtype(dtype) {
+            continue;
+        }
+        let (x, g) = (
+            random([200, 33], device, dtype),
+            random([200, 24], device, dtype),
+        );
+        let gradient = random([33, 24], device, dtype);
+        let step = op::NoiseStep {
+            ks: [200, 100, 50, 25, 12, 6],
+        };
+        let (kernels, reads) = observe(device, || {
+            drop(op::gradient_noise(
+                x.clone(),
+                g.clone(),
+                gradient.clone(),
+                step,
+            ));
+        });
+        assert!(kernels.len() <= 9, "{kernels:?}");
+        for name in ["score", "variance"] {
+            let count = kernels
+                .iter()
+                .filter(|kernel| kernel.contains(name))
+                .count();
+            assert_eq!(count, 1, "{name}: {kernels:?}");
+        }
         assert_eq!(reads, 0, "{kernels:?}");
     }
 }

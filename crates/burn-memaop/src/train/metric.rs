@@ -34,6 +34,9 @@ pub enum AopFigure {
     Oldest,
     /// The outer products evaluated in a step, K: the sum over the layers.
     OuterProducts,
+    /// The noise-to-signal ratio of the gradient by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K
+    /// ([`LayerReport::noise`]): the mean over the layers that choose.
+    Noise,
     /// The floating-point operations that are saved of the backward passes of the layers, of weight and input
     /// together, in per cent.
     SavedFlops,
@@ -79,6 +82,12 @@ impl AopFigure {
                 false,
                 "Outer products evaluated in a step",
             ),
+            Self::Noise => (
+                "AOP noise",
+                "",
+                false,
+                "Variance of the gradient of a batch against the square of the true gradient",
+            ),
             Self::SavedFlops => (
                 "AOP saved",
                 "%",
@@ -121,6 +130,7 @@ impl AopFigure {
                 let evaluated = layers.iter().map(|layer| layer.outer_products as f64);
                 Ok(evaluated.reduce(|sum, evaluated| sum + evaluated))
             }
+            Self::Noise => Ok(mean_of(layers.iter().filter_map(|layer| layer.noise))),
             Self::SavedFlops => {
                 let exact: f64 = layers.iter().map(|layer| layer.exact_flops()).sum();
                 let saved: f64 = layers.iter().map(|layer| layer.saved_flops()).sum();
@@ -145,9 +155,12 @@ fn mean(
     layers: &[&LayerReport],
     figure: impl Fn(&Measured) -> Option<f64>,
 ) -> Result<Option<f64>, TensorReadError> {
-    let figures = figures(layers, figure)?;
-    let count = figures.len() as f64;
-    Ok((count > 0.0).then(|| figures.iter().sum::<f64>() / count))
+    Ok(mean_of(figures(layers, figure)?.into_iter()))
+}
+
+fn mean_of(figures: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = figures.fold((0.0, 0), |(sum, count), figure| (sum + figure, count + 1));
+    (count > 0).then(|| sum / f64::from(count))
 }
 
 /// A metric of burn-train: a figure of the layers of a model, and its average over an epoch.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     nn::{
+        Initializer,
         activation::ActivationConfig,
         attention::{self, MhaCache, MultiHeadAttentionConfig, generate_autoregressive_mask},
         transformer::{self, PositionWiseFeedForwardConfig, TransformerEncoderConfig},
@@ -299,16 +300,74 @@ fn conversions_keep_parameters_and_count_the_seeds() {
     assert_eq!(weight(&back), weight(&burns));
     assert_eq!(back.layers[1].mha.value.weight.id, ids);
 
-    let mha = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(8, 2))
+    let mha = MemAopMultiHeadAttentionConfig::new(8, 2)
         .with_aop(aop)
         .init(&device);
     assert_eq!((mha.d_k, mha.output.aop().seed), (4, 43));
     assert_eq!(mha.into_mha().n_heads, 2);
-    let pwff = MemAopPositionWiseFeedForwardConfig::new(PositionWiseFeedForwardConfig::new(8, 12))
+    let pwff = MemAopPositionWiseFeedForwardConfig::new(8, 12)
         .with_aop(aop)
         .init(&device);
     assert_eq!(pwff.linear_outer.aop().seed, 41);
     assert_eq!(pwff.into_pwff().linear_inner.weight.dims(), [8, 12]);
+}
+
+/// With other values than the defaults, the fields of ours are Burn's and `aop`.
+#[test]
+fn configurations_are_burns() {
+    let initializer = Initializer::Normal {
+        mean: 0.5,
+        std: 0.25,
+    };
+    let activation = ActivationConfig::Relu;
+    let pairs = [
+        (
+            MemAopMultiHeadAttentionConfig::new(8, 2).to_string(),
+            MultiHeadAttentionConfig::new(8, 2).to_string(),
+        ),
+        (
+            MemAopPositionWiseFeedForwardConfig::new(8, 12).to_string(),
+            PositionWiseFeedForwardConfig::new(8, 12).to_string(),
+        ),
+        (
+            MemAopTransformerEncoderConfig::new(8, 12, 2, 3).to_string(),
+            TransformerEncoderConfig::new(8, 12, 2, 3).to_string(),
+        ),
+    ];
+    for (ours, burns) in pairs {
+        let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        let (mut ours, burns) = (parse(&ours), parse(&burns));
+        ours.as_object_mut().unwrap().remove("aop").expect("aop");
+        assert_eq!(ours, burns);
+    }
+
+    let device = Device::flex();
+    let ours = MemAopTransformerEncoderConfig::new(8, 12, 2, 1)
+        .with_initializer(initializer)
+        .with_activation(activation)
+        .with_norm_first(true)
+        .with_quiet_softmax(true)
+        .with_layer_norm_eps(0.125)
+        .with_dropout(0.25)
+        .init(&device);
+    assert!(ours.norm_first && ours.quiet_softmax);
+    assert_eq!(
+        (ours.dropout, ours.n_layers, ours.n_heads, ours.d_ff),
+        (0.25, 1, 2, 12)
+    );
+    let block = &ours.layers[0];
+    assert!(format!("{:?}", block.pwff.activation).contains("Relu"));
+    assert!(format!("{block}").contains("0.125"));
+    let values = values(block.mha.query.weight.val());
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    assert!(mean > 0.3 && mean < 0.7, "{mean}");
+    let mha = MemAopMultiHeadAttentionConfig::new(8, 2)
+        .with_key_bias(false)
+        .with_min_float(-7.0)
+        .init(&device);
+    assert!(mha.key.bias.is_none() && mha.query.bias.is_some() && mha.min_float == -7.0);
+    let pwff = MemAopPositionWiseFeedForwardConfig::new(8, 12).with_dropout(0.75);
+    assert_eq!(pwff.init(&device).dropout.prob, 0.75);
 }
 
 /// A model with Burn's encoder can be saved and go on with ours, and the other way round.
@@ -316,7 +375,8 @@ fn conversions_keep_parameters_and_count_the_seeds() {
 fn records_load_into_each_other() {
     let device = Device::flex().autodiff();
     let config = TransformerEncoderConfig::new(8, 12, 2, 1).with_dropout(0.0);
-    let memaop = MemAopTransformerEncoderConfig::new(config.clone())
+    let memaop = MemAopTransformerEncoderConfig::new(8, 12, 2, 1)
+        .with_dropout(0.0)
         .with_aop(half_of_the_rows().with_method(Method::TopK(Memory::Balanced { decay: 0.9 })));
     let tokens = tokens(&mut Random(85), [2, 4, 8], &device);
     let bytes = |record: ModuleRecord| -> ModuleRecord {
@@ -342,8 +402,9 @@ fn inference_token_by_token_equals_the_whole_sequence() {
     let device = Device::flex();
     let (length, width) = (5, 8);
     let tokens = tokens(&mut Random(86), [2, length, width], &device);
-    let encoder = TransformerEncoderConfig::new(width, 12, 2, 2).with_norm_first(true);
-    let encoder = MemAopTransformerEncoderConfig::new(encoder).init(&device);
+    let encoder = MemAopTransformerEncoderConfig::new(width, 12, 2, 2)
+        .with_norm_first(true)
+        .init(&device);
     let causal = |length| generate_autoregressive_mask(2, length, &device);
     let whole = TransformerEncoderInput::new(tokens.clone()).mask_attn(causal(length));
     let whole = encoder.forward(whole);
@@ -362,7 +423,7 @@ fn inference_token_by_token_equals_the_whole_sequence() {
         );
     }
 
-    let attention = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(width, 2));
+    let attention = MemAopMultiHeadAttentionConfig::new(width, 2);
     let attention = attention.init(&device);
     let mut cache = MhaCache::autoregressive();
     let cached = attention.forward_cache(MhaInput::self_attn(tokens.clone()), &mut cache);
@@ -373,8 +434,8 @@ fn inference_token_by_token_equals_the_whole_sequence() {
 #[test]
 fn all_layers_are_observed_and_none_waits_in_inference() {
     let device = Device::flex().autodiff();
-    let encoder = TransformerEncoderConfig::new(8, 12, 2, 2).with_dropout(0.1);
-    let encoder = MemAopTransformerEncoderConfig::new(encoder)
+    let encoder = MemAopTransformerEncoderConfig::new(8, 12, 2, 2)
+        .with_dropout(0.1)
         .with_aop(half_of_the_rows())
         .init(&device);
     let observer = AopObserver::new(1);
@@ -403,7 +464,7 @@ fn all_layers_are_observed_and_none_waits_in_inference() {
 )]
 fn a_key_that_does_not_fit_is_named() {
     let device = Device::flex();
-    let attention = MemAopMultiHeadAttentionConfig::new(MultiHeadAttentionConfig::new(8, 2));
+    let attention = MemAopMultiHeadAttentionConfig::new(8, 2);
     let zeros = |batch| Tensor::<3>::zeros([batch, 3, 8], &device);
     let input = MhaInput::new(zeros(2), zeros(1), zeros(2));
     attention.init(&device).forward(input);
@@ -416,7 +477,6 @@ fn a_bad_configuration_is_named() {
         ratio: 1.5,
         minimum: 1,
     });
-    let config = TransformerEncoderConfig::new(8, 12, 2, 1);
-    let config = MemAopTransformerEncoderConfig::new(config).with_aop(aop);
+    let config = MemAopTransformerEncoderConfig::new(8, 12, 2, 1).with_aop(aop);
     config.init(&Device::flex());
 }

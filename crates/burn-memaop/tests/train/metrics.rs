@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use burn::{optim::SgdConfig, tensor::Device, train::Learner};
 use burn_memaop::{
-    AopObserver,
+    AopConfig, AopObserver,
     train::{AopFigure, AopMetric},
 };
 
@@ -28,6 +28,25 @@ fn logged(folder: &Path, metric: &str) -> Vec<f64> {
     steps
         .filter_map(|line| line.split(',').next()?.parse().ok())
         .collect()
+}
+
+#[test]
+fn the_noise_is_logged_once_it_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::flex().autodiff();
+    let auto = AopConfig::new().with_cost_rule(false);
+    let model = Net::new(auto, Some(AopObserver::new(2)), &device);
+    let training = training(folder.path(), loader(BATCH * 25, false))
+        .metric_train_numeric(AopMetric::new(AopFigure::Noise))
+        .metric_train_numeric(AopMetric::new(AopFigure::Noise).of_layer("first"))
+        .num_epochs(1);
+    finished(training.launch(Learner::new(model, SgdConfig::new().init(), 1e-3)));
+    // The first measurement is read at the tenth step.
+    for name in ["AOP noise", "AOP noise (first)"] {
+        let noise = logged(folder.path(), name);
+        assert_eq!(noise.len(), 15, "{name}");
+        assert!(noise.iter().all(|&noise| noise > 0.0), "{noise:?}");
+    }
 }
 
 #[test]

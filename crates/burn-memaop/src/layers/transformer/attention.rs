@@ -1,6 +1,6 @@
 use burn::{
     config::Config,
-    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
         Dropout, Gelu,
         attention::{self, MhaCache, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig},
@@ -16,11 +16,39 @@ use super::later;
 use crate::{config::AopConfig, layers::linear::MemAopLinear};
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
-/// [init function](MemAopMultiHeadAttentionConfig::init): Burn's own, and [`AopConfig`].
+/// [init function](MemAopMultiHeadAttentionConfig::init): all of [`MultiHeadAttentionConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopMultiHeadAttentionConfig {
-    /// The attention, as Burn's own module is configured.
-    pub attention: MultiHeadAttentionConfig,
+    /// The size of each linear layer.
+    pub d_model: usize,
+    /// The number of heads.
+    pub n_heads: usize,
+    /// The dropout rate.
+    #[config(default = 0.1)]
+    pub dropout: f64,
+    /// The minimum value a float can take, which masks attention scores.
+    #[config(default = -1.0e4)]
+    pub min_float: f64,
+    /// Use "quiet softmax" instead of regular softmax.
+    #[config(default = false)]
+    pub quiet_softmax: bool,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// Whether the key layer has a bias.
+    #[config(default = true)]
+    pub key_bias: bool,
+    /// Whether the value layer has a bias.
+    #[config(default = true)]
+    pub value_bias: bool,
+    /// Whether the query layer has a bias.
+    #[config(default = true)]
+    pub query_bias: bool,
+    /// Whether the output layer has a bias.
+    #[config(default = true)]
+    pub output_bias: bool,
     /// How the weight gradients of the four linear layers are approximated.
     #[config(default = "AopConfig::new()")]
     pub aop: AopConfig,
@@ -34,7 +62,19 @@ impl MemAopMultiHeadAttentionConfig {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopMultiHeadAttention {
-        MemAopMultiHeadAttention::from_mha(self.attention.init(device), self.aop)
+        let mha = MultiHeadAttentionConfig {
+            d_model: self.d_model,
+            n_heads: self.n_heads,
+            dropout: self.dropout,
+            min_float: self.min_float,
+            quiet_softmax: self.quiet_softmax,
+            initializer: self.initializer.clone(),
+            key_bias: self.key_bias,
+            value_bias: self.value_bias,
+            query_bias: self.query_bias,
+            output_bias: self.output_bias,
+        };
+        MemAopMultiHeadAttention::from_mha(mha.init(device), self.aop)
     }
 }
 

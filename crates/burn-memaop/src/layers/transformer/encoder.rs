@@ -1,8 +1,9 @@
 use burn::{
     config::Config,
-    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
         Dropout, LayerNorm,
+        activation::ActivationConfig,
         transformer::{
             self, TransformerEncoder, TransformerEncoderAutoregressiveCache,
             TransformerEncoderConfig, TransformerEncoderLayer,
@@ -19,11 +20,37 @@ use crate::config::AopConfig;
 const LAYERS: u64 = 6;
 
 /// Configuration to create a [`MemAopTransformerEncoder`] layer using the
-/// [init function](MemAopTransformerEncoderConfig::init): Burn's own, and [`AopConfig`].
+/// [init function](MemAopTransformerEncoderConfig::init): all of [`TransformerEncoderConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopTransformerEncoderConfig {
-    /// The encoder, as Burn's own module is configured.
-    pub encoder: TransformerEncoderConfig,
+    /// The size of the model.
+    pub d_model: usize,
+    /// The size of the position-wise feed-forward network.
+    pub d_ff: usize,
+    /// The number of attention heads.
+    pub n_heads: usize,
+    /// The number of layers.
+    pub n_layers: usize,
+    /// The dropout rate.
+    #[config(default = 0.1)]
+    pub dropout: f64,
+    /// Layer norm will be applied first instead of after the other modules.
+    #[config(default = false)]
+    pub norm_first: bool,
+    /// Use "quiet softmax" instead of regular softmax.
+    #[config(default = false)]
+    pub quiet_softmax: bool,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// The activation function used in the position-wise feed-forward network.
+    #[config(default = "ActivationConfig::Gelu")]
+    pub activation: ActivationConfig,
+    /// The epsilon value for layer normalization.
+    #[config(default = 1e-5)]
+    pub layer_norm_eps: f64,
     /// How the weight gradients of all linear layers are approximated.
     #[config(default = "AopConfig::new()")]
     pub aop: AopConfig,
@@ -37,7 +64,23 @@ impl MemAopTransformerEncoderConfig {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopTransformerEncoder {
-        MemAopTransformerEncoder::from_encoder(self.encoder.init(device), self.aop)
+        MemAopTransformerEncoder::from_encoder(self.burns().init(device), self.aop)
+    }
+
+    /// Burn's own, without `aop`.
+    fn burns(&self) -> TransformerEncoderConfig {
+        TransformerEncoderConfig {
+            d_model: self.d_model,
+            d_ff: self.d_ff,
+            n_heads: self.n_heads,
+            n_layers: self.n_layers,
+            dropout: self.dropout,
+            norm_first: self.norm_first,
+            quiet_softmax: self.quiet_softmax,
+            initializer: self.initializer.clone(),
+            activation: self.activation.clone(),
+            layer_norm_eps: self.layer_norm_eps,
+        }
     }
 }
 
@@ -243,7 +286,7 @@ impl MemAopTransformerEncoderLayer {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn new(config: &MemAopTransformerEncoderConfig, device: &Device) -> Self {
-        let layer = TransformerEncoderLayer::new(&config.encoder, device);
+        let layer = TransformerEncoderLayer::new(&config.burns(), device);
         Self::from_layer(layer, config.aop)
     }
 

@@ -1,9 +1,9 @@
 use burn::{
     config::Config,
-    module::{Content, DisplaySettings, Module, ModuleDisplay},
+    module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
         Dropout,
-        activation::Activation,
+        activation::{Activation, ActivationConfig},
         transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
     },
     tensor::{Device, Tensor, assert_shape},
@@ -13,11 +13,25 @@ use super::later;
 use crate::{config::AopConfig, layers::linear::MemAopLinear};
 
 /// Configuration to create a [`MemAopPositionWiseFeedForward`] layer using the
-/// [init function](MemAopPositionWiseFeedForwardConfig::init): Burn's own, and [`AopConfig`].
+/// [init function](MemAopPositionWiseFeedForwardConfig::init): all of [`PositionWiseFeedForwardConfig`], and
+/// [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopPositionWiseFeedForwardConfig {
-    /// The feed-forward network, as Burn's own module is configured.
-    pub feed_forward: PositionWiseFeedForwardConfig,
+    /// The size of the input and output features.
+    pub d_model: usize,
+    /// The size of the hidden inner features.
+    pub d_ff: usize,
+    /// The dropout rate.
+    #[config(default = 0.1)]
+    pub dropout: f64,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// The activation function used between the two linear layers.
+    #[config(default = "ActivationConfig::Gelu")]
+    pub activation: ActivationConfig,
     /// How the weight gradients of the two linear layers are approximated.
     #[config(default = "AopConfig::new()")]
     pub aop: AopConfig,
@@ -31,7 +45,14 @@ impl MemAopPositionWiseFeedForwardConfig {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopPositionWiseFeedForward {
-        MemAopPositionWiseFeedForward::from_pwff(self.feed_forward.init(device), self.aop)
+        let pwff = PositionWiseFeedForwardConfig {
+            d_model: self.d_model,
+            d_ff: self.d_ff,
+            dropout: self.dropout,
+            initializer: self.initializer.clone(),
+            activation: self.activation.clone(),
+        };
+        MemAopPositionWiseFeedForward::from_pwff(pwff.init(device), self.aop)
     }
 }
 

@@ -1,21 +1,18 @@
 //! Counterparts of Burn's transformer modules with [`MemAopLinear`](crate::MemAopLinear) in place of
 //! `Linear`.
 //!
-//! Each is made from Burn's own configuration or module and an [`AopConfig`], has the same fields, and
-//! its `forward` takes and gives the same as Burn's. Only the inputs [`MhaInput`] and
+//! Each is configured as Burn's own with an [`AopConfig`] beside, or made of Burn's module; it has the same fields, and
+//! its `forward` takes and gives the same. Only the inputs [`MhaInput`] and
 //! [`TransformerEncoderInput`] are types of this module, with Burn's constructors, because Burn keeps
 //! the fields of its own to itself:
 //!
 //! ```
-//! use burn::nn::transformer::TransformerEncoderConfig;
 //! use burn::prelude::*;
-//! use burn_memaop::AopConfig;
 //! use burn_memaop::transformer::{MemAopTransformerEncoderConfig, TransformerEncoderInput};
 //!
 //! let device = Device::flex().autodiff();
-//! let config = TransformerEncoderConfig::new(32, 64, 4, 2).with_norm_first(true);
-//! let encoder = MemAopTransformerEncoderConfig::new(config) // was: config.init(&device)
-//!     .with_aop(AopConfig::new())
+//! let encoder = MemAopTransformerEncoderConfig::new(32, 64, 4, 2) // was: TransformerEncoderConfig
+//!     .with_norm_first(true)
 //!     .init(&device);
 //! let tokens = Tensor::<3>::ones([8, 16, 32], &device);
 //! let output = encoder.forward(TransformerEncoderInput::new(tokens));
