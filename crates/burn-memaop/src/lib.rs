@@ -159,7 +159,26 @@ pub mod nn {
     }
 }
 
-/// Compiles the code of the README.
+/// Compiles the code of the documents.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../../docs/algorithm.md")]
+    struct Algorithm;
+    #[doc = include_str!("../../../docs/architecture.md")]
+    struct Architecture;
+    #[doc = include_str!("../../../docs/benchmarks.md")]
+    struct Benchmarks;
+    #[doc = include_str!("../../../docs/choosing.md")]
+    struct Choosing;
+    #[doc = include_str!("../../../docs/compare.md")]
+    struct Compare;
+    #[doc = include_str!("../../../docs/contributing.md")]
+    struct Contributing;
+    #[doc = include_str!("../../../docs/reproduction.md")]
+    struct Reproduction;
+    #[cfg(feature = "train")]
+    #[doc = include_str!("../../../docs/training.md")]
+    struct Training;
+}
