@@ -135,4 +135,19 @@ fn nothing_large_is_allocated_after_the_first_step() {
         assert!(ours[3] <= exact[3], "{memory:?}: {ours:?} {exact:?}");
     }
     assert_eq!(operation(Memory::None), [0; 4]);
+
+    // The exact path has no pass of its own, in steps whose noise is measured too (the first is), for sequences too.
+    let all = aop.with_outer_products(OuterProducts::Count(M));
+    let sequences = |layer: &MemAopLinear, x: Tensor<2>| {
+        let x: Tensor<3> = x.reshape([32, M / 32, N]);
+        layer.forward(x).reshape([M, P])
+    };
+    for aop in [all, aop.with_outer_products(OuterProducts::Auto)] {
+        let layer = || MemAopLinear::from_linear(linear.clone(), aop);
+        for forward in [MemAopLinear::forward::<2>, sequences] {
+            let ours = training(layer(), forward);
+            let more = ours.iter().zip(&exact).any(|(ours, exact)| ours > exact);
+            assert!(!more, "{aop:?}: {ours:?} {exact:?}");
+        }
+    }
 }
