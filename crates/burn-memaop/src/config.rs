@@ -17,7 +17,7 @@ use thiserror::Error;
 ///     .with_outer_products(OuterProducts::Count(32))
 ///     .with_method(Method::TopK(Memory::Balanced { decay: 0.9 }))
 ///     .with_seed(7);
-/// assert_eq!(aop.outer_products.k(64), 32);
+/// assert_eq!(aop.outer_products.k(64), Some(32));
 /// ```
 #[derive(Config, Debug, Copy, PartialEq)]
 pub struct AopConfig {
@@ -46,8 +46,9 @@ pub struct AopConfig {
     /// The seed of the noise of random methods and of [`Memory::Balanced`].
     ///
     /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph, its step
-    /// counter and the row's position. So every backend draws the same rows, a training with the same seed
-    /// can be repeated, and layers one above the other draw independently whatever their seeds are, which
+    /// counter and the row's position. So every backend draws the same rows, as many as [`OuterProducts`] says (of
+    /// which [`OuterProducts::Auto`] chooses by the times of the device and the processor), a training with the same seed
+    /// can be repeated on the same kind of machine, and layers one above the other draw independently whatever their seeds are, which
     /// unbiased gradients need. Layers side by side, such as projections of one input, draw alike where
     /// their seeds are equal; [`transformer`](crate::transformer) gives each a seed of its own.
     #[config(default = 0)]
@@ -60,12 +61,13 @@ pub enum OuterProducts {
     /// The layer chooses K among M, M/2, M/4, ... M/32, so that the loss falls fastest by the clock.
     ///
     /// Rows left out add noise to a gradient that is noisy anyway, being of one batch. From the scores of its rows and
-    /// the norm of its gradient the layer estimates both, in one step of ten or fewer, and weighs the progress of a step
-    /// (McCandlish, Kaplan, Amodei and others, 2018, arXiv:1812.06162) against the time that it takes on this device.
-    /// The first ten steps are exact; where nothing can be saved all others are, and only the measuring is paid, half a
-    /// per cent of the step. No step waits for its own measurement.
+    /// the norm of its gradient the layer estimates both, in one step of eleven or fewer, and weighs the progress of a step
+    /// (McCandlish, Kaplan, Amodei and others, 2018, arXiv:1812.06162) against the time that it takes on this device
+    /// (`docs/algorithm.md` has the rule, `docs/choosing.md` what was measured). Gradients of the weight are exact until the
+    /// second measurement, where the first is read; and where nothing can be saved, all of them.
     ///
-    /// For [`Method::Systematic`]. The noise that other methods add follows other laws: they take K = M/8.
+    /// For [`Method::Systematic`], and batches of 16 rows and more; smaller ones take the share that was chosen last.
+    /// The noise that other methods add follows other laws: they take K = M/8.
     Auto,
     /// K itself, at least 1.
     Count(usize),
@@ -92,9 +94,15 @@ pub enum OuterProducts {
 const UNCHOSEN: f64 = 0.125;
 
 impl OuterProducts {
-    /// K for a batch of `rows` rows; `rows` or more means all of them, the exact gradient. Of
-    /// [`Auto`](Self::Auto) that of the methods for which it does not choose, of [`Share`](Self::Share) the first.
-    pub fn k(&self, rows: usize) -> usize {
+    /// K for a batch of `rows` rows; `rows` or more means all of them, the exact gradient. None where it is not fixed.
+    pub fn k(&self, rows: usize) -> Option<usize> {
+        let fixed = matches!(self, Self::Count(_) | Self::Ratio { .. });
+        fixed.then(|| self.first_k(rows))
+    }
+
+    /// K where it is fixed, that of the methods for which [`Auto`](Self::Auto) does not choose, and the first of
+    /// [`Share`](Self::Share).
+    pub(crate) fn first_k(&self, rows: usize) -> usize {
         let share = |ratio: f64| (ratio * rows as f64).round() as usize;
         match *self {
             Self::Auto => share(UNCHOSEN).max(1),
@@ -261,7 +269,9 @@ impl InputGradient {
         match self {
             Self::Exact => rows,
             Self::Largest { ratio, minimum } | Self::Sampled { ratio, minimum } => {
-                OuterProducts::Ratio { ratio, minimum }.k(rows).min(rows)
+                OuterProducts::Ratio { ratio, minimum }
+                    .first_k(rows)
+                    .min(rows)
             }
         }
     }
@@ -335,7 +345,7 @@ impl AopConfig {
         }
         match self.outer_products {
             OuterProducts::Auto | OuterProducts::Share { .. } => rows <= 1,
-            fixed => fixed.k(rows) >= rows,
+            fixed => fixed.first_k(rows) >= rows,
         }
     }
 

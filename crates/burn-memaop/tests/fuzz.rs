@@ -128,7 +128,7 @@ static AUTO_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let device = Device::flex().autodiff();
     let layer = layer().with_aop(auto());
     for _ in 0..15 {
-        let input = Tensor::<2>::ones([5, 3], &device);
+        let input = Tensor::<2>::ones([40, 3], &device);
         layer.forward(input).sum().backward();
     }
     layer.into_record().into_bytes().unwrap().to_vec()
@@ -184,8 +184,9 @@ fn read_record(bytes: &[u8], cast: bool) {
     loaded.memory_stats();
     // Whatever was measured, the choice of K goes on.
     let loaded = loaded.with_aop(auto());
-    for _ in 0..10 {
-        loaded.forward(input.clone()).sum().backward();
+    for rows in [40; 11].into_iter().chain([5]) {
+        let input = Tensor::<2>::ones([rows, 3], &Device::flex().autodiff());
+        loaded.forward(input).sum().backward();
     }
     assert!((1..=5).contains(&loaded.memory_stats().k));
 }

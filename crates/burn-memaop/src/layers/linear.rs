@@ -97,7 +97,7 @@ impl MemAopLinearConfig {
 ///
 /// # Rows that are not finite
 ///
-/// A row is left out of the weight gradient, and its position in the memory cleared, where the
+/// Where K < M, a row is left out of the weight gradient, and its position in the memory cleared, where the
 /// norm of one of its factors is NaN, infinite or above 1.8e19 (the square overflows). The other
 /// rows are not affected. The gradients of input and bias are those of [`Linear`] and do carry
 /// such values on.
@@ -130,15 +130,18 @@ impl MemAopLinear {
 
     /// The same layer, approximated in another way from now on; [`with_aop`](crate::with_aop) does that for
     /// all layers of a model. What a memory holds stays, unless there is to be none; so do the steps that a
-    /// schedule counts.
+    /// schedule counts, and a K that was chosen, unless it is to be found in another way.
     ///
     /// # Panics
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
-        self.aop = valid(aop);
+        let before = std::mem::replace(&mut self.aop, valid(aop));
         if aop.method.memory().decay().is_none() {
             self.memory.drop_rows();
+        }
+        if aop.outer_products != before.outer_products {
+            self.memory.forget_k();
         }
         self
     }

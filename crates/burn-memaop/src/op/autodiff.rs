@@ -242,15 +242,11 @@ impl LayerStep<'_> {
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
     {
+        let chooses = self.choose(memory);
         let mut state = memory.lock();
         let adapts = schedule::measures_share(self.config, state.progress.step);
         if adapts {
             self.adapt(&mut state);
-        }
-        let chooses =
-            self.config.chooses_k() && state.progress.step.is_multiple_of(self.time.interval());
-        if chooses {
-            self.choose(&mut state);
         }
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
@@ -260,7 +256,7 @@ impl LayerStep<'_> {
             let (input, grad) = batch?;
             let ks = measured_ks(self.rows, step.k);
             let noise = B::memaop_noise(input, grad, gradient.clone(), NoiseStep { ks });
-            Some(Reading(from_primitive::<B, 1>(noise)))
+            Some(Reading::start(from_primitive::<B, 1>(noise)))
         };
         if step.k >= self.rows {
             drop(state);
@@ -324,13 +320,25 @@ impl LayerStep<'_> {
         }
     }
 
-    /// Chooses K by all measurements up to an earlier step, if there is one.
-    fn choose(&self, state: &mut MemoryState) {
-        if let Some(reading) = state.reading.take() {
-            state.noise.add(reading.read());
-            let ratio = state.progress.ratio.unwrap_or(1.0);
-            state.progress.ratio = Some(state.noise.choose(ratio, &self.time));
+    /// Whether the noise of this step is to be measured. Then chooses K by all measurements up to an earlier step, if
+    /// there is one; the state is not locked while that is waited for.
+    fn choose(&self, memory: &MemoryHandle) -> bool {
+        let mut state = memory.lock();
+        let step = state.progress.step;
+        if !(self.config.chooses_k() && self.time.measures(step, self.rows)) {
+            return false;
         }
+        let reading = state.reading.take();
+        drop(state);
+        if let Some(reading) = reading {
+            let figures = reading.read();
+            let mut state = memory.lock();
+            state.noise.add(figures);
+            let present = state.progress.chosen.unwrap_or(1.0);
+            let chosen = state.noise.choose(present, self.rows, &self.time);
+            state.progress.chosen = Some(chosen);
+        }
+        true
     }
 
     /// The settings of the step, which is counted and noted.

@@ -49,8 +49,7 @@ impl MemoryState {
                 share: carried.share.clone().to_device(device),
             }),
             noise: self.noise,
-            reading: (self.reading.as_ref())
-                .map(|reading| Reading(reading.0.clone().to_device(device))),
+            reading: self.reading.clone(),
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
             rate: self.rate,
             watch: self.watch.clone(),

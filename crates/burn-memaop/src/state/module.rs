@@ -120,6 +120,21 @@ impl LayerMemory {
         self.handle().lock().rows = None;
     }
 
+    /// Forgets the K that was found and what it was found by.
+    pub(crate) fn forget_k(&self) {
+        let mut state = self.handle().lock();
+        let MemoryState {
+            progress,
+            carried,
+            noise,
+            reading,
+            ..
+        } = &mut *state;
+        (progress.ratio, progress.chosen) = (None, None);
+        (*carried, *reading) = (None, None);
+        *noise = Default::default();
+    }
+
     fn copy(&self, number: usize) -> Self {
         let fork = self.fork.as_ref().and_then(|fork| fork.memory.get());
         Self {

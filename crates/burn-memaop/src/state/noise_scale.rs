@@ -7,7 +7,14 @@
 //! (McCandlish and others, 2018, arXiv:1812.06162), one of K rows to `1 / (1 + nu (1 + V(K) / S))`. So K is chosen that
 //! makes `(1 + nu (1 + V(K) / S)) time(K)` smallest.
 
-use burn::tensor::Tensor;
+use std::{
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use burn::tensor::{ExecutionError, Tensor, TensorData, try_read_sync};
 
 /// M over the candidates for K, but for M itself.
 pub(crate) const DIVISORS: [usize; 5] = [2, 4, 8, 16, 32];
@@ -17,14 +24,18 @@ pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 /// The share of a step's time that measuring may take, spread over the steps between.
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
-/// What an average keeps from one measurement to the next: much of the signal, which a batch tells little of, less of
+/// Fewer rows tell too little.
+const LEAST_ROWS: usize = 16;
+/// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
 /// the variances of sampling, which its scores determine and which fall fast in the first steps.
-const SIGNAL_KEPT: f64 = 0.9;
+const NOISE_KEPT: f64 = 0.9;
 const ADDED_KEPT: f64 = 0.5;
 /// The least gain for which K is changed.
 const HYSTERESIS: f64 = 0.03;
-/// The largest ratio that averages can tell from one without any signal.
+/// The largest ratio that averages can tell from one without any signal; a single measurement of noise alone is at most
+/// twice what there is of it.
 const LARGEST: f64 = 1000.0;
+const MOST_OF_ONE: f64 = 2.0;
 
 /// The time of a training step of one layer, in any unit.
 #[derive(Debug, Clone, Copy)]
@@ -47,43 +58,98 @@ impl StepTime {
         }
     }
 
-    /// The number of steps from one measurement to the next.
-    pub(crate) fn interval(&self) -> u64 {
+    /// The number of steps from one measurement to the next: odd, so that a layer that is used twice in a step is not
+    /// always measured at the same use.
+    fn interval(&self) -> u64 {
         let steps = self.measure / (MEASURING * self.at(1.0));
-        steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
+        steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64 | 1
     }
+
+    /// Whether the noise of a step is measured.
+    pub(crate) fn measures(&self, step: u64, rows: usize) -> bool {
+        rows >= LEAST_ROWS && step.is_multiple_of(self.interval())
+    }
+}
+
+/// K for a share of the rows.
+pub(crate) fn k_of(ratio: f64, rows: usize) -> usize {
+    ((ratio * rows as f64).round() as usize).clamp(1, rows)
 }
 
 /// The K that a measurement is about, for a batch of `rows` rows and a step with `k` of them.
 pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
     let mut ks = [k; FIGURES - 2];
     for (k, divisor) in ks[1..].iter_mut().zip(DIVISORS) {
-        *k = (rows / divisor).max(1);
+        *k = k_of(1.0 / divisor as f64, rows);
     }
     ks
 }
 
-/// The figures of one gradient, on the device.
-#[derive(Debug, Clone)]
-pub(crate) struct Reading(pub(crate) Tensor<1>);
+/// The figures of one gradient, on their way to the host. Clones share them.
+#[derive(Clone)]
+pub(crate) struct Reading(Arc<Mutex<Figures>>);
+
+type Copy = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
+
+enum Figures {
+    Coming(Copy),
+    There([f64; FIGURES]),
+}
 
 impl Reading {
-    /// Waits for the device, if it has not computed them yet.
+    /// Has the figures copied, behind what the device has been given to do so far and before what comes later.
+    pub(crate) fn start(figures: Tensor<1>) -> Self {
+        let mut copy: Copy = Box::pin(figures.into_data_async());
+        // The first poll hands the copy to the device.
+        let figures = match copy.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(data) => Figures::There(figures_of(Some(data))),
+            Poll::Pending => Figures::Coming(copy),
+        };
+        Self(Arc::new(Mutex::new(figures)))
+    }
+
+    pub(crate) fn there(figures: [f64; FIGURES]) -> Self {
+        Self(Arc::new(Mutex::new(Figures::There(figures))))
+    }
+
+    /// Waits for the copy, if it has not come yet.
     pub(crate) fn read(&self) -> [f64; FIGURES] {
-        let data = self.0.clone().into_data();
-        let mut values = data.iter::<f64>();
-        std::array::from_fn(|_| values.next().unwrap_or(f64::NAN))
+        let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Figures::Coming(copy) = &mut *figures {
+            *figures = Figures::There(figures_of(try_read_sync(copy.as_mut())));
+        }
+        match &*figures {
+            Figures::There(figures) => *figures,
+            Figures::Coming(_) => unreachable!("it has been waited for"),
+        }
     }
 }
 
-/// Moving averages. Those of ratios to S, which a batch determines well: so they do not depend on the scale of the
-/// gradient, which falls by orders of magnitude in the first steps and jumps with the scale of a loss.
+impl fmt::Debug for Reading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reading")
+    }
+}
+
+/// NaN where there is nothing to read: a device that fails tells of it elsewhere, and one that cannot be waited for
+/// (in a browser) has been late.
+fn figures_of(data: Option<Result<TensorData, ExecutionError>>) -> [f64; FIGURES] {
+    let Some(Ok(data)) = data else {
+        return [f64::NAN; FIGURES];
+    };
+    let mut values = data.iter::<f64>();
+    std::array::from_fn(|_| values.next().unwrap_or(f64::NAN))
+}
+
+/// Moving averages, of ratios that do not depend on the scale of the gradient, which falls by orders of magnitude in the
+/// first steps and jumps with the scale of a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Averages {
-    /// The sum of the weights of all measurements of the signal; 0 before the first.
+    /// The sum of the weights of all measurements of the noise; 0 before the first.
     pub(crate) weight: f64,
-    /// Of `(F - V(K) - S) / S`: the signal-to-noise ratio, but for the weight.
-    pub(crate) signal: f64,
+    /// Of `S / (F - V(K))`, the share of noise in the square of the gradient, but for the weight. Of all forms of the
+    /// ratio this one has bounds, so that no measurement outweighs those after it.
+    pub(crate) noise: f64,
     /// Of `V / S` of each candidate.
     pub(crate) added: [f64; DIVISORS.len()],
 }
@@ -102,40 +168,47 @@ impl Averages {
         for (average, added) in self.added.iter_mut().zip(added) {
             *average = kept * *average + (1.0 - kept) * added / batch;
         }
-        self.weight = SIGNAL_KEPT * self.weight + 1.0;
-        self.signal = SIGNAL_KEPT * self.signal + (gradient - at_k - batch) / batch;
+        let noise = match gradient > at_k {
+            true => (batch / (gradient - at_k)).min(MOST_OF_ONE),
+            false => MOST_OF_ONE,
+        };
+        self.weight = NOISE_KEPT * self.weight + 1.0;
+        self.noise = NOISE_KEPT * self.noise + noise;
     }
 
     /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
     pub(crate) fn noise(&self) -> Option<f64> {
-        (self.weight > 0.0).then(|| 1.0 / (self.signal / self.weight).max(1.0 / LARGEST))
+        (self.weight > 0.0).then(|| {
+            let share = self.noise / self.weight;
+            share / (1.0 - share).max(1.0 / LARGEST)
+        })
     }
 
-    /// The share of the rows to take from now on, after `ratio`.
-    pub(crate) fn choose(&self, ratio: f64, time: &StepTime) -> f64 {
+    /// The share of the rows to take from now on, after `present`, for batches of `rows` rows.
+    pub(crate) fn choose(&self, present: f64, rows: usize, time: &StepTime) -> f64 {
         let Some(noise) = self.noise() else {
-            return ratio;
+            return present;
         };
-        let candidate = |(divisor, added): (usize, f64)| {
-            let ratio = 1.0 / divisor as f64;
-            let noise = noise * (1.0 + added);
-            (ratio, (1.0 + noise) * time.at(ratio))
+        let cost = |ratio: f64, added: f64| {
+            let taken = k_of(ratio, rows) as f64 / rows as f64;
+            (1.0 + noise * (1.0 + added)) * time.at(taken)
         };
-        let all = (1.0, (1.0 + noise) * time.at(1.0));
-        let some = DIVISORS.into_iter().zip(self.added).map(candidate);
-        let costs: Vec<_> = std::iter::once(all).chain(some).collect();
-        let cost_of = |wanted: f64| costs.iter().find(|(ratio, _)| *ratio == wanted);
-        let best = costs
-            .iter()
-            .copied()
-            .reduce(|best, next| match next.1 < best.1 {
-                true => next,
-                false => best,
-            });
-        match (best, cost_of(ratio)) {
-            (Some(best), Some(present)) if best.1 > (1.0 - HYSTERESIS) * present.1 => ratio,
-            (Some(best), _) => best.0,
-            (None, _) => ratio,
+        let some = DIVISORS.into_iter().zip(self.added);
+        let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
+        let mut best = (1.0, cost(1.0, 0.0));
+        let mut at_present = best.1;
+        for (ratio, added) in some {
+            let cost = cost(ratio, added);
+            if cost < best.1 {
+                best = (ratio, cost);
+            }
+            if ratio == present {
+                at_present = cost;
+            }
+        }
+        match best.1 > (1.0 - HYSTERESIS) * at_present {
+            true => present,
+            false => best.0,
         }
     }
 }
@@ -143,6 +216,8 @@ impl Averages {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const M: usize = 1024;
 
     /// Three equal products.
     const TIME: StepTime = StepTime {
@@ -180,10 +255,10 @@ mod tests {
         ] {
             let averages = after(figures(1.0 + 1.0 / noise, 1.0));
             assert!((averages.noise().unwrap() / noise - 1.0).abs() < 1e-9);
-            assert_eq!(averages.choose(1.0, &TIME), 1.0 / divisor, "{noise}");
+            assert_eq!(averages.choose(1.0, M, &TIME), 1.0 / divisor, "{noise}");
         }
         // No signal at all.
-        assert_eq!(after(figures(0.5, 1.0)).choose(0.25, &TIME), 1.0);
+        assert_eq!(after(figures(0.5, 1.0)).choose(0.25, M, &TIME), 1.0);
     }
 
     #[test]
@@ -191,8 +266,8 @@ mod tests {
         let averages = after(figures(1.0 + 1.0 / 0.02, 1.0));
         let cost = |d: f64| (1.0 + 0.02 * d) * (2.05 + 1.0 / d);
         assert!(cost(4.0) < cost(8.0) && cost(4.0) > (1.0 - HYSTERESIS) * cost(8.0));
-        assert_eq!(averages.choose(0.125, &TIME), 0.125);
-        assert_eq!(averages.choose(1.0, &TIME), 0.25);
+        assert_eq!(averages.choose(0.125, M, &TIME), 0.125);
+        assert_eq!(averages.choose(1.0, M, &TIME), 0.25);
     }
 
     #[test]
@@ -208,7 +283,10 @@ mod tests {
     #[test]
     fn averages_forget_and_skip_what_says_nothing() {
         let mut averages = Averages::default();
-        assert_eq!((averages.noise(), averages.choose(0.5, &TIME)), (None, 0.5));
+        assert_eq!(
+            (averages.noise(), averages.choose(0.5, M, &TIME)),
+            (None, 0.5)
+        );
         for broken in [f64::NAN, f64::INFINITY, 0.0] {
             averages.add(figures(2.0, broken));
             assert_eq!(averages, Averages::default());
@@ -219,22 +297,47 @@ mod tests {
             // Of another scale: only the ratio matters.
             averages.add(figures(11e-8, 1e-8));
         }
-        assert!((averages.noise().unwrap() - 0.1).abs() < 1e-3);
+        assert!((averages.noise().unwrap() - 0.1).abs() < 1e-2);
+    }
+
+    /// A batch of equal rows, as in the first step of many models, and then noise: K follows in time.
+    #[test]
+    fn a_signal_that_vanishes_is_forgotten() {
+        let mut averages = Averages::default();
+        for _ in 0..50 {
+            averages.add(figures(4096.0, 1.0));
+        }
+        assert_eq!(averages.choose(1.0, M, &TIME), 1.0 / 32.0);
+        let late = (1..).find(|_| {
+            averages.add(figures(2.0, 1.0));
+            averages.choose(1.0 / 32.0, M, &TIME) == 1.0
+        });
+        assert!(late.unwrap() <= 7, "{late:?}");
+    }
+
+    #[test]
+    fn few_rows_are_not_measured_and_equal_k_cost_the_same() {
+        assert!(TIME.measures(0, 16) && TIME.measures(11, 16));
+        assert!(!TIME.measures(0, 15) && !TIME.measures(10, 16));
+        // Of 16 rows M/16 and M/32 are one row, which M/16 names first.
+        let averages = after(figures(1e6, 1.0));
+        assert_eq!(averages.choose(1.0, 16, &TIME), 1.0 / 16.0);
     }
 
     #[test]
     fn measuring_takes_half_a_per_cent_at_most() {
-        assert_eq!(TIME.interval(), 10);
+        assert_eq!(TIME.interval(), 11);
         let dear = StepTime {
             measure: 0.89,
             ..TIME
         };
-        assert_eq!(dear.interval(), 60);
+        assert_eq!(dear.interval(), 61);
     }
 
     #[test]
     fn candidates_have_a_row_at_least() {
         assert_eq!(measured_ks(64, 9), [9, 32, 16, 8, 4, 2]);
-        assert_eq!(measured_ks(5, 5), [5, 2, 1, 1, 1, 1]);
+        assert_eq!(measured_ks(60, 60), [60, 30, 15, 8, 4, 2]);
+        assert_eq!(measured_ks(5, 5), [5, 3, 1, 1, 1, 1]);
     }
 }

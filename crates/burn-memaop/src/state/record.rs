@@ -29,10 +29,10 @@ use super::{
 const VERSION: i32 = 1;
 /// The entry of `more` with the numbers of the workers, whose memories are under `worker<number>`.
 const WORKERS: i32 = 1;
-/// The entry of `more` with what has been measured of the noise: [`Averages`], then the figures of the last
+/// The entry of `more` with what has been measured of the noise: the share of the rows that was chosen, [`Averages`], then the figures of the last
 /// measurement, each number as a low and a high half.
 const NOISE: i32 = 2;
-const NOISE_NUMBERS: usize = 2 + DIVISORS.len() + FIGURES;
+const NOISE_NUMBERS: usize = 3 + DIVISORS.len() + FIGURES;
 /// More of them are no record of a training.
 const MOST_WORKERS: usize = 4096;
 
@@ -73,7 +73,7 @@ impl Header {
 
     /// Waits for the device, if it has not computed the share of the score mass yet.
     fn encode(&self) -> Vec<i32> {
-        let Progress { step, k, ratio } = self.progress;
+        let Progress { step, k, ratio, .. } = self.progress;
         // NaN stands for none.
         let bits = |value: Option<f64>| value.unwrap_or(f64::NAN).to_bits();
         let carried = self.carried.as_ref();
@@ -102,6 +102,7 @@ impl Header {
                 step: field(0),
                 k: field(1) as usize,
                 ratio: share(2),
+                chosen: None,
             },
             carried: share(3).zip(share(4)).map(|(ratio, share)| Carried {
                 ratio,
@@ -222,7 +223,7 @@ impl MemoryRecord {
             length => self.load(mapper, "more", 4, [length]),
         };
         // Where partial loading is allowed, a memory that cannot be read is as one that is missing.
-        let more = More::decode(&more?, &self.device, |name| self.refuse(mapper, name))?;
+        let more = More::decode(&more?, |name| self.refuse(mapper, name))?;
 
         // Words that no dtype has, or rows that the record does not hold, meet a shape that the
         // record's tensors do not have, which the mapper reports.
@@ -243,7 +244,10 @@ impl MemoryRecord {
             }
         };
         let state = MemoryState {
-            progress: header.progress,
+            progress: Progress {
+                chosen: more.chosen,
+                ..header.progress
+            },
             carried: header.carried,
             noise: more.noise,
             reading: more.reading,
@@ -329,6 +333,7 @@ fn worker_name(number: usize) -> String {
 #[derive(Default)]
 struct More {
     workers: Vec<usize>,
+    chosen: Option<f64>,
     noise: Averages,
     reading: Option<Reading>,
 }
@@ -337,6 +342,7 @@ impl More {
     fn of(state: &MemoryState, workers: Vec<usize>) -> Self {
         Self {
             workers,
+            chosen: state.progress.chosen,
             noise: state.noise,
             reading: state.reading.clone(),
         }
@@ -372,7 +378,7 @@ impl More {
         if self.has_noise() {
             let Averages {
                 weight,
-                signal,
+                noise,
                 added,
             } = self.noise;
             // NaN stands for none.
@@ -380,7 +386,10 @@ impl More {
                 .reading
                 .as_ref()
                 .map_or([f64::NAN; FIGURES], Reading::read);
-            let numbers = [weight, signal].into_iter().chain(added).chain(figures);
+            let numbers = [self.chosen.unwrap_or(f64::NAN), weight, noise]
+                .into_iter()
+                .chain(added)
+                .chain(figures);
             let numbers: Vec<_> = numbers.map(f64::to_bits).collect();
             more.extend([NOISE, 2 * NOISE_NUMBERS as i32]);
             more.extend(halves(&numbers));
@@ -389,7 +398,7 @@ impl More {
     }
 
     /// `refuse` is told of what cannot be read.
-    fn decode(more: &[i32], device: &Device, mut refuse: impl FnMut(&str)) -> Option<Self> {
+    fn decode(more: &[i32], mut refuse: impl FnMut(&str)) -> Option<Self> {
         let (&version, mut entries) = more.split_first()?;
         if version > VERSION {
             refuse(&format!(
@@ -409,7 +418,7 @@ impl More {
             };
             let sound = match *tag {
                 WORKERS => decoded.set_workers(values),
-                NOISE => decoded.set_noise(values, device),
+                NOISE => decoded.set_noise(values),
                 _ => true,
             };
             if !sound {
@@ -431,7 +440,7 @@ impl More {
     }
 
     /// Averages that no measurement leads to are as none.
-    fn set_noise(&mut self, values: &[i32], device: &Device) -> bool {
+    fn set_noise(&mut self, values: &[i32]) -> bool {
         if values.len() != 2 * NOISE_NUMBERS {
             return false;
         }
@@ -439,27 +448,24 @@ impl More {
             .chunks_exact(2)
             .map(|pair| f64::from_bits(whole(pair)));
         let numbers: Vec<_> = numbers.collect();
-        let [weight, signal, rest @ ..] = &numbers[..] else {
+        let [chosen, weight, noise, rest @ ..] = &numbers[..] else {
             return false;
         };
         let (added, figures) = rest.split_at(DIVISORS.len());
         let averages = Averages {
             weight: *weight,
-            signal: *signal,
+            noise: *noise,
             added: std::array::from_fn(|index| added[index]),
         };
         let positive = |value: &f64| *value >= 0.0 && value.is_finite();
-        let sound = added.iter().chain([weight]).all(positive);
-        if sound && signal.is_finite() {
+        let sound = added.iter().chain([weight, noise]).all(positive);
+        if sound {
             self.noise = averages;
+            self.chosen = Some(*chosen).filter(|chosen| *chosen > 0.0 && *chosen <= 1.0);
         }
-        self.reading = (!figures[0].is_nan()).then(|| {
-            let figures: Vec<_> = figures.iter().map(|&figure| figure as f32).collect();
-            Reading(Tensor::from_data(
-                TensorData::new(figures, [FIGURES]),
-                (device, DType::F32),
-            ))
-        });
+        let mut figures = figures.iter().copied();
+        let figures = std::array::from_fn(|_| figures.next().unwrap_or(f64::NAN));
+        self.reading = (!figures[0].is_nan()).then(|| Reading::there(figures));
         true
     }
 }

@@ -2,6 +2,7 @@
 
 use std::f64::consts::PI;
 
+use super::noise_scale;
 use crate::config::{AopConfig, OuterProducts, Schedule};
 
 /// What the schedule of a layer needs to know of the steps before.
@@ -11,8 +12,10 @@ pub(crate) struct Progress {
     pub(crate) step: u64,
     /// K of the last of them.
     pub(crate) k: usize,
-    /// K as a share of the rows, once the layer has chosen it.
+    /// K as a share of the rows, once [`OuterProducts::Share`] has adjusted it.
     pub(crate) ratio: Option<f64>,
+    /// K as a share of the rows, once [`OuterProducts::Auto`] has chosen it.
+    pub(crate) chosen: Option<f64>,
 }
 
 /// K for the next gradient of a batch of `rows` rows; `rows` is the exact gradient.
@@ -41,9 +44,8 @@ pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
 /// K when the schedule has run out.
 fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
     match (config.outer_products, progress.ratio) {
-        (OuterProducts::Auto, chosen) if config.chooses_k() => {
-            let k = chosen.unwrap_or(1.0) * rows as f64;
-            (k.round() as usize).clamp(1, rows)
+        (OuterProducts::Auto, _) if config.chooses_k() => {
+            noise_scale::k_of(progress.chosen.unwrap_or(1.0), rows)
         }
         (OuterProducts::Share { .. }, Some(ratio)) => {
             // Up, so that K does not stay below its target where the next row would reach it; with all rows there
@@ -51,7 +53,7 @@ fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
             let k = (ratio * rows as f64 - 1e-6).ceil() as usize;
             k.clamp(1, (rows - 1).max(1))
         }
-        (fixed, _) => fixed.k(rows).min(rows),
+        (other, _) => other.first_k(rows).min(rows),
     }
 }
 
@@ -147,8 +149,8 @@ mod tests {
         let at = |ratio, rows| {
             let progress = Progress {
                 step: 7,
-                k: 0,
                 ratio,
+                ..Progress::default()
             };
             k(&config, &progress, rows)
         };
@@ -162,8 +164,12 @@ mod tests {
 
     #[test]
     fn a_chosen_k_is_exact_until_the_first_choice_and_the_end_of_a_schedule() {
-        let at = |schedule, ratio, step| {
-            let progress = Progress { step, k: 0, ratio };
+        let at = |schedule, chosen, step| {
+            let progress = Progress {
+                step,
+                chosen,
+                ..Progress::default()
+            };
             let config = AopConfig::new().with_schedule(schedule);
             let k = k(&config, &progress, 100);
             (k, is_exact_for_now(&config, &progress, 100))

@@ -35,7 +35,7 @@ pub enum AopFigure {
     /// The outer products evaluated in a step, K: the sum over the layers.
     OuterProducts,
     /// The noise-to-signal ratio of the gradient by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K
-    /// ([`LayerReport::noise`]): the mean over the layers that choose.
+    /// ([`LayerReport::noise`]): the geometric mean over the layers that choose.
     Noise,
     /// The floating-point operations that are saved of the backward passes of the layers, of weight and input
     /// together, in per cent.
@@ -130,7 +130,10 @@ impl AopFigure {
                 let evaluated = layers.iter().map(|layer| layer.outer_products as f64);
                 Ok(evaluated.reduce(|sum, evaluated| sum + evaluated))
             }
-            Self::Noise => Ok(mean_of(layers.iter().filter_map(|layer| layer.noise))),
+            Self::Noise => {
+                let noise = layers.iter().filter_map(|layer| layer.noise);
+                Ok(mean_of(noise.map(f64::ln)).map(f64::exp))
+            }
             Self::SavedFlops => {
                 let exact: f64 = layers.iter().map(|layer| layer.exact_flops()).sum();
                 let saved: f64 = layers.iter().map(|layer| layer.saved_flops()).sum();

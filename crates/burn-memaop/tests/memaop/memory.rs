@@ -375,7 +375,7 @@ fn a_whole_model_is_configured_in_one_call() {
     });
     assert_eq!(names, ["first", "other.0", "other.1"]);
     assert_eq!(model.first.aop(), aop());
-    let count = |layer: &MemAopLinear| layer.aop().outer_products.k(10);
+    let count = |layer: &MemAopLinear| layer.aop().outer_products.k(10).unwrap();
     assert_eq!((count(&model.other[0]), count(&model.other[1])), (2, 3));
     assert_eq!(model.other[1].memory_stats(), before);
 }
