@@ -78,6 +78,11 @@ pub fn step_table<'a>(
         "{:>6} {:>6} {:>7}  {:<20} {:>9} {:>9} {:>6}",
         "width", "M", "K", "method", "exact", "aop", "ratio"
     );
+    if options.k_ratio == Some(KRatio::AUTO) {
+        bail!(
+            "--k-ratio must be a share of the batch here, since a chosen K changes from step to step, but got auto"
+        );
+    }
     let mut rows = Vec::new();
     let ratios = [0.25, 0.125, 0.0625].map(KRatio::Of).to_vec();
     for k_ratio in options.k_ratio.map_or(ratios, |ratio| vec![ratio]) {

@@ -67,7 +67,7 @@ def compare(results):
 
         times = [f"{statistics.median(times):.4g}" for times in (exact, aop, torch)]
         product = f"{statistics.median(products):.2f}" if products else ""
-        rows.append([case, f"{share:.3g}", name, *times, ratio(exact), ratio(torch), product])
+        rows.append([case, share if isinstance(share, str) else f"{share:.3g}", name, *times, ratio(exact), ratio(torch), product])
     return markdown(head, rows)
 
 

@@ -66,6 +66,11 @@ impl Setting {
     ///
     /// Options that do not go together.
     pub fn aop(&self, seed: u64) -> Result<AopConfig> {
+        ensure!(
+            self.k_ratio.goes_with(self.policy),
+            "--k-ratio auto is for --policy systematic, but got {}",
+            self.policy
+        );
         let config = AopConfig::new()
             .with_outer_products(self.k_ratio.outer_products())
             .with_method(self.policy.method(self.memory.memory(self.decay))?)

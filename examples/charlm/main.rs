@@ -191,7 +191,10 @@ impl Options {
                 memory: None,
                 decay: None,
                 memory_precision: MemoryPrecisionOption::Full,
-                input_gradient: self.input_gradient,
+                input_gradient: match k_ratio {
+                    KRatio::ALL => InputGradientOptions::default(),
+                    _ => self.input_gradient,
+                },
                 no_cost_rule: false,
             };
             options.config(seed << 32).map(Some)
@@ -200,8 +203,15 @@ impl Options {
     }
 
     fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio)> {
-        let policies = self.policy.iter();
-        policies.flat_map(|&policy| self.k_ratio.iter().map(move |&k_ratio| (policy, k_ratio)))
+        let policies = self.policy.iter().enumerate();
+        let pairs = policies.flat_map(|(number, &policy)| {
+            let k_ratios = self.k_ratio.iter().filter(move |&&k_ratio| {
+                // All rows are the same with every policy.
+                k_ratio.goes_with(policy) && (k_ratio != KRatio::ALL || number == 0)
+            });
+            k_ratios.map(move |&k_ratio| (policy, k_ratio))
+        });
+        pairs
     }
 
     fn methods(&self, seed: u64) -> Result<Vec<Method>> {
@@ -242,7 +252,7 @@ mod tests {
         .unwrap();
         let options = options(
             &path,
-            "--k-ratio 0.25,1 --steps 40 --interval 20 --sample 5 --lr 0.01 --batch 8 --length 16 \
+            "--k-ratio 0.25,1 --steps 40 --interval 20 --sample 5 --lr 0.01 --batch 32 --length 16 \
              --width 64 --heads 2 --blocks 1",
         );
         options.validate().unwrap();

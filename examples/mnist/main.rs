@@ -28,7 +28,7 @@ use burn::{
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::{
-    AopConfig, AopObserver, OuterProducts, SharedLearningRate,
+    AopConfig, AopObserver, Method, OuterProducts, SharedLearningRate,
     train::{AopFigure, AopMetric, Checkpoints, FollowedLrScheduler, resume_loader},
 };
 use clap::{Parser, ValueEnum};
@@ -180,7 +180,7 @@ fn train_on(
             .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
             .metric_train_numeric(AopMetric::new(AopFigure::Share))
             .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("hidden2"));
-        if aop.outer_products == OuterProducts::Auto {
+        if (aop.outer_products, aop.method) == (OuterProducts::Auto, Method::Systematic) {
             training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
         }
         if aop.method.memory().decay().is_some() {

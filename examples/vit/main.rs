@@ -24,7 +24,7 @@ use burn::{
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::train::{AopFigure, AopMetric};
 use clap::Parser;
-use memaop_examples::{AopOptions, Backend, Encoder, check, mnist::Split};
+use memaop_examples::{AopOptions, Backend, Encoder, KRatio, check, mnist::Split};
 use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::{Size, TOKENS, Vit};
@@ -142,8 +142,10 @@ fn train_on<E: Encoder>(
         training = training
             .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
             .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
-            .metric_train_numeric(AopMetric::new(AopFigure::Share))
-            .metric_train_numeric(AopMetric::new(AopFigure::Noise));
+            .metric_train_numeric(AopMetric::new(AopFigure::Share));
+        if options.aop.k_ratio == KRatio::AUTO && options.aop.k.is_none() {
+            training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
+        }
     }
     if options.plain {
         training = training.renderer(Box::new(PlainRenderer::default()));

@@ -100,6 +100,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
     noise(&device);
     host_selection_is_reported(&device);
     layer(&device);
+    choosing_layer(&device);
 }
 
 fn operation(device: &Device) {
@@ -227,6 +228,22 @@ fn host_selection_is_reported(device: &Device) {
     });
     assert_eq!(reads, 1);
     assert_eq!(READS.reported.load(Ordering::Relaxed) - reported, 1);
+}
+
+/// A layer that chooses its K copies some figures to the host in each measured step, and nothing else.
+fn choosing_layer(device: &Device) {
+    let device = device.clone().autodiff();
+    let aop = AopConfig::new().with_cost_rule(false);
+    let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+    let input = Tensor::<2>::ones([64, 20], &device);
+    let (kernels, reads) = observe(&device, || {
+        for _ in 0..30 {
+            layer.forward(input.clone()).sum().backward();
+        }
+    });
+    // At steps 0, 11 and 22.
+    assert_eq!(reads, 3, "{kernels:?}");
+    assert!(layer.memory_stats().k < 64);
 }
 
 /// Forward and backward of a layer, its update included, and reports of measured steps.

@@ -96,6 +96,11 @@ impl KRatio {
     /// All rows.
     pub const ALL: Self = Self::Of(1.0);
 
+    /// Whether K is what the layer chooses with a policy, which is no rule for policies but systematic.
+    pub fn goes_with(self, policy: PolicyOption) -> bool {
+        self != Self::AUTO || policy == PolicyOption::Systematic
+    }
+
     /// The setting of a layer.
     pub fn outer_products(self) -> OuterProducts {
         match self {
@@ -221,7 +226,8 @@ pub struct AopOptions {
     /// Outer products in a step, in place of --k-ratio
     #[arg(long, conflicts_with = "k_ratio")]
     pub k: Option<usize>,
-    /// Outer products in a step as a share of the batch, or auto: as the layer chooses
+    /// Outer products in a step as a share of the batch, or auto: as the layer chooses (M/8 with policies other than
+    /// systematic)
     #[arg(long, default_value = "auto")]
     pub k_ratio: KRatio,
     /// The rule that chooses the rows

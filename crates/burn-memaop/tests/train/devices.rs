@@ -124,26 +124,28 @@ fn workers_resume_where_they_stopped() {
         share: 0.8,
         interval: 2,
     };
-    let methods = [
-        aop().with_schedule(Schedule::Constant {
-            exact_steps: STEPS - 2,
-        }),
-        aop().with_schedule(Schedule::Linear {
-            exact_steps: 2,
-            steps: 2 * STEPS,
-        }),
-        aop()
-            .with_outer_products(share)
-            .with_method(Method::TopK(Memory::None)),
-        AopConfig::new().with_cost_rule(false),
-    ];
-    for aop in methods {
-        let train = |folder: &std::path::Path, epochs: usize| {
+    let constant = Schedule::Constant {
+        exact_steps: STEPS - 2,
+    };
+    let linear = Schedule::Linear {
+        exact_steps: 2,
+        steps: 2 * STEPS,
+    };
+    let adaptive = aop().with_outer_products(share);
+    let auto = AopConfig::new().with_cost_rule(false);
+    for (aop, steps) in [
+        (aop().with_schedule(constant), STEPS),
+        (aop().with_schedule(linear), STEPS),
+        (adaptive.with_method(Method::TopK(Memory::None)), STEPS),
+        // Stopped with a measurement that has not been read, and resumed before the second choice.
+        (auto, 20),
+    ] {
+        let train_with = |aop: AopConfig, folder: &std::path::Path, epochs: usize| {
             let checkpoints = Checkpoints::new(folder.join("checkpoint"));
             let done = checkpoints.resumable().unwrap().unwrap_or(0);
             let devices = vec![device.clone(), device.clone()];
             let strategy = ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice);
-            let data = resume_loader(loader(2 * BATCH * STEPS, false), done);
+            let data = resume_loader(loader(2 * BATCH * steps, false), done);
             let mut training = training(folder, data)
                 .with_custom_checkpointers(
                     checkpoints.model(),
@@ -159,8 +161,16 @@ fn workers_resume_where_they_stopped() {
             let learner = Learner::new(model, SgdConfig::new().init(), RATE);
             finished(training.launch(learner))
         };
+        let train = |folder: &std::path::Path, epochs| train_with(aop, folder, epochs);
         let whole = tempfile::tempdir().unwrap();
         let expected = weights(&train(whole.path(), 2));
+        let all_rows = aop.with_outer_products(OuterProducts::Count(BATCH));
+        let exact = tempfile::tempdir().unwrap();
+        let exact = weights(&train_with(all_rows, exact.path(), 2));
+        assert!(
+            distance(&exact, &expected) > 0.0,
+            "no row was left out: {aop:?}"
+        );
         let parts = tempfile::tempdir().unwrap();
         let half = weights(&train(parts.path(), 1));
         assert!(distance(&half, &expected) > 1e-4);
