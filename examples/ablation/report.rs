@@ -220,12 +220,14 @@ fn against_k(regime: &Regime, path: &Path) -> Result<()> {
             series.push(Series {
                 intervals: vec![width; 2],
                 dashed: true,
-                ..Series::new(AUTO, vec![(first, mean), (last, mean)], 2)
+                ..Series::new(AUTO, vec![(first, mean), (last, mean)], 3)
             });
         }
     }
-    let exact = Series::new("exact", vec![(first, 0.0), (last, 0.0)], 3);
-    series.push(exact);
+    series.push(Series {
+        color: None,
+        ..Series::new("exact", vec![(first, 0.0), (last, 0.0)], 0)
+    });
     let chart = Chart {
         title: &regime.name,
         x: "K",

@@ -142,6 +142,18 @@ impl Chart<'_> {
         .map_err(failed)
     }
 
+    /// Where the lines do not end.
+    fn free_corner(&self) -> SeriesLabelPosition {
+        let ends = |end: fn(&[(f64, f64)]) -> Option<&(f64, f64)>| -> f64 {
+            let ends = self.series.iter().filter_map(|series| end(&series.points));
+            ends.map(|&(_, y)| y).sum()
+        };
+        match ends(|points| points.last()) > ends(|points| points.first()) {
+            true => SeriesLabelPosition::LowerRight,
+            false => SeriesLabelPosition::UpperRight,
+        }
+    }
+
     fn plot<'a, B: DrawingBackend + 'a, Y: Ranged<ValueType = f64> + ValueFormatter<f64>>(
         &self,
         mut chart: ChartContext<'a, B, Cartesian2d<RangedCoordf64, Y>>,
@@ -181,7 +193,7 @@ impl Chart<'_> {
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
+            .position(self.free_corner())
             .label_font(("sans-serif", 13))
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK)
