@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md anew from the raw results in benches/results.
+"""Writes the tables of docs/benchmarks.md and docs/choosing.md anew from the raw results in benches/results.
 
 A table stands between the lines `<!-- begin NAME FILE -->` and `<!-- end NAME -->`.
 """
@@ -9,7 +9,9 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DOCUMENTS = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "choosing.md"]
+# The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
 
 def method(row):
@@ -71,7 +73,93 @@ def compare(results):
     return markdown(head, rows)
 
 
-TABLES = {"layer": layer, "compare": compare}
+def interval(values, sign=""):
+    """The mean and half the width of its 95 % confidence interval."""
+    width = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):{sign}.2f} ± {width:.2f}".replace("-", "−")
+
+
+def divisor(k_ratio):
+    if k_ratio == "auto":
+        return "auto"
+    return "M" if k_ratio == 1 else f"M/{round(1 / k_ratio, 2):g}"
+
+
+def name(row):
+    if row["k_ratio"] == 1:
+        return "exact"
+    return row["policy"] if row["memory"] == "none" else f"{row['policy']}, {row['memory']} {row['decay']:g}"
+
+
+def regime(row):
+    return {"sgd": "SGD", "adam": "Adam"}[row["optimizer"]] + f", batch {row['batch']}, {row['epochs']} epochs"
+
+
+def tuned(rows):
+    """Of each method the learning rate with the highest mean accuracy, and the difference to exact training at its own."""
+
+    def accuracies(row):
+        return [100 * run["test_accuracy"][-1] for run in row["runs"]]
+
+    best = {}
+    for row in rows:
+        key = (regime(row), name(row), divisor(row["k_ratio"]))
+        if key not in best or statistics.mean(accuracies(best[key])) < statistics.mean(accuracies(row)):
+            best[key] = row
+    order = ["M", "auto", "M/4", "M/8", "M/16"]
+    regimes = sorted({key[0] for key in best}, key=lambda text: (int(text.split()[2][:-1]), text.startswith("Adam")))
+    tables = []
+    for wanted in regimes:
+        exact = accuracies(best[wanted, "exact", "M"])
+        found = [(key, row) for key, row in best.items() if key[0] == wanted]
+        cells = []
+        for (_, method, k), row in sorted(found, key=lambda pair: (pair[0][1] == "topk, balanced 0.9", order.index(pair[0][2]))):
+            ours = accuracies(row)
+            differences = [a - b for a, b in zip(ours, exact)]
+            cells.append([method, k, row["lr"], interval(ours), "" if k == "M" else interval(differences, "+")])
+        head = ["method", "K", "learning rate", "accuracy, %", "minus exact"]
+        tables.append(f"{wanted}\n\n{markdown(head, cells)}")
+    return "\n\n".join(tables)
+
+
+def finish(course, values, target):
+    """Seconds and epochs until values that rise reach a target, on the line between two tests (five an epoch)."""
+    before = (0.0, None)
+    for turn, (seconds, value) in enumerate(zip(course["seconds"], values)):
+        if value >= target:
+            way = 1.0 if before[1] is None else (target - before[1]) / (value - before[1])
+            return before[0] + way * (seconds - before[0]), (turn + way) / 5
+        before = (seconds, value)
+    raise ValueError(f"seed {course['seed']} does not reach {target}")
+
+
+def race(courses, to_loss=False):
+    """The times of `cargo ablation race`, each to exact training of the same seed and batch size."""
+
+    def key(course):
+        return (course["batch"], name(course), divisor(course["k_ratio"]))
+
+    finishes = {}
+    for course in courses:
+        batch, seed = course["batch"], course["seed"]
+        exact = next(c for c in courses if (c["batch"], c["seed"], c["k_ratio"]) == (batch, seed, 1))
+        target = -exact["loss"][-1] if to_loss else 0.97
+        values = [-loss for loss in course["loss"]] if to_loss else course["accuracy"]
+        finishes.setdefault((key(course), course["lr"]), {})[seed] = finish(course, values, target)
+    rows = []
+    for ((batch, method, k), lr), found in finishes.items():
+        exact = next(seeds for (other, _), seeds in finishes.items() if other == (batch, "exact", "M"))
+        seconds, epochs = zip(*found.values())
+        ratios = [found[seed][0] / exact[seed][0] for seed in found]
+        rows.append([batch, lr, method, k, interval(seconds), interval(epochs), interval(ratios)])
+    return markdown(["batch", "learning rate", "method", "K", "seconds", "epochs", "to exact"], rows)
+
+
+def final_loss(courses):
+    return race(courses, to_loss=True)
+
+
+TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss}
 
 
 def main():
@@ -80,7 +168,8 @@ def main():
         return f"{match['begin']}\n\n{TABLES[match['name']](results)}\n\n{match['end']}"
 
     pattern = r"(?P<begin><!-- begin (?P<name>\w+) (?P<file>\S+) -->).*?(?P<end><!-- end (?P=name) -->)"
-    DOCUMENT.write_text(re.sub(pattern, table, DOCUMENT.read_text(), flags=re.DOTALL))
+    for document in DOCUMENTS:
+        document.write_text(re.sub(pattern, table, document.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":
