@@ -159,7 +159,7 @@ pub fn tuned_table(outcomes: &[Outcome]) -> String {
 const RECOMMENDED: [&str; 2] = ["systematic", "topk, balanced 0.9"];
 const AUTO: &str = "systematic, K chosen by the layer";
 
-/// Two figures for each regime: what is lost against K, and the course of the trainings by epoch and by time.
+/// Two figures for each regime: what is lost against K, and the course of the trainings.
 pub fn figures(outcomes: &[Outcome], folder: &Path) -> Result<()> {
     for (number, regime) in Regime::all(outcomes).iter().enumerate() {
         let file = |kind: &str| folder.join(format!("{}-{kind}.svg", number + 1));
@@ -242,22 +242,18 @@ fn against_k(regime: &Regime, path: &Path) -> Result<()> {
     chart::save(&[chart], path)
 }
 
-/// Test accuracy by epoch and by time: exact training, K as the layer chooses, and of the methods that are recommended the
-/// K nearest to M/8.
+/// Test accuracy by epoch: exact training, K as the layer chooses, and of the methods that are recommended the K nearest
+/// to M/8. Times are for trainings that take turns, as in a race.
 fn courses(regime: &Regime, path: &Path) -> Result<()> {
-    let curves = |outcome: &Outcome| -> [Vec<(f64, f64)>; 2] {
-        let runs = outcome.runs.len() as f64;
-        let mean =
-            |value: &dyn Fn(usize) -> f64| (0..outcome.runs.len()).map(value).sum::<f64>() / runs;
-        let mut seconds = 0.0;
-        let mut curves = [Vec::new(), Vec::new()];
-        for epoch in 0..outcome.setting.epochs {
-            seconds += mean(&|run| outcome.runs[run].train_seconds[epoch]);
-            let accuracy = 100.0 * mean(&|run| outcome.runs[run].test_accuracy[epoch]);
-            curves[0].push((epoch as f64 + 1.0, accuracy));
-            curves[1].push((seconds, accuracy));
-        }
-        curves
+    let curve = |outcome: &Outcome| -> Vec<f64> {
+        let of_epoch = |epoch: usize| -> Vec<f64> {
+            let runs = outcome.runs.iter();
+            runs.map(|run| 100.0 * run.test_accuracy[epoch]).collect()
+        };
+        let epochs = 0..outcome.setting.epochs;
+        epochs
+            .map(|epoch| mean_and_error(&of_epoch(epoch)).0)
+            .collect()
     };
     let mut drawn: Vec<(String, &Outcome)> = Vec::new();
     for (name, outcomes) in regime.methods() {
@@ -279,28 +275,16 @@ fn courses(regime: &Regime, path: &Path) -> Result<()> {
         }
         drawn.extend(auto.map(|outcome| (AUTO.to_string(), *outcome)));
     }
-    let series = |kind: usize| -> Vec<_> {
-        let drawn = drawn.iter().enumerate();
-        drawn
-            .map(|(color, (name, outcome))| {
-                let [by_epoch, by_time] = curves(outcome);
-                let points = if kind == 0 { by_epoch } else { by_time };
-                Series::new(name, points, color)
-            })
-            .collect()
-    };
-    let (by_epoch, by_time) = (series(0), series(1));
-    let chart = |x, series| Chart {
+    let series: Vec<_> = (drawn.iter().enumerate())
+        .map(|(color, (name, outcome))| Series::new(name, chart::numbered(&curve(outcome)), color))
+        .collect();
+    let chart = Chart {
         title: &regime.name,
-        x,
+        x: "epoch",
         y: "test accuracy, %",
         logarithmic: false,
         x_label: chart::number,
-        series,
+        series: &series,
     };
-    let charts = [
-        chart("epoch", &by_epoch[..]),
-        chart("seconds of training on one core", &by_time[..]),
-    ];
-    chart::save(&charts, path)
+    chart::save(&[chart], path)
 }

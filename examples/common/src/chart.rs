@@ -164,7 +164,8 @@ impl Chart<'_> {
             .y_desc(self.y)
             .label_style(("sans-serif", 13))
             .x_label_formatter(&|&x| (self.x_label)(x))
-            .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4))
+            // Plus 0, for -0.
+            .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4 + 0.0))
             .light_line_style(WHITE)
             .draw()?;
         // Those of the background first.
