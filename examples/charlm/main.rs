@@ -204,14 +204,13 @@ impl Options {
 
     fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio)> {
         let policies = self.policy.iter().enumerate();
-        let pairs = policies.flat_map(|(number, &policy)| {
+        policies.flat_map(|(number, &policy)| {
             let k_ratios = self.k_ratio.iter().filter(move |&&k_ratio| {
                 // All rows are the same with every policy.
                 k_ratio.goes_with(policy) && (k_ratio != KRatio::ALL || number == 0)
             });
             k_ratios.map(move |&k_ratio| (policy, k_ratio))
-        });
-        pairs
+        })
     }
 
     fn methods(&self, seed: u64) -> Result<Vec<Method>> {

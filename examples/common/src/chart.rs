@@ -144,11 +144,16 @@ impl Chart<'_> {
 
     /// Where the lines do not end.
     fn free_corner(&self) -> SeriesLabelPosition {
-        let ends = |end: fn(&[(f64, f64)]) -> Option<&(f64, f64)>| -> f64 {
-            let ends = self.series.iter().filter_map(|series| end(&series.points));
-            ends.map(|&(_, y)| y).sum()
-        };
-        match ends(|points| points.last()) > ends(|points| points.first()) {
+        let lines = || self.series.iter().map(|series| &series.points);
+        let first: f64 = lines()
+            .filter_map(|line| line.first())
+            .map(|end| end.1)
+            .sum();
+        let last: f64 = lines()
+            .filter_map(|line| line.last())
+            .map(|end| end.1)
+            .sum();
+        match last > first {
             true => SeriesLabelPosition::LowerRight,
             false => SeriesLabelPosition::UpperRight,
         }
