@@ -40,7 +40,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// All that docs/choosing.md reports; goes on where it was interrupted
+    /// The grid of docs/study.md; goes on where it was interrupted
     Study(Study),
     /// The study of the methods that are recommended, each with the best of three learning rates
     Tuned(Study),

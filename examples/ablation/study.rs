@@ -1,4 +1,4 @@
-//! The settings of `docs/choosing.md`.
+//! The settings of `docs/study.md` and `docs/choosing.md`.
 
 use memaop_examples::{
     InputGradientOptions, KRatio,

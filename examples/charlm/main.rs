@@ -13,7 +13,7 @@ mod training;
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use burn::tensor::Device;
 use burn_memaop::AopConfig;
 use clap::Parser;
@@ -216,6 +216,13 @@ impl Options {
     fn methods(&self, seed: u64) -> Result<Vec<Method>> {
         // Wrong values are found before any training.
         self.configurations(seed)?;
+        for policy in &self.policy {
+            let fixed = |k: &KRatio| k.goes_with(*policy) && *k != KRatio::ALL;
+            ensure!(
+                self.k_ratio.iter().any(fixed) || self.k_ratio == [KRatio::ALL],
+                "--k-ratio must have a share below 1 for --policy {policy}, which has no auto"
+            );
+        }
         let pairs = self.pairs().map(|(policy, k_ratio)| {
             Method::new(match k_ratio {
                 KRatio::ALL => "exact, flat".to_string(),

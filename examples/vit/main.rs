@@ -138,12 +138,15 @@ fn train_on<E: Encoder>(
         .with_training_strategy(strategy.into())
         .num_epochs(options.epochs)
         .summary();
+    let chooses = options.aop.k.is_none()
+        && options.aop.k_ratio == KRatio::AUTO
+        && options.aop.k_ratio.goes_with(options.aop.policy);
     if options.observe > 0 && !options.exact {
         training = training
             .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
             .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
             .metric_train_numeric(AopMetric::new(AopFigure::Share));
-        if options.aop.k_ratio == KRatio::AUTO && options.aop.k.is_none() {
+        if chooses {
             training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
         }
     }

@@ -164,7 +164,7 @@ impl MemoryOption {
     }
 
     /// The decay it has unless another is given: 1 for the paper's, and else the one that
-    /// `docs/choosing.md` found best.
+    /// `docs/study.md` found best.
     pub fn default_decay(self) -> f64 {
         match self {
             Self::None | Self::Published => 1.0,

@@ -168,7 +168,7 @@ fn workers_resume_where_they_stopped() {
         let exact = tempfile::tempdir().unwrap();
         let exact = weights(&train_with(all_rows, exact.path(), 2));
         assert!(
-            distance(&exact, &expected) > 0.0,
+            distance(&exact, &expected) > 1e-5,
             "no row was left out: {aop:?}"
         );
         let parts = tempfile::tempdir().unwrap();
