@@ -5,6 +5,7 @@ pub(crate) mod learning_rate;
 pub(crate) mod measurement;
 pub(crate) mod memory;
 mod module;
+mod more;
 pub(crate) mod noise_scale;
 pub(crate) mod offer;
 mod record;

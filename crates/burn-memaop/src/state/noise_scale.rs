@@ -40,11 +40,11 @@ const MOST_OF_ONE: f64 = 2.0;
 /// The time of a training step of one layer, in any unit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepTime {
-    /// What does not depend on K.
+    /// What does not depend on K: of the product too, whose result is written.
     pub(crate) fixed: f64,
     /// Choosing and gathering rows, where not all are taken.
     pub(crate) pass: f64,
-    /// The product of all rows.
+    /// The rest of the product, of all rows.
     pub(crate) product: f64,
     /// Measuring the noise.
     pub(crate) measure: f64,
@@ -89,17 +89,17 @@ pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
 #[derive(Clone)]
 pub(crate) struct Reading(Arc<Mutex<Figures>>);
 
-type Copy = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
+type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
 
 enum Figures {
-    Coming(Copy),
+    Coming(Transfer),
     There([f64; FIGURES]),
 }
 
 impl Reading {
     /// Has the figures copied, behind what the device has been given to do so far and before what comes later.
     pub(crate) fn start(figures: Tensor<1>) -> Self {
-        let mut copy: Copy = Box::pin(figures.into_data_async());
+        let mut copy: Transfer = Box::pin(figures.into_data_async());
         // The first poll hands the copy to the device.
         let figures = match copy.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(data) => Figures::There(figures_of(Some(data))),
