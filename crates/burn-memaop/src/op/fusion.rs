@@ -1,12 +1,15 @@
 //! The approximate gradients under Fusion: each one operation in the stream, executed by the inner
 //! backend when the stream is, so that nothing is flushed for it.
 
-use burn::tensor::{DType, Shape};
+use std::{fmt, marker::PhantomData};
+
+use burn::{
+    backend::tensor::FloatTensor,
+    tensor::{DType, Shape},
+};
 use burn_fusion::{
     ExecutionError, Fusion, FusionBackend, FusionRuntime, FusionTensor,
-    custom::{
-        CustomOpIr, HandleContainer, Operation, OperationIr, OperationOutput, StreamId, TensorIr,
-    },
+    custom::{CustomOpIr, HandleContainer, Operation, OperationIr, StreamId, TensorIr},
 };
 
 use crate::{
@@ -17,6 +20,7 @@ use crate::{
     },
 };
 
+type Client<B> = burn_fusion::client::GlobalFusionClient<<B as FusionBackend>::FusionRuntime>;
 type Handles<B> =
     HandleContainer<<<B as FusionBackend>::FusionRuntime as FusionRuntime>::FusionHandle>;
 
@@ -54,24 +58,28 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     if step.measure {
         outputs.push((Shape::new([1]), DType::F32));
     }
-    let outputs: Vec<_> = outputs
-        .into_iter()
-        .map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype))
-        .collect();
-
-    let description = CustomOpIr::new("memaop_weight_gradient", &inputs, &outputs);
-    let operation = Execute::<B> {
-        description: description.clone(),
-        step,
-        backend: core::marker::PhantomData,
+    let run = move |inputs: Vec<FloatTensor<B>>| {
+        let mut inputs = inputs.into_iter();
+        let (Some(input), Some(grad)) = (inputs.next(), inputs.next()) else {
+            unreachable!("a batch was described");
+        };
+        let memory = match (inputs.next(), inputs.next(), inputs.next()) {
+            (Some(input), Some(grad), Some(age)) => RowMemory::Rows { input, grad, age },
+            _ => RowMemory::Empty,
+        };
+        let gradient = B::memaop_weight_gradient(input, grad, memory, step);
+        let mut results = vec![gradient.weight];
+        if let RowMemory::Rows { input, grad, age } = gradient.memory {
+            results.extend([input, grad, age]);
+        }
+        results.extend(gradient.bias.into_option());
+        if let Share::Measured(share) = gradient.share {
+            results.push(share);
+        }
+        results
     };
-    let mut outputs = client
-        .register(
-            StreamId::current(),
-            OperationIr::Custom(description),
-            operation,
-        )
-        .into_iter();
+    let outputs = register::<B>("memaop_weight_gradient", &client, inputs, outputs, run);
+    let mut outputs = outputs.into_iter();
     let mut next = || outputs.next().expect("as many outputs as were described");
     WeightGradient {
         weight: next(),
@@ -103,40 +111,15 @@ pub(crate) fn input_gradient<B: FusionBackend + MemAopOps>(
         return portable::exact_input_gradient::<Fusion<B>>(grad, weight);
     }
     let client = grad.client.clone();
-    let shape = Shape::new([grad.shape[0], weight.shape[0]]);
-    let output = TensorIr::uninit(client.create_empty_handle(), shape, grad.dtype);
-    let inputs = [grad.into_ir(), weight.into_ir()];
-    let description = CustomOpIr::new("memaop_input_gradient", &inputs, &[output]);
-    let operation = ExecuteInput::<B> {
-        description: description.clone(),
-        step,
-        backend: core::marker::PhantomData,
+    let output = (Shape::new([grad.shape[0], weight.shape[0]]), grad.dtype);
+    let inputs = [grad, weight].map(FusionTensor::into_ir).to_vec();
+    let run = move |inputs| {
+        let [grad, weight] = all(inputs);
+        vec![B::memaop_input_gradient(grad, weight, step)]
     };
-    client
-        .register(
-            StreamId::current(),
-            OperationIr::Custom(description),
-            operation,
-        )
-        .output()
-}
-
-#[derive(Debug)]
-struct ExecuteInput<B> {
-    description: CustomOpIr,
-    step: InputStep,
-    backend: core::marker::PhantomData<B>,
-}
-
-impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for ExecuteInput<B> {
-    fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
-        let ([grad, weight], [output]) = self.description.as_fixed();
-        let grad = handles.get_float_tensor::<B>(grad);
-        let weight = handles.get_float_tensor::<B>(weight);
-        let gradient = B::memaop_input_gradient(grad, weight, self.step);
-        handles.register_float_tensor::<B>(&output.id, gradient);
-        Ok(())
-    }
+    let outputs = register::<B>("memaop_input_gradient", &client, inputs, vec![output], run);
+    let [gradient] = all(outputs);
+    gradient
 }
 
 pub(crate) fn noise<B: FusionBackend + MemAopOps>(
@@ -146,75 +129,68 @@ pub(crate) fn noise<B: FusionBackend + MemAopOps>(
     step: NoiseStep,
 ) -> FusionTensor<B::FusionRuntime> {
     let client = input.client.clone();
-    let shape = Shape::new([2 + step.ks.len()]);
-    let output = TensorIr::uninit(client.create_empty_handle(), shape, DType::F32);
-    let inputs = [input, grad, gradient].map(FusionTensor::into_ir);
-    let description = CustomOpIr::new("memaop_noise", &inputs, &[output]);
-    let operation = ExecuteNoise::<B> {
-        description: description.clone(),
-        step,
-        backend: core::marker::PhantomData,
+    let output = (Shape::new([2 + step.ks.len()]), DType::F32);
+    let inputs = [input, grad, gradient].map(FusionTensor::into_ir).to_vec();
+    let run = move |inputs| {
+        let [input, grad, gradient] = all(inputs);
+        vec![B::memaop_noise(input, grad, gradient, step)]
     };
-    client
-        .register(
-            StreamId::current(),
-            OperationIr::Custom(description),
-            operation,
-        )
-        .output()
+    let outputs = register::<B>("memaop_noise", &client, inputs, vec![output], run);
+    let [noise] = all(outputs);
+    noise
 }
 
-#[derive(Debug)]
-struct ExecuteNoise<B> {
+fn all<T, const N: usize>(tensors: Vec<T>) -> [T; N] {
+    let tensors = tensors.try_into().ok();
+    tensors.expect("as many tensors as were described")
+}
+
+/// Registers an operation with these inputs, and outputs of these shapes and types, which `run` computes on the inner
+/// backend when the stream is executed.
+fn register<B: FusionBackend>(
+    name: &'static str,
+    client: &Client<B>,
+    inputs: Vec<TensorIr>,
+    outputs: Vec<(Shape, DType)>,
+    run: impl Fn(Vec<FloatTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync + 'static,
+) -> Vec<FusionTensor<B::FusionRuntime>> {
+    let outputs = outputs.into_iter();
+    let outputs: Vec<_> = outputs
+        .map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype))
+        .collect();
+    let description = CustomOpIr::new(name, &inputs, &outputs);
+    let operation = Execute::<B, _> {
+        description: description.clone(),
+        run,
+        backend: PhantomData,
+    };
+    let description = OperationIr::Custom(description);
+    client.register(StreamId::current(), description, operation)
+}
+
+struct Execute<B, F> {
     description: CustomOpIr,
-    step: NoiseStep,
-    backend: core::marker::PhantomData<B>,
+    run: F,
+    backend: PhantomData<fn() -> B>,
 }
 
-impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for ExecuteNoise<B> {
-    fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
-        let (inputs, [output]) = self.description.as_fixed();
-        let [input, grad, gradient] = inputs
-            .each_ref()
-            .map(|ir| handles.get_float_tensor::<B>(ir));
-        let noise = B::memaop_noise(input, grad, gradient, self.step);
-        handles.register_float_tensor::<B>(&output.id, noise);
-        Ok(())
+impl<B, F> fmt::Debug for Execute<B, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.description.fmt(f)
     }
 }
 
-#[derive(Debug)]
-struct Execute<B> {
-    description: CustomOpIr,
-    step: AopStep,
-    backend: core::marker::PhantomData<B>,
-}
-
-impl<B: FusionBackend + MemAopOps> Operation<B::FusionRuntime> for Execute<B> {
+impl<B, F> Operation<B::FusionRuntime> for Execute<B, F>
+where
+    B: FusionBackend,
+    F: Fn(Vec<FloatTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync + 'static,
+{
     fn execute(&self, handles: &mut Handles<B>) -> Result<(), ExecutionError> {
-        let inputs = &self.description.inputs;
-        let mut inputs = inputs.iter().map(|ir| handles.get_float_tensor::<B>(ir));
-        let (Some(input), Some(grad)) = (inputs.next(), inputs.next()) else {
-            unreachable!("a batch was described");
-        };
-        let memory = match (inputs.next(), inputs.next(), inputs.next()) {
-            (Some(input), Some(grad), Some(age)) => RowMemory::Rows { input, grad, age },
-            _ => RowMemory::Empty,
-        };
-        drop(inputs);
-
-        let gradient = B::memaop_weight_gradient(input, grad, memory, self.step);
-        let mut results = vec![gradient.weight];
-        if let RowMemory::Rows { input, grad, age } = gradient.memory {
-            results.extend([input, grad, age]);
-        }
-        results.extend(gradient.bias.into_option());
-        if let Share::Measured(share) = gradient.share {
-            results.push(share);
-        }
-        let outputs = &self.description.outputs;
-        debug_assert_eq!(results.len(), outputs.len());
-        for (output, result) in outputs.iter().zip(results) {
+        let inputs = self.description.inputs.iter();
+        let inputs = inputs.map(|ir| handles.get_float_tensor::<B>(ir)).collect();
+        let results = (self.run)(inputs);
+        debug_assert_eq!(results.len(), self.description.outputs.len());
+        for (output, result) in self.description.outputs.iter().zip(results) {
             handles.register_float_tensor::<B>(&output.id, result);
         }
         Ok(())
