@@ -6,9 +6,15 @@ use burn::{
     store::ModuleRecord,
     tensor::{DType, Device, Tensor},
 };
-use burn_memaop::{AopConfig, AopObserver, MemAopLinear, OuterProducts, Schedule};
+use burn_memaop::{
+    AopConfig, AopObserver, MemAopLinear, OuterProducts, Schedule,
+    op::{NoiseStep, gradient_noise},
+};
 
-use crate::support::{Matrix, Random, bits};
+use crate::{
+    oracle::inclusion_probabilities,
+    support::{Matrix, Random, bits},
+};
 
 const M: usize = 128;
 const N: usize = 9;
@@ -83,6 +89,68 @@ fn k_follows_the_noise() {
     for (noise, k) in [(0.01, QUIET), (1e3, M), (0.01, QUIET)] {
         let ks = ks(&layer, noise, 800, &device);
         assert_eq!(ks.last(), Some(&k), "{noise}");
+    }
+}
+
+/// The figures that a choice of K goes by, by their definitions.
+pub fn the_noise_of_a_gradient_equals_the_oracle(device: &Device) {
+    let mut random = Random(16);
+    for (m, n, p) in [
+        (1, 3, 2),
+        (2, 5, 3),
+        (65, 8, 12),
+        (1000, 9, 4),
+        (5000, 3, 8),
+    ] {
+        for dtype in [DType::F32, DType::F64, DType::F16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let tolerance = if dtype == DType::F16 { 2e-3 } else { 2e-5 };
+            let [mut x, mut g, w] = [(m, n), (m, p), (n, p)]
+                .map(|(rows, columns)| random.matrix(rows, columns).rounded(dtype));
+            // A row of zeros, and one that counts as such.
+            if m > 2 {
+                x.0[1] = vec![0.0; n];
+                g.0[2][0] = f64::NAN;
+            }
+            let ks = [
+                m,
+                m.div_ceil(2),
+                m.div_ceil(3),
+                m.div_ceil(8),
+                m.div_ceil(32),
+                1,
+            ];
+            let tensors = [&x, &g, &w].map(|matrix| matrix.tensor(device, dtype));
+            let [input, grad, gradient] = tensors;
+            let found = gradient_noise(input, grad, gradient, NoiseStep { ks });
+            let found: Vec<f64> = found.into_data().iter::<f64>().collect();
+
+            let square = |row: &[f64]| row.iter().map(|value| value * value).sum::<f64>();
+            let sizes = (0..m).map(|row| (square(&x.0[row]) * square(&g.0[row])).sqrt());
+            let sizes: Vec<_> = sizes
+                .map(|size| if size.is_nan() { 0.0 } else { size })
+                .collect();
+            let mut expected = vec![square(&w.0.concat()), square(&sizes)];
+            expected.extend(ks.map(|k| {
+                let p = inclusion_probabilities(&sizes, k);
+                let rows = (0..m).filter(|&row| k < m && p[row] > 0.0);
+                rows.map(|row| (1.0 / p[row] - 1.0) * sizes[row] * sizes[row])
+                    .sum::<f64>()
+            }));
+            assert_eq!(found.len(), expected.len());
+            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let expected = expected.sqrt();
+                let error = (found - expected).abs();
+                // A variance is a difference of terms of the size of S.
+                let scale = expected.max(1e-2 * square(&sizes).sqrt());
+                assert!(
+                    error <= tolerance * scale,
+                    "{dtype:?} {m} {index}: {found} {expected}"
+                );
+            }
+        }
     }
 }
 

@@ -34,6 +34,9 @@ macro_rules! suite {
                 rows_of_zeros_add_nothing,
                 equal_seeds_draw_the_rows_of_the_oracle,
                 one_tensor_as_both_factors,
+            );
+
+            checks!($device; auto:
                 the_noise_of_a_gradient_equals_the_oracle,
             );
 

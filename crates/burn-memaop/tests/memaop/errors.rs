@@ -1,11 +1,15 @@
 //! Bad input, each with its exact message.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::{
     config::Config,
-    tensor::{Device, Tensor},
+    tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts, Schedule,
+    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
+    Schedule,
+    op::{AopStep, InputStep, NoiseStep, Rows, gradient_noise, input_gradient, weight_gradient},
 };
 
 use crate::support::published;
@@ -112,10 +116,10 @@ fn bad_input_loses_no_memory() {
         .backward();
     let before = layer.memory_stats();
     assert_eq!(before.rows, 8);
-    let forward = std::panic::AssertUnwindSafe(|| {
+    let forward = AssertUnwindSafe(|| {
         layer.forward(Tensor::<2>::zeros([8, 3], &device));
     });
-    assert!(std::panic::catch_unwind(forward).is_err());
+    assert!(catch_unwind(forward).is_err());
     assert_eq!(layer.memory_stats(), before);
 }
 
@@ -134,4 +138,110 @@ fn the_configuration_survives_serialization() {
     let loaded = MemAopLinearConfig::load_binary(json.as_bytes()).unwrap();
     assert_eq!(loaded.aop, config.aop);
     assert_eq!((loaded.d_input, loaded.d_output), (4, 2));
+}
+
+/// What the operations refuse, in release builds too: kernels behind them read without checks.
+#[test]
+fn arguments_that_do_not_fit_are_named() {
+    let device = Device::flex();
+    let zeros = |shape: [usize; 2]| Tensor::<2>::zeros(shape, &device);
+    let rows = |input, grad, age| Rows {
+        input: zeros(input),
+        grad: zeros(grad),
+        age: zeros(age),
+    };
+    let step = AopStep {
+        k: 2,
+        method: Method::TopK(Memory::Published { decay: 1.0 }),
+        memory_precision: MemoryPrecision::Full,
+        seed: 0,
+        step: 0,
+        bias: false,
+        measure: false,
+    };
+    let (x, g) = (|| zeros([4, 3]), || zeros([4, 2]));
+    let input = |k| InputStep {
+        k,
+        sampled: true,
+        seed: 0,
+        step: 0,
+    };
+    let noise = |k| NoiseStep {
+        ks: [4, 4, 3, 2, 1, k],
+    };
+    type Call<'a> = Box<dyn Fn() + 'a>;
+    let calls: Vec<(Call, &str)> = vec![
+        (
+            Box::new(|| drop(weight_gradient(x(), zeros([5, 2]), None, step))),
+            "the rows of grad must be 4",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g().cast(DType::F64), None, step))),
+            "the dtype of grad must be F32",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 5, ..step }))),
+            "step.k must be in 1..=4, the rows of the batch, but is 5",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 0, ..step }))),
+            "but is 0",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([4, 2], [4, 2], [4, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the width of memory.input must be 3",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([6, 3], [5, 2], [6, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the shape of memory.grad must be [6, 2]",
+        ),
+        (
+            Box::new(|| {
+                let memory = rows([6, 3], [6, 2], [4, 1]);
+                drop(weight_gradient(x(), g(), Some(memory), step));
+            }),
+            "the shape of memory.age must be [6, 1]",
+        ),
+        (
+            Box::new(|| drop(weight_gradient(Tensor::from_inner(x()), g(), None, step))),
+            "without autodiff",
+        ),
+        (
+            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 3]), noise(2)))),
+            "the shape of gradient must be [3, 2]",
+        ),
+        (
+            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 2]), noise(5)))),
+            "step.ks must be in 1..=4",
+        ),
+        (
+            Box::new(|| drop(input_gradient(g(), zeros([3, 4]), input(2)))),
+            "the second axis of weight must be 2",
+        ),
+        (
+            Box::new(|| {
+                drop(input_gradient(
+                    g(),
+                    zeros([3, 2]).cast(DType::F64),
+                    input(2),
+                ))
+            }),
+            "the dtype of weight must be F32",
+        ),
+        (
+            Box::new(|| drop(input_gradient(g(), zeros([3, 2]), input(5)))),
+            "step.k must be in 1..=4",
+        ),
+    ];
+    for (call, expected) in calls {
+        let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
+        let message = panic.downcast_ref::<String>().expect("a message");
+        assert!(message.contains(expected), "{message}");
+    }
 }

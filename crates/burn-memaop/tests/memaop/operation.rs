@@ -1,15 +1,13 @@
 //! The operation against the oracle.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use burn::tensor::{DType, Device, Tensor};
 use burn_memaop::{
-    Memory, MemoryPrecision, Method,
-    op::{AopStep, InputStep, NoiseStep, Rows, gradient_noise, input_gradient, weight_gradient},
+    Memory, MemoryPrecision,
+    op::{AopStep, Rows, weight_gradient},
 };
 
 use crate::{
-    oracle::{Oracle, Policy, inclusion_probabilities},
+    oracle::{Oracle, Policy},
     support::{Matrix, Random},
 };
 
@@ -289,174 +287,6 @@ pub fn one_tensor_as_both_factors(device: &Device) {
             let gradient = Matrix::from_tensor(operation.step(tensor.clone(), tensor, k));
             let error = gradient.relative_error(&oracle.step(&x, &x, k));
             assert!(error < 1e-5, "{policy:?} {memory:?}: {error:e}");
-        }
-    }
-}
-
-/// What the operations refuse, in release builds too: kernels behind them read without checks.
-#[test]
-fn arguments_that_do_not_fit_are_named() {
-    let device = Device::flex();
-    let zeros = |shape: [usize; 2]| Tensor::<2>::zeros(shape, &device);
-    let rows = |input, grad, age| Rows {
-        input: zeros(input),
-        grad: zeros(grad),
-        age: zeros(age),
-    };
-    let step = AopStep {
-        k: 2,
-        method: Method::TopK(Memory::Published { decay: 1.0 }),
-        memory_precision: MemoryPrecision::Full,
-        seed: 0,
-        step: 0,
-        bias: false,
-        measure: false,
-    };
-    let (x, g) = (|| zeros([4, 3]), || zeros([4, 2]));
-    let input = |k| InputStep {
-        k,
-        sampled: true,
-        seed: 0,
-        step: 0,
-    };
-    let noise = |k| NoiseStep {
-        ks: [4, 4, 3, 2, 1, k],
-    };
-    type Call<'a> = Box<dyn Fn() + 'a>;
-    let calls: Vec<(Call, &str)> = vec![
-        (
-            Box::new(|| drop(weight_gradient(x(), zeros([5, 2]), None, step))),
-            "the rows of grad must be 4",
-        ),
-        (
-            Box::new(|| drop(weight_gradient(x(), g().cast(DType::F64), None, step))),
-            "the dtype of grad must be F32",
-        ),
-        (
-            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 5, ..step }))),
-            "step.k must be in 1..=4, the rows of the batch, but is 5",
-        ),
-        (
-            Box::new(|| drop(weight_gradient(x(), g(), None, AopStep { k: 0, ..step }))),
-            "but is 0",
-        ),
-        (
-            Box::new(|| {
-                let memory = rows([4, 2], [4, 2], [4, 1]);
-                drop(weight_gradient(x(), g(), Some(memory), step));
-            }),
-            "the width of memory.input must be 3",
-        ),
-        (
-            Box::new(|| {
-                let memory = rows([6, 3], [5, 2], [6, 1]);
-                drop(weight_gradient(x(), g(), Some(memory), step));
-            }),
-            "the shape of memory.grad must be [6, 2]",
-        ),
-        (
-            Box::new(|| {
-                let memory = rows([6, 3], [6, 2], [4, 1]);
-                drop(weight_gradient(x(), g(), Some(memory), step));
-            }),
-            "the shape of memory.age must be [6, 1]",
-        ),
-        (
-            Box::new(|| drop(weight_gradient(Tensor::from_inner(x()), g(), None, step))),
-            "without autodiff",
-        ),
-        (
-            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 3]), noise(2)))),
-            "the shape of gradient must be [3, 2]",
-        ),
-        (
-            Box::new(|| drop(gradient_noise(x(), g(), zeros([3, 2]), noise(5)))),
-            "step.ks must be in 1..=4",
-        ),
-        (
-            Box::new(|| drop(input_gradient(g(), zeros([3, 4]), input(2)))),
-            "the second axis of weight must be 2",
-        ),
-        (
-            Box::new(|| {
-                drop(input_gradient(
-                    g(),
-                    zeros([3, 2]).cast(DType::F64),
-                    input(2),
-                ))
-            }),
-            "the dtype of weight must be F32",
-        ),
-        (
-            Box::new(|| drop(input_gradient(g(), zeros([3, 2]), input(5)))),
-            "step.k must be in 1..=4",
-        ),
-    ];
-    for (call, expected) in calls {
-        let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
-        let message = panic.downcast_ref::<String>().expect("a message");
-        assert!(message.contains(expected), "{message}");
-    }
-}
-
-/// The figures that a choice of K goes by, by their definitions.
-pub fn the_noise_of_a_gradient_equals_the_oracle(device: &Device) {
-    let mut random = Random(16);
-    for (m, n, p) in [
-        (1, 3, 2),
-        (2, 5, 3),
-        (65, 8, 12),
-        (1000, 9, 4),
-        (5000, 3, 8),
-    ] {
-        for dtype in [DType::F32, DType::F64, DType::F16] {
-            if !device.supports_dtype(dtype) {
-                continue;
-            }
-            let tolerance = if dtype == DType::F16 { 2e-3 } else { 2e-5 };
-            let [mut x, mut g, w] = [(m, n), (m, p), (n, p)]
-                .map(|(rows, columns)| random.matrix(rows, columns).rounded(dtype));
-            // A row of zeros, and one that counts as such.
-            if m > 2 {
-                x.0[1] = vec![0.0; n];
-                g.0[2][0] = f64::NAN;
-            }
-            let ks = [
-                m,
-                m.div_ceil(2),
-                m.div_ceil(3),
-                m.div_ceil(8),
-                m.div_ceil(32),
-                1,
-            ];
-            let tensors = [&x, &g, &w].map(|matrix| matrix.tensor(device, dtype));
-            let [input, grad, gradient] = tensors;
-            let found = gradient_noise(input, grad, gradient, NoiseStep { ks });
-            let found: Vec<f64> = found.into_data().iter::<f64>().collect();
-
-            let square = |row: &[f64]| row.iter().map(|value| value * value).sum::<f64>();
-            let sizes = (0..m).map(|row| (square(&x.0[row]) * square(&g.0[row])).sqrt());
-            let sizes: Vec<_> = sizes
-                .map(|size| if size.is_nan() { 0.0 } else { size })
-                .collect();
-            let mut expected = vec![square(&w.0.concat()), square(&sizes)];
-            expected.extend(ks.map(|k| {
-                let p = inclusion_probabilities(&sizes, k);
-                let rows = (0..m).filter(|&row| k < m && p[row] > 0.0);
-                rows.map(|row| (1.0 / p[row] - 1.0) * sizes[row] * sizes[row])
-                    .sum::<f64>()
-            }));
-            assert_eq!(found.len(), expected.len());
-            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let expected = expected.sqrt();
-                let error = (found - expected).abs();
-                // A variance is a difference of terms of the size of S.
-                let scale = expected.max(1e-2 * square(&sizes).sqrt());
-                assert!(
-                    error <= tolerance * scale,
-                    "{dtype:?} {m} {index}: {found} {expected}"
-                );
-            }
         }
     }
 }
