@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use burn::tensor::Tensor;
 use burn_memaop::{
     Memory, Method,
-    op::{AopStep, InputStep, input_gradient, weight_gradient},
+    op::{AopStep, InputStep, NoiseStep, gradient_noise, input_gradient, weight_gradient},
 };
 use clap::Parser;
 use memaop_benches::{Common, interleaved, random};
@@ -52,6 +52,8 @@ struct Row {
     read: f64,
     fold_in: f64,
     input_rows: f64,
+    /// The time of measuring the noise, in that of the product.
+    measure: f64,
     /// Operations that a value of the gradient costs in a product of any number of rows.
     write: f64,
 }
@@ -61,8 +63,8 @@ fn main() -> Result<()> {
     let common = &options.common;
     let device = common.device()?;
     println!(
-        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10} {:>6}",
-        "M", "N", "P", "ops/ns", "read", "fold in", "input rows", "write"
+        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10} {:>6} {:>7}",
+        "M", "N", "P", "ops/ns", "read", "fold in", "input rows", "write", "measure"
     );
     let mut rows = Vec::new();
     for [m, n, p] in SIZES {
@@ -98,6 +100,9 @@ fn main() -> Result<()> {
             seed: 0,
             step: 0,
         };
+        let noise = NoiseStep {
+            ks: [m, m / 2, m / 4, m / 8, m / 16, m / 32],
+        };
         let times = interleaved(
             &device,
             common.repeats,
@@ -112,10 +117,13 @@ fn main() -> Result<()> {
                 &mut || {
                     black_box(input_gradient(g.clone(), w.clone(), settings));
                 },
+                &mut || {
+                    black_box(gradient_noise(x.clone(), g.clone(), w.clone(), noise));
+                },
             ],
         )?;
-        let [exact, some, read, fold_in, some_dx, input_rows] = times[..] else {
-            bail!("six sides were timed");
+        let [exact, some, read, fold_in, some_dx, input_rows, measured] = times[..] else {
+            bail!("seven sides were timed");
         };
         let rate = 2.0 * (m * n * p) as f64 / (exact * 1e6);
         let cost = |ms: f64, product: f64| (ms - product) * 1e6 * rate / (m * (n + p)) as f64;
@@ -127,12 +135,13 @@ fn main() -> Result<()> {
             read: cost(read, some),
             fold_in: cost(fold_in, some),
             input_rows: cost(input_rows, some_dx),
+            measure: measured / exact,
             // T(K) is a + b K.
             write: (some - exact / 8.0) / (1.0 - 1.0 / 8.0) * 1e6 * rate / (n * p) as f64,
         };
         println!(
-            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0}",
-            row.read, row.fold_in, row.input_rows, row.write
+            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0} {:>7.2}",
+            row.read, row.fold_in, row.input_rows, row.write, row.measure
         );
         rows.push(row);
     }

@@ -89,7 +89,8 @@ struct Cost {
     input: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
     write: f64,
-    /// A row in the search for the probabilities of all K that may be chosen.
+    /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
+    /// overestimated at every size of the bench (its `measure`).
     search: f64,
 }
 
