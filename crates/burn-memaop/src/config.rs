@@ -33,6 +33,9 @@ pub struct AopConfig {
     /// Which rows of the gradient of the input are computed.
     #[config(default = "InputGradient::Exact")]
     pub input_gradient: InputGradient,
+    /// How the input is kept for the backward pass.
+    #[config(default = "StoredInput::Full")]
+    pub stored_input: StoredInput,
     /// The first steps.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
@@ -275,6 +278,30 @@ impl InputGradient {
             }
         }
     }
+}
+
+/// How a layer keeps its input from the forward to the backward pass, where the gradient of the weight needs it: mostly
+/// the larger part of a training's memory.
+///
+/// In few bits the values are rounded up or down at random, with the distances as odds, so that the expected gradient
+/// is that of the input itself; scores go by the norms of the input itself. Each group of 64 values of a row has a scale, that of
+/// its largest: a value much larger than the others costs precision in its own group alone. A value
+/// that is not finite makes its group NaN. `docs/memory.md` has what modules keep, and what was measured.
+///
+/// All gradients can be exact otherwise. What is saved is saved only where no one else keeps the input:
+/// [`activation`](crate::activation) has functions whose own backward pass needs little.
+/// With gradient checkpointing, an input that would be computed again is kept in few bits instead.
+/// A memory ([`Method::TopK`]) widens all rows for a moment, and so does a gradient of all rows.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum StoredInput {
+    /// As it is: a reference to the tensor.
+    Full,
+    /// `bf16`: half of single precision.
+    Half,
+    /// 8 bits a value: 0.266 of single precision, with the scales.
+    Int8,
+    /// 4 bits a value: 0.141 of single precision, with the scales.
+    Int4,
 }
 
 /// How the number of outer products comes down to K.

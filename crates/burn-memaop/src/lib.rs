@@ -76,9 +76,10 @@ mod config;
 
 pub use config::{
     AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, Method, OuterProducts,
-    Schedule,
+    Schedule, StoredInput,
 };
 pub use layers::{
+    activation,
     linear::{MemAopLinear, MemAopLinearConfig},
     transformer,
 };

@@ -12,8 +12,8 @@ use burn::{
 };
 
 use crate::{
-    config::AopConfig,
-    op::{AopLayer, MemAopOps, backends::assert_supported, cost, step::Bias},
+    config::{AopConfig, StoredInput},
+    op::{AopLayer, MemAopOps, backends::assert_supported, cost, packed::SharedRows, step::Bias},
     state::{
         LayerMemory,
         memory::MemoryStats,
@@ -174,6 +174,15 @@ impl MemAopLinear {
     /// Panics if the last axis of `input` is not `d_input`, and if the feature for the backend of `input` is
     /// not enabled; the message names the feature.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        self.forward_shared(input, None)
+    }
+
+    /// As [`forward`](Self::forward), of an input that other layers have too.
+    pub(in crate::layers) fn forward_shared<const D: usize>(
+        &self,
+        input: Tensor<D>,
+        shared: Option<&SharedRows>,
+    ) -> Tensor<D> {
         let weight = self.weight.val();
         let [d_input, d_output] = weight.dims();
         assert_shape!(input, [.., d_input]);
@@ -183,35 +192,51 @@ impl MemAopLinear {
         let rows = shape[..D - 1].iter().product();
         // As Burn has it, a product for each matrix of a higher rank takes longer than one for all rows, and
         // so does the sum of the weight gradients of each (`docs/benchmarks.md`).
-        if D <= 2 || rows == 0 {
-            return self.apply(input, rows, weight);
+        let bias = self.bias.as_ref().map(Param::val);
+        // A batch without rows has a gradient of zeros.
+        if rows == 0 {
+            self.memory.note_exact(rows, is_tracked(&input));
+            return linear(input, weight, bias);
         }
-        let output = self.apply(input.reshape([rows, d_input]), rows, weight);
+        if D == 2 {
+            let input = Tensor::from_dispatch(input.into_dispatch());
+            let output = self.apply(input, weight, bias, shared);
+            return Tensor::from_dispatch(output.into_dispatch());
+        }
+        let output = self.apply(input.reshape([rows, d_input]), weight, bias, shared);
         shape[D - 1] = d_output;
         output.reshape(shape)
     }
 
-    /// The forward pass for a matrix or a vector.
-    fn apply<const D: usize>(&self, input: Tensor<D>, rows: usize, weight: Tensor<2>) -> Tensor<D> {
-        let bias = self.bias.as_ref().map(Param::val);
+    /// The forward pass for a matrix.
+    fn apply(
+        &self,
+        input: Tensor<2>,
+        weight: Tensor<2>,
+        bias: Option<Tensor<1>>,
+        shared: Option<&SharedRows>,
+    ) -> Tensor<2> {
         // In inference, where the weight is frozen, and where it is quantized, which only Burn's own function
         // keeps it.
         if !is_tracked(&weight) {
             return linear(input, weight, bias);
         }
+        let [rows, _] = input.dims();
         let device = input.device();
         let with_input = is_tracked(&input);
         let pass = self.pass(rows, input.dtype(), with_input);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
-        // A batch without rows has a gradient of zeros.
-        if rows == 0 || aop.is_exact(rows, with_input) {
+        let exact = aop.is_exact(rows, with_input);
+        if exact {
             self.memory.note_exact(rows, with_input);
-            return linear(input, weight, bias);
         }
+        // The noise of packed rows goes by the steps.
+        let counted = !exact || aop.stored_input != StoredInput::Full;
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
-            memory: self.memory.in_training(),
+            memory: counted.then(|| self.memory.in_training()),
+            shared: shared.cloned(),
         };
         let bias = match bias {
             Some(bias) => Bias::<Dispatch>::Some(bias.into_dispatch()),

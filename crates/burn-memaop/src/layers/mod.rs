@@ -1,4 +1,5 @@
 //! The layers.
 
+pub mod activation;
 pub(crate) mod linear;
 pub mod transformer;

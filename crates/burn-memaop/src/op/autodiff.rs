@@ -3,7 +3,7 @@
 use std::{mem, sync::Arc};
 
 use burn::backend::{
-    Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
+    Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
     ops::ModuleOps, tensor::FloatTensor,
 };
 use burn::tensor::Tensor;
@@ -15,9 +15,11 @@ use burn_autodiff::{
 };
 
 use super::{
-    AopLayer, MemAopOps,
-    noise::layer_key,
-    step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share},
+    AopLayer, MemAopOps, activation,
+    noise::{StepNoise, layer_key},
+    packed::PackedRows,
+    packing::{Bits, Packing},
+    step::{AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, Share},
 };
 use crate::{
     config::{AopConfig, InputGradient, Memory, OuterProducts},
@@ -59,6 +61,14 @@ where
             }
         }
     }
+
+    fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::relu::<B, C>(input)
+    }
+
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::gelu::<B, C>(input)
+    }
 }
 
 /// The forward pass, registered with the backward pass of this module.
@@ -70,14 +80,18 @@ fn tracked<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
     layer: AopLayer,
 ) -> FloatTensor<Autodiff<B, C>>
 where
-    MemAopLinearBackward: Backward<B, N, State = State>,
+    MemAopLinearBackward: Backward<B, N, State = State<B>>,
+    DispatchTensor: DispatchKindConversion<B>,
 {
     let prep = MemAopLinearBackward.prepare::<C>(nodes).compute_bound();
     let OpsKind::Tracked(mut prep) = prep.stateful() else {
         unreachable!("the weight is tracked");
     };
     let state = State {
-        input: prep.checkpoint(&input),
+        input: match Bits::of(layer.config.stored_input) {
+            None => Kept::Node(prep.checkpoint(&input)),
+            Some(bits) => Kept::Packed(packed::<B>(input.clone().into_primitive(), bits, &layer)),
+        },
         // Only the gradient of the input needs the weight.
         weight: input.is_tracked().then(|| prep.checkpoint(&weight)),
         layer,
@@ -90,16 +104,66 @@ where
     prep.finish(state, output)
 }
 
-/// The backward pass of a linear layer whose weight is tracked and whose K is below M.
+/// The input in few bits, by the noise of the step to come.
+fn packed<B: MemAopOps>(input: FloatTensor<B>, bits: Bits, layer: &AopLayer) -> Packed<B>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let packing = Packing {
+        bits,
+        width: input.shape()[1],
+    };
+    let memory = layer.memory.as_ref();
+    let noise = StepNoise {
+        seed: layer.config.seed,
+        step: memory.map_or(0, |memory| memory.lock().progress.step),
+    };
+    let dtype = input.dtype();
+    let pack = || B::memaop_pack(input.clone(), packing, Some(noise));
+    let Some(shared) = &layer.shared else {
+        return pack();
+    };
+    let rows = shared.0.get_or_init(|| {
+        let packed = pack();
+        let words = DispatchTensor::from_backend(BackendTensor::Int(packed.words));
+        PackedRows {
+            words: Tensor::from_dispatch(words),
+            norms: from_primitive::<B, 2>(packed.norms),
+            packing,
+            dtype,
+        }
+    });
+    if rows.packing != packing {
+        return pack();
+    }
+    let rows = rows.clone();
+    let words = DispatchTensor::try_into_backend(rows.words.into_dispatch());
+    Packed {
+        words: words
+            .expect("layers that share an input share its device")
+            .int(),
+        norms: into_primitive::<B>(rows.norms),
+        packing,
+    }
+}
+
+/// The backward pass of a linear layer whose weight is tracked.
 #[derive(Debug)]
 struct MemAopLinearBackward;
 
 #[derive(Debug, Clone)]
-struct State {
-    input: NodeId,
+struct State<B: Backend> {
+    input: Kept<B>,
     /// Only when the input is tracked.
     weight: Option<NodeId>,
     layer: AopLayer,
+}
+
+/// What the backward pass finds the input by.
+#[derive(Debug, Clone)]
+enum Kept<B: Backend> {
+    Node(NodeId),
+    Packed(Packed<B>),
 }
 
 impl<B> Backward<B, 3> for MemAopLinearBackward
@@ -107,9 +171,14 @@ where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    type State = State;
+    type State = State<B>;
 
-    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+    fn backward(
+        self,
+        ops: Ops<State<B>, 3>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
         let parents = ops.parents.map(|parent| parent.map(|node| node.id));
         let grad = grads.consume::<B>(&ops.node);
         propagate::<B>(
@@ -128,9 +197,14 @@ where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    type State = State;
+    type State = State<B>;
 
-    fn backward(self, ops: Ops<State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+    fn backward(
+        self,
+        ops: Ops<State<B>, 2>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
         let [input, weight] = ops.parents.map(|parent| parent.map(|node| node.id));
         let grad = grads.consume::<B>(&ops.node);
         let parents = [input, weight, None];
@@ -151,7 +225,7 @@ fn propagate<B>(
         input,
         weight,
         layer,
-    }: State,
+    }: State<B>,
     order: usize,
     [input_node, weight_node, bias_node]: [Option<NodeId>; 3],
     grad: FloatTensor<B>,
@@ -161,26 +235,33 @@ fn propagate<B>(
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(input);
+    let input = match input {
+        Kept::Node(id) => Input::Full(checkpointer.retrieve_node_output::<FloatTensor<B>>(id)),
+        Kept::Packed(packed) => Input::Packed(packed),
+    };
     let weight = weight.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
     let step = LayerStep {
         config: &layer.config,
         time: layer.time,
         key: layer_key(layer.config.seed, order as u64),
-        rows: input.shape()[0],
+        rows: grad.shape()[0],
         with_input: input_node.is_some(),
         with_bias: bias_node.is_some(),
     };
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        let progress = layer.memory.lock().progress;
-        let gradient = step.input_gradient::<B>(grad.clone(), weight, &progress);
+        let progress = layer.memory.as_ref().map(|memory| memory.lock().progress);
+        let gradient = step.input_gradient::<B>(grad.clone(), weight, progress);
         grads.register::<B>(node, gradient);
     }
-    let sums = match weight_node {
-        None => Bias::None,
-        Some(node) => {
-            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), &layer.memory);
+    let sums = match (weight_node, &layer.memory) {
+        (None, _) => Bias::None,
+        (Some(node), None) => {
+            grads.register::<B>(node, exact_weight_gradient(input, grad.clone()));
+            Bias::None
+        }
+        (Some(node), Some(memory)) => {
+            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), memory);
             grads.register::<B>(node, gradient);
             sums
         }
@@ -190,6 +271,14 @@ fn propagate<B>(
         let gradient = gradient.unwrap_or_else(|| B::linear_bias_backward(grad));
         grads.register::<B>(node, gradient);
     }
+}
+
+fn exact_weight_gradient<B: MemAopOps>(input: Input<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+    let input = match input {
+        Input::Full(input) => input,
+        Input::Packed(packed) => B::memaop_unpack(packed, grad.dtype().into()),
+    };
+    B::linear_weight_backward(input, grad)
 }
 
 /// One backward pass of a layer.
@@ -216,13 +305,13 @@ impl LayerStep<'_> {
         &self,
         grad: FloatTensor<B>,
         weight: FloatTensor<B>,
-        progress: &Progress,
+        progress: Option<Progress>,
     ) -> FloatTensor<B> {
         let step = InputStep {
-            k: self.input_rows(progress),
+            k: progress.map_or(self.rows, |progress| self.input_rows(&progress)),
             sampled: matches!(self.config.input_gradient, InputGradient::Sampled { .. }),
             seed: self.key,
-            step: progress.step,
+            step: progress.map_or(0, |progress| progress.step),
         };
         B::memaop_input_gradient(grad, weight, step)
     }
@@ -234,7 +323,7 @@ impl LayerStep<'_> {
     /// take up other work of their owner meanwhile, a backward pass of the same layer too.
     fn weight_gradient<B>(
         &self,
-        input: FloatTensor<B>,
+        input: Input<B>,
         grad: FloatTensor<B>,
         memory: &MemoryHandle,
     ) -> (FloatTensor<B>, Bias<B>)
@@ -260,7 +349,7 @@ impl LayerStep<'_> {
         };
         if step.k >= self.rows {
             drop(state);
-            let gradient = B::linear_weight_backward(input, grad);
+            let gradient = exact_weight_gradient(input, grad);
             if let Some(reading) = read(&gradient) {
                 memory.lock().reading = Some(reading);
             }
@@ -275,7 +364,7 @@ impl LayerStep<'_> {
         let compared = due.is_some_and(|due| due.exact);
         let batch = compared.then(|| (input.clone(), grad.clone()));
         let gradient = B::memaop_weight_gradient(input, grad, kept, step);
-        let exact = batch.map(|(input, grad)| B::linear_weight_backward(input, grad));
+        let exact = batch.map(|(input, grad)| exact_weight_gradient(input, grad));
 
         let reading = read(&gradient.weight);
         let rows = put_back::<B>(gradient.memory);
@@ -372,14 +461,14 @@ impl LayerStep<'_> {
         &self,
         rows: Option<RowTensors>,
         rates: (Option<f64>, Option<f64>),
-        input: &FloatTensor<B>,
+        input: &Input<B>,
         grad: &FloatTensor<B>,
     ) -> RowMemory<B>
     where
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
     {
-        let widths = [input.shape()[1], grad.shape()[1]];
+        let widths = [input.width(), grad.shape()[1]];
         let fits = |rows: &RowTensors| [rows.input.dims()[1], rows.grad.dims()[1]] == widths;
         match (self.config.method.memory(), rows.filter(fits)) {
             (Memory::None, _) | (_, None) => RowMemory::Empty,

@@ -6,8 +6,13 @@ use burn::backend::DispatchDevice;
 use burn::backend::ndarray::NdArrayTensor;
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
 use burn::backend::tensor::FloatTensor;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use burn::tensor::FloatDType;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-use burn::{backend::TensorMetadata, tensor::DType};
+use burn::{
+    backend::{TensorMetadata, tensor::IntTensor},
+    tensor::DType,
+};
 #[cfg(feature = "flex")]
 use {burn::tensor::Element, bytemuck::Pod};
 
@@ -18,8 +23,6 @@ use {burn::tensor::Element, bytemuck::Pod};
     feature = "cubecl-backend"
 ))]
 use crate::op::MemAopOps;
-#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
-use crate::op::step::{AopStep, InputStep, NoiseStep, RowMemory, WeightGradient};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::op::{
     cpu::{self, HostTensors},
@@ -27,18 +30,24 @@ use crate::op::{
 };
 #[cfg(feature = "cubecl-backend")]
 use crate::op::{cube, fusion};
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
+use crate::op::{
+    noise::StepNoise,
+    packing::Packing,
+    step::{AopStep, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
+};
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 macro_rules! cpu_backend {
     ($backend:ty) => {
         impl MemAopOps for $backend {
             fn memaop_weight_gradient(
-                input: FloatTensor<Self>,
+                input: Input<Self>,
                 grad: FloatTensor<Self>,
                 memory: RowMemory<Self>,
                 step: AopStep,
             ) -> WeightGradient<Self> {
-                match TensorMetadata::dtype(&input) {
+                match TensorMetadata::dtype(&grad) {
                     DType::F32 => cpu::weight_gradient::<Self, f32>(input, grad, memory, step),
                     DType::F64 => cpu::weight_gradient::<Self, f64>(input, grad, memory, step),
                     _ => portable::weight_gradient::<Self>(input, grad, memory, step),
@@ -58,7 +67,7 @@ macro_rules! cpu_backend {
             }
 
             fn memaop_noise(
-                input: FloatTensor<Self>,
+                input: Input<Self>,
                 grad: FloatTensor<Self>,
                 gradient: FloatTensor<Self>,
                 step: NoiseStep,
@@ -67,6 +76,34 @@ macro_rules! cpu_backend {
                     DType::F32 => cpu::noise::<Self, f32>(input, grad, gradient, step),
                     DType::F64 => cpu::noise::<Self, f64>(input, grad, gradient, step),
                     _ => portable::noise::<Self>(input, grad, gradient, step),
+                }
+            }
+
+            fn memaop_pack(
+                input: FloatTensor<Self>,
+                packing: Packing,
+                noise: Option<StepNoise>,
+            ) -> Packed<Self> {
+                match TensorMetadata::dtype(&input) {
+                    DType::F32 => cpu::pack::<Self, f32>(input, packing, noise),
+                    DType::F64 => cpu::pack::<Self, f64>(input, packing, noise),
+                    _ => portable::pack::<Self>(input, packing, noise),
+                }
+            }
+
+            fn memaop_unpack(packed: Packed<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+                match dtype {
+                    FloatDType::F64 => cpu::unpack::<Self, f64>(&packed),
+                    FloatDType::F32 => cpu::unpack::<Self, f32>(&packed),
+                    _ => portable::unpack::<Self>(packed, dtype),
+                }
+            }
+
+            fn memaop_times(packed: Packed<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+                match TensorMetadata::dtype(&values) {
+                    DType::F32 => cpu::times::<Self, f32>(packed, values),
+                    DType::F64 => cpu::times::<Self, f64>(packed, values),
+                    _ => portable::times::<Self>(packed, values),
                 }
             }
         }
@@ -93,6 +130,10 @@ impl<E: Element + Pod> HostTensors<E> for burn::backend::Flex {
         let range = tensor.layout().contiguous_offsets();
         let (start, end) = range.expect("a contiguous tensor");
         &mut tensor.storage_mut()[start..end]
+    }
+
+    fn words(tensor: &IntTensor<Self>) -> &[i32] {
+        tensor.as_slice().expect("a contiguous tensor of integers")
     }
 }
 
@@ -127,6 +168,13 @@ macro_rules! ndarray_tensors {
                 let values = storage.ensure_owned().as_slice_mut();
                 values.expect("a contiguous tensor")
             }
+
+            fn words(tensor: &IntTensor<Self>) -> &[i32] {
+                let NdArrayTensor::I32(storage) = tensor else {
+                    unreachable!("a tensor of 32-bit integers");
+                };
+                storage.view().to_slice().expect("a contiguous tensor")
+            }
         }
     };
 }
@@ -142,7 +190,7 @@ impl MemAopOps for burn::backend::LibTorch {}
 #[cfg(feature = "cubecl-backend")]
 impl MemAopOps for burn_cubecl::CubeBackend {
     fn memaop_weight_gradient(
-        input: FloatTensor<Self>,
+        input: Input<Self>,
         grad: FloatTensor<Self>,
         memory: RowMemory<Self>,
         step: AopStep,
@@ -159,12 +207,28 @@ impl MemAopOps for burn_cubecl::CubeBackend {
     }
 
     fn memaop_noise(
-        input: FloatTensor<Self>,
+        input: Input<Self>,
         grad: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         step: NoiseStep,
     ) -> FloatTensor<Self> {
         cube::noise(input, grad, gradient, step)
+    }
+
+    fn memaop_pack(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        noise: Option<StepNoise>,
+    ) -> Packed<Self> {
+        cube::pack(input, packing, noise)
+    }
+
+    fn memaop_unpack(packed: Packed<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        cube::unpack(packed, dtype)
+    }
+
+    fn memaop_times(packed: Packed<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+        cube::times(packed, values)
     }
 }
 
@@ -172,7 +236,7 @@ impl MemAopOps for burn_cubecl::CubeBackend {
 #[cfg(feature = "cubecl-backend")]
 impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusion<B> {
     fn memaop_weight_gradient(
-        input: FloatTensor<Self>,
+        input: Input<Self>,
         grad: FloatTensor<Self>,
         memory: RowMemory<Self>,
         step: AopStep,
@@ -189,12 +253,28 @@ impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusio
     }
 
     fn memaop_noise(
-        input: FloatTensor<Self>,
+        input: Input<Self>,
         grad: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         step: NoiseStep,
     ) -> FloatTensor<Self> {
         fusion::noise::<B>(input, grad, gradient, step)
+    }
+
+    fn memaop_pack(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        noise: Option<StepNoise>,
+    ) -> Packed<Self> {
+        fusion::pack::<B>(input, packing, noise)
+    }
+
+    fn memaop_unpack(packed: Packed<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        fusion::unpack::<B>(packed, dtype)
+    }
+
+    fn memaop_times(packed: Packed<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+        fusion::times::<B>(packed, values)
     }
 }
 

@@ -4,21 +4,28 @@
 
 use burn::backend::{
     Backend, TensorMetadata,
-    tensor::{Device, FloatTensor},
+    tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::TensorData;
 
+mod packed;
 mod rows;
 
-use self::rows::{
-    Batch, FoldIn, Gather, Norm, PutBack, Real, Rows, RowsMut, Score, TakeOut, in_parallel,
+use self::{
+    packed::{Pack, Times, Unpack},
+    rows::{
+        Batch, FoldIn, Gather, Norm, PutBack, Real, Rows, RowsMut, Score, TakeOut, in_parallel,
+    },
 };
 use crate::{
     config::{Memory, MemoryPrecision},
     op::noise::StepNoise,
+    op::packing::Packing,
     op::portable::{self, LEAST_DECAY},
     op::selection::{self, Selection},
-    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
+    op::step::{
+        AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, Share, WeightGradient,
+    },
 };
 
 /// Access to the values of a backend's tensors.
@@ -29,6 +36,8 @@ pub(crate) trait HostTensors<E>: Backend {
     fn values(tensor: &FloatTensor<Self>) -> &[E];
     /// The values of a contiguous tensor; copies them first if another tensor shares them.
     fn values_mut(tensor: &mut FloatTensor<Self>) -> &mut [E];
+    /// The values of a contiguous tensor of 32-bit integers.
+    fn words(tensor: &IntTensor<Self>) -> &[i32];
 }
 
 fn from_values<B: Backend, E: Real>(
@@ -40,7 +49,7 @@ fn from_values<B: Backend, E: Real>(
 }
 
 pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
-    input: FloatTensor<B>,
+    input: Input<B>,
     grad: FloatTensor<B>,
     memory: RowMemory<B>,
     step: AopStep,
@@ -50,16 +59,34 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     if decay.is_some_and(|decay| decay < LEAST_DECAY || !full) {
         return portable::weight_gradient::<B>(input, grad, memory, step);
     }
-    let device = input.device();
-    let (input, grad) = (B::contiguous(input), B::contiguous(grad));
-    let ([rows, d_input], [_, d_output]) = (input.shape().dims(), grad.shape().dims());
+    let device = grad.device();
+    let d_input = input.width();
+    let input = match (input, decay) {
+        // Every row goes into a memory.
+        (Input::Packed(packed), Some(_)) => Input::Full(unpack::<B, E>(&packed)),
+        (Input::Full(input), _) => Input::Full(B::contiguous(input)),
+        (packed, None) => packed,
+    };
+    let grad = B::contiguous(grad);
+    let [rows, d_output] = grad.shape().dims();
     let batch = Batch {
-        input: Rows::new(B::values(&input), d_input),
+        input: match &input {
+            Input::Full(input) => Rows::new(B::values(input), d_input),
+            // For the scores; a norm is its own.
+            Input::Packed(packed) => Rows::new(B::values(&packed.norms), 1),
+        },
         grad: Rows::new(B::values(&grad), d_output),
     };
     let mut scores = vec![E::zero(); rows];
     let (chosen, memory) = match decay {
-        None => (choose(batch, &mut scores, &step), RowMemory::Empty),
+        None => {
+            let input = match &input {
+                Input::Full(_) => Factor::Full(batch.input),
+                Input::Packed(packed) => Factor::packed::<B>(packed),
+            };
+            let chosen = choose(batch, input, &mut scores, &step);
+            (chosen, RowMemory::Empty)
+        }
         Some(decay) => {
             let mut kept = Kept::<B>::of(memory, batch, &device);
             let (input, grad) = (
@@ -116,8 +143,59 @@ struct Chosen<E> {
     sums: Vec<E>,
 }
 
-/// Scores the rows and copies the chosen ones.
-fn choose<E: Real>(batch: Batch<'_, E>, scores: &mut [E], step: &AopStep) -> Chosen<E> {
+/// Where the rows of a factor are copied from.
+#[derive(Clone, Copy)]
+enum Factor<'a, E> {
+    Full(Rows<'a, E>),
+    Packed {
+        words: Rows<'a, i32>,
+        packing: Packing,
+    },
+}
+
+impl<'a, E: Real> Factor<'a, E> {
+    fn packed<B: HostTensors<E>>(packed: &'a Packed<B>) -> Self {
+        let packing = packed.packing;
+        Self::Packed {
+            words: Rows::new(B::words(&packed.words), packing.words()),
+            packing,
+        }
+    }
+
+    /// These rows, each times its scale, one after the other.
+    fn copied(self, rows: &[usize], scales: &[E]) -> Vec<E> {
+        let width = match self {
+            Self::Full(from) => from.width,
+            Self::Packed { packing, .. } => packing.width,
+        };
+        let mut copied = panel(rows.len(), width);
+        let panel = &mut copied[..rows.len() * width];
+        match self {
+            Self::Full(from) => in_parallel(Gather {
+                from,
+                rows,
+                scales,
+                panel,
+            }),
+            Self::Packed { words, packing } => in_parallel(Unpack {
+                words,
+                packing,
+                rows,
+                scales,
+                panel,
+            }),
+        }
+        copied
+    }
+}
+
+/// Scores the rows and copies the chosen ones, those of the input from `input`.
+fn choose<E: Real>(
+    batch: Batch<'_, E>,
+    input: Factor<'_, E>,
+    scores: &mut [E],
+    step: &AopStep,
+) -> Chosen<E> {
     let sums = in_parallel(Score {
         batch,
         scores,
@@ -131,19 +209,9 @@ fn choose<E: Real>(batch: Batch<'_, E>, scores: &mut [E], step: &AopStep) -> Cho
     let chosen = selection.rows.iter().enumerate();
     let chosen = chosen.filter(|&(_, &row)| adds(scores[row]));
     let (rows, scales): (Vec<_>, Vec<_>) = chosen.map(|(i, &row)| (row, weight(i))).unzip();
-    let copied = |from: Rows<'_, E>| {
-        let mut panel = panel(rows.len(), from.width);
-        in_parallel(Gather {
-            from,
-            rows: &rows,
-            scales: &scales,
-            panel: &mut panel[..rows.len() * from.width],
-        });
-        panel
-    };
     Chosen {
-        input: copied(batch.input),
-        grad: copied(batch.grad),
+        input: input.copied(&rows, &scales),
+        grad: Factor::Full(batch.grad).copied(&rows, &scales),
         sums,
         selection,
     }
@@ -287,13 +355,7 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
         None => vec![E::one(); chosen.rows.len()],
         Some(weights) => weights.iter().copied().map(E::of).collect(),
     };
-    let mut panel = vec![E::zero(); chosen.rows.len() * d_output];
-    in_parallel(Gather {
-        from: values,
-        rows: &chosen.rows,
-        scales: &scales,
-        panel: &mut panel,
-    });
+    let panel = Factor::Full(values).copied(&chosen.rows, &scales);
     let panel = from_values::<B, E>(panel, [chosen.rows.len(), d_output], &device);
     let product = B::contiguous(B::float_matmul(panel, B::float_transpose(weight)));
 
@@ -309,18 +371,23 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
 
 /// The same result as the default body.
 pub(crate) fn noise<B: HostTensors<E>, E: Real>(
-    input: FloatTensor<B>,
+    input: Input<B>,
     grad: FloatTensor<B>,
     gradient: FloatTensor<B>,
     step: NoiseStep,
 ) -> FloatTensor<B> {
-    let device = input.device();
+    let device = grad.device();
+    let input = match input {
+        Input::Full(input) => input,
+        // A norm is its own.
+        Input::Packed(packed) => packed.norms,
+    };
     let [input, grad, gradient] = [input, grad, gradient].map(B::contiguous);
     let rows = |tensor| {
         let [_, width] = TensorMetadata::shape(tensor).dims();
         Rows::new(B::values(tensor), width)
     };
-    let mut scores = vec![E::zero(); input.shape()[0]];
+    let mut scores = vec![E::zero(); grad.shape()[0]];
     in_parallel(Score {
         batch: Batch {
             input: rows(&input),
@@ -347,6 +414,55 @@ pub(crate) fn noise<B: HostTensors<E>, E: Real>(
         .collect();
     let shape = [figures.len()];
     B::float_from_data(TensorData::new(figures, shape), &device)
+}
+
+/// The same result as the default body.
+pub(crate) fn pack<B: HostTensors<E>, E: Real>(
+    input: FloatTensor<B>,
+    packing: Packing,
+    noise: Option<StepNoise>,
+) -> Packed<B> {
+    let device = input.device();
+    let input = B::contiguous(input);
+    let [rows, width] = input.shape().dims();
+    let mut words = vec![0; rows * packing.words()];
+    let mut norms = vec![E::zero(); rows];
+    in_parallel(Pack {
+        rows: Rows::new(B::values(&input), width),
+        packing,
+        noise,
+        first: 0,
+        words: RowsMut::new(&mut words, packing.words()),
+        norms: &mut norms,
+    });
+    Packed {
+        words: B::int_from_data(TensorData::new(words, [rows, packing.words()]), &device),
+        norms: from_values::<B, E>(norms, [rows, 1], &device),
+        packing,
+    }
+}
+
+/// The same result as the default body, in the type of the norms.
+pub(crate) fn unpack<B: HostTensors<E>, E: Real>(packed: &Packed<B>) -> FloatTensor<B> {
+    let shape = [packed.norms.shape()[0], packed.packing.width];
+    let rows: Vec<_> = (0..shape[0]).collect();
+    let values = Factor::packed::<B>(packed).copied(&rows, &vec![E::one(); shape[0]]);
+    from_values::<B, E>(values, shape, &packed.norms.device())
+}
+
+/// The same result as the default body.
+pub(crate) fn times<B: HostTensors<E>, E: Real>(
+    packed: Packed<B>,
+    values: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let packing = packed.packing;
+    let mut values = B::contiguous(values);
+    in_parallel(Times {
+        words: Rows::new(B::words(&packed.words), packing.words()),
+        packing,
+        values: RowsMut::new(B::values_mut(&mut values), packing.width),
+    });
+    values
 }
 
 /// Whether the product of some of the rows is worth copying them to a panel and back.

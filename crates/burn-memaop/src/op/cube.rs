@@ -24,23 +24,27 @@ use cubecl::{
 mod fold;
 mod gather;
 mod noise;
+mod packed;
 mod select;
 mod units;
 
+use self::gather::By;
 use crate::{
     config::Memory,
+    op::noise::StepNoise,
+    op::packing::Packing,
     op::portable::{self, LEAST_DECAY},
-    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, WeightGradient},
+    op::step::{AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
 };
 
 pub(crate) fn weight_gradient(
-    input: CubeTensor,
+    input: Input<CubeBackend>,
     grad: CubeTensor,
     memory: RowMemory<CubeBackend>,
     step: AopStep,
 ) -> WeightGradient<CubeBackend> {
-    let units = input.client.properties().hardware.max_units_per_cube;
-    let supported = supported(input.dtype, input.shape()[0], units);
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    let supported = supported(grad.dtype, grad.shape()[0], units);
     if let Err(reason) = supported.and_then(|()| supports_decay(step.method.memory())) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
@@ -51,22 +55,38 @@ pub(crate) fn weight_gradient(
         });
         return portable::weight_gradient::<CubeBackend>(input, grad, memory, step);
     }
-    let dtype = input.dtype;
+    let dtype = grad.dtype;
     let bias = match step.bias {
         true => Bias::Some(CubeBackend::linear_bias_backward(grad.clone())),
         false => Bias::None,
     };
-    let batch = [input, grad].map(row_major);
+    let grad = row_major(grad);
 
-    let (chosen, panels, memory) = match step.method.memory().decay() {
-        None => {
+    let (chosen, panels, memory) = match (input, step.method.memory().decay()) {
+        (Input::Packed(packed), None) => {
+            let scores = packed_scores(&packed, &grad);
+            let chosen = select::choose(&scores, &step);
+            let panels = [
+                packed::gather(&packed, &scores, &chosen, dtype),
+                gather::gather_rows(&grad, &scores, &chosen, By::Root),
+            ];
+            (chosen, panels, RowMemory::Empty)
+        }
+        (Input::Full(input), None) => {
+            let batch = [row_major(input), grad];
             let [input, grad] = &batch;
             let scores = fold::score(input, grad);
             let chosen = select::choose(&scores, &step);
             let panels = gather::gather(&batch, &scores, &chosen, dtype);
             (chosen, panels, RowMemory::Empty)
         }
-        Some(decay) => {
+        (input, Some(decay)) => {
+            let input = match input {
+                Input::Full(input) => row_major(input),
+                // Every row goes into a memory.
+                Input::Packed(packed) => packed::unpack(&packed, dtype.into()),
+            };
+            let batch = [input, grad];
             let kept = at_least(memory, &batch, &step);
             let scores = fold::fold_in(&batch, &kept, &step);
             let chosen = select::choose(&scores, &step);
@@ -98,7 +118,7 @@ pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputSt
     let grad = row_major(grad);
     let sizes = fold::norms(&grad);
     let chosen = select::choose_input(&sizes, &step);
-    let panel = gather::gather_rows(&grad, &sizes, &chosen);
+    let panel = gather::gather_rows(&grad, &sizes, &chosen, By::Weight);
     let product = CubeBackend::float_matmul(panel, CubeBackend::float_transpose(weight));
     let shape = Shape::new([rows, d_input]);
     let gradient = CubeBackend::float_zeros(shape, &grad.device(), grad.dtype.into());
@@ -108,19 +128,57 @@ pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputSt
 
 /// The noise of a gradient, in two launches and the norm.
 pub(crate) fn noise(
-    input: CubeTensor,
+    input: Input<CubeBackend>,
     grad: CubeTensor,
     gradient: CubeTensor,
     step: NoiseStep,
 ) -> CubeTensor {
-    let units = input.client.properties().hardware.max_units_per_cube;
-    if supported(input.dtype, input.shape()[0], units).is_err() {
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    if supported(grad.dtype, grad.shape()[0], units).is_err() {
         return portable::noise::<CubeBackend>(input, grad, gradient, step);
     }
-    let [input, grad] = [input, grad].map(row_major);
-    let noise = select::variances(&fold::score(&input, &grad), &step);
+    let grad = row_major(grad);
+    let scores = match input {
+        Input::Full(input) => fold::score(&row_major(input), &grad),
+        Input::Packed(packed) => packed_scores(&packed, &grad),
+    };
+    let noise = select::variances(&scores, &step);
     let gradient = portable::cast::<CubeBackend>(gradient, FloatDType::F32);
     CubeBackend::float_cat(vec![portable::norm::<CubeBackend>(gradient), noise], 0)
+}
+
+/// `|x| |g|` of every row, shape `[rows]`, in single precision.
+fn packed_scores(packed: &Packed<CubeBackend>, grad: &CubeTensor) -> CubeTensor {
+    let norms = CubeBackend::float_reshape(packed.norms.clone(), Shape::new([grad.shape()[0]]));
+    into_contiguous(CubeBackend::float_mul(norms, fold::norms(grad)))
+}
+
+pub(crate) fn pack(
+    input: CubeTensor,
+    packing: Packing,
+    noise: Option<StepNoise>,
+) -> Packed<CubeBackend> {
+    let units = input.client.properties().hardware.max_units_per_cube;
+    match supported(input.dtype, input.shape()[0], units) {
+        Ok(()) => packed::pack(input, packing, noise),
+        Err(_) => portable::pack::<CubeBackend>(input, packing, noise),
+    }
+}
+
+pub(crate) fn unpack(packed: Packed<CubeBackend>, dtype: FloatDType) -> CubeTensor {
+    let units = packed.norms.client.properties().hardware.max_units_per_cube;
+    match supported(dtype.into(), packed.norms.shape()[0], units) {
+        Ok(()) => packed::unpack(&packed, dtype),
+        Err(_) => portable::unpack::<CubeBackend>(packed, dtype),
+    }
+}
+
+pub(crate) fn times(packed: Packed<CubeBackend>, values: CubeTensor) -> CubeTensor {
+    let units = values.client.properties().hardware.max_units_per_cube;
+    match supported(values.dtype, values.shape()[0], units) {
+        Ok(()) => packed::times(&packed, values),
+        Err(_) => portable::times::<CubeBackend>(packed, values),
+    }
 }
 
 /// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.

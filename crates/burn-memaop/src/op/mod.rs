@@ -5,9 +5,11 @@
 
 use burn::{
     backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor},
-    tensor::Tensor,
+    tensor::{FloatDType, Tensor},
 };
 
+#[cfg(feature = "autodiff")]
+mod activation;
 #[cfg(feature = "autodiff")]
 mod autodiff;
 pub(crate) mod backends;
@@ -19,13 +21,21 @@ mod cube;
 #[cfg(feature = "cubecl-backend")]
 mod fusion;
 mod noise;
+pub(crate) mod packed;
+mod packing;
 mod portable;
 mod selection;
 pub(crate) mod step;
 
-pub use step::{AopStep, InputStep, NoiseStep};
+pub use packed::{Input, PackedRows, pack};
+pub use step::{AopStep, InputStep, NoiseStep, PackStep};
 
-use self::step::{Bias, RowMemory, Share, WeightGradient};
+use self::{
+    noise::StepNoise,
+    packed::SharedRows,
+    packing::Packing,
+    step::{Bias, Input as LayerInput, Packed, RowMemory, Share, WeightGradient},
+};
 use crate::{
     config::AopConfig,
     state::{memory::MemoryHandle, noise_scale::StepTime},
@@ -67,7 +77,7 @@ pub struct Gradient {
 ///
 /// # Shapes
 ///
-/// - input: `[rows, d_input]`
+/// - input: `[rows, d_input]`, as a tensor or [packed](pack)
 /// - grad: `[rows, d_output]`
 /// - memory: any number of rows; the first `rows` take part, missing ones are zero
 ///
@@ -77,14 +87,15 @@ pub struct Gradient {
 /// dtype or rows, `step.k` is not in `1..=rows`, or a tensor of the memory has another width or another number
 /// of rows than the others.
 pub fn weight_gradient(
-    input: Tensor<2>,
+    input: impl Into<Input>,
     grad: Tensor<2>,
     memory: Option<Rows>,
     step: AopStep,
 ) -> Gradient {
     const NAME: &str = "weight_gradient";
+    let input = input.into();
     let ([rows, d_input], [grad_rows, d_output]) = (input.dims(), grad.dims());
-    same_device(NAME, [("input", &input), ("grad", &grad)]);
+    same_device(NAME, [("input", input.on_device()), ("grad", &grad)]);
     expect(NAME, "the rows of grad", rows, grad_rows);
     expect(NAME, "the dtype of grad", input.dtype(), grad.dtype());
     assert!(
@@ -99,9 +110,10 @@ pub fn weight_gradient(
             grad,
             age,
         }) => {
-            same_device(NAME, [("input", &input), ("memory.input", &kept)]);
+            let device = input.on_device();
+            same_device(NAME, [("input", device), ("memory.input", &kept)]);
             same_device(NAME, [("memory.grad", &grad), ("memory.age", &age)]);
-            same_device(NAME, [("input", &input), ("memory.age", &age)]);
+            same_device(NAME, [("input", device), ("memory.age", &age)]);
             let [kept_rows, width] = kept.dims();
             expect(NAME, "the width of memory.input", d_input, width);
             expect(
@@ -182,15 +194,19 @@ pub fn input_gradient(grad: Tensor<2>, weight: Tensor<2>, step: InputStep) -> Te
 /// Panics if the tensors are on an autodiff device or on different devices, or differ in dtype or in a
 /// dimension that they share, or if one of `step.ks` is not in `1..=rows`.
 pub fn gradient_noise(
-    input: Tensor<2>,
+    input: impl Into<Input>,
     grad: Tensor<2>,
     gradient: Tensor<2>,
     step: NoiseStep,
 ) -> Tensor<1> {
     const NAME: &str = "gradient_noise";
+    let input = input.into();
     let ([rows, d_input], [grad_rows, d_output]) = (input.dims(), grad.dims());
-    same_device(NAME, [("input", &input), ("grad", &grad)]);
-    same_device(NAME, [("input", &input), ("gradient", &gradient)]);
+    same_device(NAME, [("input", input.on_device()), ("grad", &grad)]);
+    same_device(
+        NAME,
+        [("input", input.on_device()), ("gradient", &gradient)],
+    );
     expect(NAME, "the rows of grad", rows, grad_rows);
     expect(
         NAME,
@@ -211,8 +227,9 @@ pub fn gradient_noise(
         "{NAME}: step.ks must be in 1..={rows}, the rows of the batch, but are {:?}",
         step.ks
     );
-    let [input, grad, gradient] = [input, grad, gradient].map(Tensor::into_dispatch);
-    Tensor::from_dispatch(Dispatch::memaop_noise(input, grad, gradient, step))
+    let [grad, gradient] = [grad, gradient].map(Tensor::into_dispatch);
+    let noise = Dispatch::memaop_noise(input.into_dispatch(), grad, gradient, step);
+    Tensor::from_dispatch(noise)
 }
 
 fn expect<T: PartialEq + core::fmt::Debug>(name: &str, what: &str, expected: T, found: T) {
@@ -238,7 +255,10 @@ pub(crate) struct AopLayer {
     pub(crate) config: AopConfig,
     /// Of a step, for the choice of K.
     pub(crate) time: StepTime,
-    pub(crate) memory: MemoryHandle,
+    /// None where the gradients are exact at every step, and steps are not counted.
+    pub(crate) memory: Option<MemoryHandle>,
+    /// The packed input, where other layers have the same.
+    pub(crate) shared: Option<SharedRows>,
 }
 
 /// The operations as supplied by a backend extension; arguments have been checked.
@@ -265,11 +285,23 @@ pub(crate) trait MemAopOps: Backend {
         Self::linear(input, weight, bias.into_option())
     }
 
+    /// Burn's `relu` of a matrix; under autodiff, with a backward pass that keeps one bit a value.
+    #[allow(unused_variables)]
+    fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::relu(input)
+    }
+
+    /// Burn's `gelu` of a matrix; under autodiff, with a backward pass that keeps 8 bits a value.
+    #[allow(unused_variables)]
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::gelu(input)
+    }
+
     /// As [`weight_gradient`].
     // Without a backend the macro has no use for the arguments.
     #[allow(unused_variables)]
     fn memaop_weight_gradient(
-        input: FloatTensor<Self>,
+        #[extension_type] input: LayerInput<Self>,
         grad: FloatTensor<Self>,
         #[extension_type] memory: RowMemory<Self>,
         step: AopStep,
@@ -290,11 +322,39 @@ pub(crate) trait MemAopOps: Backend {
     /// As [`gradient_noise`].
     #[allow(unused_variables)]
     fn memaop_noise(
-        input: FloatTensor<Self>,
+        #[extension_type] input: LayerInput<Self>,
         grad: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         step: NoiseStep,
     ) -> FloatTensor<Self> {
         portable::noise::<Self>(input, grad, gradient, step)
+    }
+
+    /// Rows in few bits; without noise, values are rounded to the nearest.
+    #[allow(unused_variables)]
+    fn memaop_pack(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        noise: Option<StepNoise>,
+    ) -> Packed<Self> {
+        portable::pack::<Self>(input, packing, noise)
+    }
+
+    /// All packed rows, in a type.
+    #[allow(unused_variables)]
+    fn memaop_unpack(
+        #[extension_type] packed: Packed<Self>,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
+        portable::unpack::<Self>(packed, dtype)
+    }
+
+    /// The product of packed values and others, zero where the packed ones are.
+    #[allow(unused_variables)]
+    fn memaop_times(
+        #[extension_type] packed: Packed<Self>,
+        values: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        portable::times::<Self>(packed, values)
     }
 }

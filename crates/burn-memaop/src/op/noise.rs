@@ -38,7 +38,7 @@ pub(crate) fn layer_key(seed: u64, place: u64) -> u64 {
 }
 
 /// The random words of one step: those of a row are the Philox block with counter
-/// `(row, 0, step)` and the seed as key. The first is for the policy, the second for the sign.
+/// `(row, 0, step)` and the seed as key. The first is for the policy, the second for the sign, the fourth for rounding.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepNoise {
     pub(crate) seed: u64,
@@ -54,6 +54,11 @@ impl StepNoise {
     fn block(&self, row: usize) -> [u32; 4] {
         let [seed, [low, high]] = self.halves();
         philox4x32([row as u32, 0, low, high], seed)
+    }
+
+    /// The key of the noise with which the values of `row` are rounded, independent of its other words.
+    pub(crate) fn rounding(&self, row: usize) -> u32 {
+        self.block(row)[3]
     }
 
     /// The rows in a random order.

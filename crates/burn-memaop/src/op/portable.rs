@@ -2,7 +2,7 @@
 //! the data flow. It runs on every backend and defines what faster bodies must compute.
 
 use burn::backend::{
-    Backend, Scalar, TensorMetadata, get_or_init_device_settings,
+    Backend, ExecutionError, Scalar, TensorMetadata, get_or_init_device_settings,
     tensor::{BoolTensor, FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData, try_read_sync};
@@ -10,8 +10,11 @@ use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData
 use crate::{
     config::{Memory, MemoryPrecision},
     op::noise::StepNoise,
+    op::packing::{Packing, pack_row, unpack_row},
     op::selection::{self, Selection},
-    op::step::{AopStep, Bias, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
+    op::step::{
+        AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, Share, WeightGradient,
+    },
 };
 
 /// A memory that shrinks more than this from step to step is left to this body: faster ones read
@@ -36,20 +39,27 @@ impl<B: Backend> Factors<B> {
 }
 
 pub(crate) fn weight_gradient<B: Backend>(
-    input: FloatTensor<B>,
+    input: Input<B>,
     grad: FloatTensor<B>,
     memory: RowMemory<B>,
     step: AopStep,
 ) -> WeightGradient<B> {
-    let dtype: FloatDType = input.dtype().into();
-    let rows = input.shape()[0];
+    let dtype: FloatDType = grad.dtype().into();
+    let rows = grad.shape()[0];
+    // Rows that go into a memory are scored with it.
+    let kept_norms = match &input {
+        Input::Packed(packed) if step.method.memory() == Memory::None => Some(packed.norms.clone()),
+        _ => None,
+    };
+    let input = widened::<B>(input, dtype);
     let bias = match step.bias {
         true => Bias::Some(B::linear_bias_backward(grad.clone())),
         false => Bias::None,
     };
 
     let (factors, age, idle) = fold_in::<B>(Factors { input, grad }, memory, &step);
-    let scores = scores::<B>(&factors);
+    let norms = kept_norms.unwrap_or_else(|| row_norms::<B>(&factors.input));
+    let scores = scores::<B>(norms, &factors.grad);
     let chosen = select::<B>(&scores, rows, &step);
     let share = match step.measure {
         true => Share::Measured(share::<B>(&scores, &chosen.rows)),
@@ -118,7 +128,7 @@ pub(crate) fn input_gradient<B: Backend>(
 }
 
 pub(crate) fn noise<B: Backend>(
-    input: FloatTensor<B>,
+    input: Input<B>,
     grad: FloatTensor<B>,
     gradient: FloatTensor<B>,
     step: NoiseStep,
@@ -127,15 +137,70 @@ pub(crate) fn noise<B: Backend>(
         let dtype = working_dtype(tensor.dtype());
         cast::<B>(tensor, dtype)
     };
-    let scores = scores::<B>(&Factors {
-        input: working(input),
-        grad: working(grad),
-    });
+    let norms = match input {
+        Input::Full(input) => row_norms::<B>(&working(input)),
+        Input::Packed(packed) => packed.norms,
+    };
+    let scores = scores::<B>(norms, &working(grad));
     let norm = norm::<B>(working(gradient));
     let noise = selection::noise(read::<B>(scores.clone()), &step);
     let count = noise.len();
     let noise = floats::<B>(noise, [count], &scores);
     B::float_cast(B::float_cat(vec![norm, noise], 0), FloatDType::F32)
+}
+
+/// Packs rows on the host, which makes their noise.
+pub(crate) fn pack<B: Backend>(
+    input: FloatTensor<B>,
+    packing: Packing,
+    noise: Option<StepNoise>,
+) -> Packed<B> {
+    let [rows, width] = input.shape().dims();
+    let device = input.device();
+    let working = working_dtype(input.dtype());
+    let norms = row_norms::<B>(&cast::<B>(input.clone(), working));
+    let values: Vec<f32> = host::<B>(B::float_into_data(input)).iter().collect();
+    let mut words = vec![0; rows * packing.words()];
+    let packed = values.chunks(width).zip(words.chunks_mut(packing.words()));
+    for (row, (values, words)) in packed.enumerate() {
+        let key = noise.map(|noise| noise.rounding(row));
+        pack_row(packing, values, |value| value, key, words);
+    }
+    let words = TensorData::new(words, [rows, packing.words()]);
+    Packed {
+        words: B::int_from_data(words, &device),
+        norms,
+        packing,
+    }
+}
+
+/// All rows, in a type.
+pub(crate) fn unpack<B: Backend>(packed: Packed<B>, dtype: FloatDType) -> FloatTensor<B> {
+    let packing = packed.packing;
+    let (rows, device) = (packed.norms.shape()[0], packed.norms.device());
+    let words: Vec<i32> = host::<B>(B::int_into_data(packed.words)).iter().collect();
+    let mut values = Vec::with_capacity(rows * packing.width);
+    for words in words.chunks(packing.words()) {
+        unpack_row(packing, words, |_, group| values.extend_from_slice(group));
+    }
+    let data = TensorData::new(values, [rows, packing.width]);
+    B::float_from_data(data.convert_dtype(dtype.into()), &device)
+}
+
+/// The product of packed values and others, zero where the packed ones are.
+pub(crate) fn times<B: Backend>(packed: Packed<B>, values: FloatTensor<B>) -> FloatTensor<B> {
+    let factors = unpack::<B>(packed, values.dtype().into());
+    let bools = get_or_init_device_settings::<B>(&values.device()).bool_dtype;
+    let zeros = B::float_equal_elem(factors.clone(), Scalar::from(0.0), bools);
+    B::float_mask_fill(B::float_mul(values, factors), zeros, Scalar::from(0.0))
+}
+
+/// All rows of an input, in a type.
+fn widened<B: Backend>(input: Input<B>, dtype: FloatDType) -> FloatTensor<B> {
+    match input {
+        Input::Full(input) => input,
+        Input::Packed(packed) => unpack::<B>(packed, dtype),
+    }
 }
 
 /// The Frobenius norm of a matrix, shape `[1]`.
@@ -242,11 +307,8 @@ fn row_norms<B: Backend>(matrix: &FloatTensor<B>) -> FloatTensor<B> {
 
 /// `|x^| |g^|` of every row, shape `[rows]`: the square root of the paper's score, which orders
 /// the rows alike and keeps clear of overflow and underflow.
-fn scores<B: Backend>(factors: &Factors<B>) -> FloatTensor<B> {
-    let scores = B::float_mul(
-        row_norms::<B>(&factors.input),
-        row_norms::<B>(&factors.grad),
-    );
+fn scores<B: Backend>(input_norms: FloatTensor<B>, grad: &FloatTensor<B>) -> FloatTensor<B> {
+    let scores = B::float_mul(input_norms, row_norms::<B>(grad));
     let rows = scores.shape()[0];
     B::float_reshape(scores, Shape::new([rows]))
 }
@@ -282,13 +344,15 @@ impl<B: Backend> Chosen<B> {
 
 /// The values on the host; waits for the device.
 pub(crate) fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {
+    host::<B>(B::float_into_data(tensor)).iter().collect()
+}
+
+fn host<B: Backend>(data: impl Future<Output = Result<TensorData, ExecutionError>>) -> TensorData {
     #[cfg(feature = "cubecl-backend")]
-    log::debug!(target: "burn_memaop::read", "the scores are read back to select rows on the host");
-    let data = try_read_sync(B::float_into_data(tensor));
+    log::debug!(target: "burn_memaop::read", "a tensor is read back: this part of a gradient is computed on the host");
+    let data = try_read_sync(data);
     let data = data.expect("backends on which the weight gradient is approximated can be read");
-    data.expect("the scores can be read")
-        .iter::<f64>()
-        .collect()
+    data.expect("the tensor can be read")
 }
 
 /// The share of the sum of the finite scores that the chosen rows carry, shape `[1]`, in single precision.

@@ -1,8 +1,41 @@
 //! What goes into one approximate gradient and what comes out: plain types, below everything else.
 
-use burn::backend::{Backend, ExtensionType, tensor::FloatTensor};
+use burn::backend::{
+    Backend, ExtensionType, TensorMetadata,
+    tensor::{FloatTensor, IntTensor},
+};
 
-use crate::config::{MemoryPrecision, Method};
+use super::packing::Packing;
+use crate::config::{MemoryPrecision, Method, StoredInput};
+
+/// The input of a layer, as its backward pass finds it.
+#[derive(ExtensionType, Debug, Clone)]
+pub(crate) enum Input<B: Backend> {
+    /// Shape `[rows, d_input]`.
+    Full(FloatTensor<B>),
+    /// In few bits.
+    Packed(#[extension_type] Packed<B>),
+}
+
+impl<B: Backend> Input<B> {
+    pub(crate) fn width(&self) -> usize {
+        match self {
+            Self::Full(input) => input.shape()[1],
+            Self::Packed(packed) => packed.packing.width,
+        }
+    }
+}
+
+/// Rows in few bits.
+#[derive(ExtensionType, Debug, Clone)]
+pub(crate) struct Packed<B: Backend> {
+    /// 32 bits each, shape `[rows, words]`.
+    pub(crate) words: IntTensor<B>,
+    /// The norms of the rows before, shape `[rows, 1]`, in single precision at least.
+    pub(crate) norms: FloatTensor<B>,
+    /// How to read the words.
+    pub(crate) packing: Packing,
+}
 
 /// A bias or its gradient, or none.
 #[derive(ExtensionType, Debug)]
@@ -82,6 +115,17 @@ pub struct AopStep {
     pub bias: bool,
     /// Whether to measure the share of the score mass that the chosen rows carry.
     pub measure: bool,
+}
+
+/// The settings with which rows are packed.
+#[derive(Debug, Clone, Copy)]
+pub struct PackStep {
+    /// In what; there is nothing to pack in [`StoredInput::Full`].
+    pub stored: StoredInput,
+    /// The seed of the noise with which values are rounded.
+    pub seed: u64,
+    /// The number of gradients the layer has computed before this one.
+    pub step: u64,
 }
 
 /// The settings of one approximate input gradient.

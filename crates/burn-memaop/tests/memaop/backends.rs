@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{auto, input_gradient, layer, observe, operation, transformer};
+use crate::{auto, input_gradient, layer, observe, operation, packed, transformer};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -36,6 +36,15 @@ macro_rules! suite {
                 one_tensor_as_both_factors,
             );
 
+            checks!($device; packed:
+                packed_rows_equal_the_oracle,
+                packed_rows_of_every_type,
+                gradients_of_packed_rows_equal_the_oracle,
+                the_noise_of_packed_rows_is_that_of_the_rows,
+                values_that_are_not_finite_stay_in_their_group,
+                zeros_and_tiny_values_are_kept_as_zeros,
+            );
+
             checks!($device; auto:
                 the_noise_of_a_gradient_equals_the_oracle,
             );
@@ -63,6 +72,11 @@ macro_rules! suite {
                     non_contiguous_input_is_handled,
                     frozen_weight_takes_no_step,
                 );
+                checks!($device.map(Device::autodiff); packed:
+                    layers_with_packed_inputs_equal_the_oracle,
+                    activations_equal_burns,
+                    attention_packs_its_input_once,
+                );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,
                 );
@@ -80,6 +94,10 @@ macro_rules! suite {
                     layer_equals_the_oracle,
                     k_equal_to_m_is_the_exact_gradient,
                     recomputation_takes_no_step_of_its_own,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); packed:
+                    layers_with_packed_inputs_equal_the_oracle,
+                    activations_equal_burns,
                 );
             }
         }

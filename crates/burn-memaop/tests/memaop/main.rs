@@ -14,6 +14,7 @@ mod observe;
 mod operation;
 mod optim;
 mod oracle;
+mod packed;
 mod record;
 mod schedule;
 mod selection;

@@ -70,6 +70,18 @@ impl Oracle {
 
     /// The gradient for a batch, with `k` outer products.
     pub fn step(&mut self, x: &Matrix, g: &Matrix, k: usize) -> Matrix {
+        self.step_of_rounded(x, x, g, k)
+    }
+
+    /// The gradient for a batch whose input is `x`, of which the backward pass has `rounded`.
+    pub fn step_of_rounded(
+        &mut self,
+        x: &Matrix,
+        rounded: &Matrix,
+        g: &Matrix,
+        k: usize,
+    ) -> Matrix {
+        let (scored, x) = (x, rounded);
         let m = x.rows();
         let (n, p) = (x.columns(), g.columns());
         while self.input.rows() < m {
@@ -109,7 +121,10 @@ impl Oracle {
 
         // Score and select.
         let sizes: Vec<f64> = (0..m)
-            .map(|i| norm(&x_hat.0[i]) * norm(&g_hat.0[i]))
+            .map(|i| match self.memory {
+                Memory::None => norm(&scored.0[i]) * norm(&g_hat.0[i]),
+                _ => norm(&x_hat.0[i]) * norm(&g_hat.0[i]),
+            })
             .collect();
         let words: Vec<u64> = (0..m.max(k))
             .map(|i| philox([i as u64, 0, self.step], self.seed)[0])

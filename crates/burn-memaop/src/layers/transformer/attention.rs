@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::later;
-use crate::{config::AopConfig, layers::linear::MemAopLinear};
+use crate::{config::AopConfig, layers::linear::MemAopLinear, op::packed::SharedRows};
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
 /// [init function](MemAopMultiHeadAttentionConfig::init): all of [`MultiHeadAttentionConfig`], and [`AopConfig`].
@@ -136,6 +136,8 @@ pub struct MhaInput {
     query: Tensor<3>,
     key: Tensor<3>,
     value: Tensor<3>,
+    /// Whether the three are one.
+    is_self: bool,
     pub(super) mask_pad: Option<Tensor<2, Bool>>,
     pub(super) mask_attn: Option<Tensor<3, Bool>>,
 }
@@ -147,7 +149,10 @@ impl MhaInput {
     ///
     /// - tensor: `[batch_size, seq_length, d_model]`
     pub fn self_attn(tensor: Tensor<3>) -> Self {
-        Self::new(tensor.clone(), tensor.clone(), tensor)
+        Self {
+            is_self: true,
+            ..Self::new(tensor.clone(), tensor.clone(), tensor)
+        }
     }
 
     /// Query, key and value, each a tensor.
@@ -161,6 +166,7 @@ impl MhaInput {
             query,
             key,
             value,
+            is_self: false,
             mask_pad: None,
             mask_attn: None,
         }
@@ -258,9 +264,11 @@ impl MemAopMultiHeadAttention {
         assert_shape!(input.key, [batch_size, _, self.d_model]);
         assert_shape!(input.value, [batch_size, seq_length_2, self.d_model]);
 
-        let query = self.heads(&self.query, input.query);
-        let key = self.heads(&self.key, input.key);
-        let value = self.heads(&self.value, input.value);
+        let shared = input.is_self.then(SharedRows::default);
+        let heads = |layer, input| self.heads(layer, input, shared.as_ref());
+        let query = heads(&self.query, input.query);
+        let key = heads(&self.key, input.key);
+        let value = heads(&self.value, input.value);
 
         let scores = query.matmul(key.transpose()) / (self.d_k as f32).sqrt();
         let scores = match input.mask_pad {
@@ -305,10 +313,15 @@ impl MemAopMultiHeadAttention {
     }
 
     /// `[batch_size, seq_length, d_model]` to `[batch_size, n_heads, seq_length, d_k]`.
-    fn heads(&self, layer: &MemAopLinear, input: Tensor<3>) -> Tensor<4> {
+    fn heads(
+        &self,
+        layer: &MemAopLinear,
+        input: Tensor<3>,
+        shared: Option<&SharedRows>,
+    ) -> Tensor<4> {
         let [batch_size, seq_length, _] = input.dims();
         layer
-            .forward(input)
+            .forward_shared(input, shared)
             .reshape([batch_size, seq_length, self.n_heads, self.d_k])
             .swap_dims(1, 2)
     }

@@ -2,7 +2,7 @@ use burn::{
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
-        Dropout,
+        Dropout, Gelu,
         activation::{Activation, ActivationConfig},
         transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
     },
@@ -10,7 +10,13 @@ use burn::{
 };
 
 use super::later;
-use crate::{config::AopConfig, layers::linear::MemAopLinear};
+use crate::{
+    config::{AopConfig, StoredInput},
+    layers::{
+        activation::{gelu, relu},
+        linear::MemAopLinear,
+    },
+};
 
 /// Configuration to create a [`MemAopPositionWiseFeedForward`] layer using the
 /// [init function](MemAopPositionWiseFeedForwardConfig::init): all of [`PositionWiseFeedForwardConfig`], and
@@ -138,7 +144,21 @@ impl MemAopPositionWiseFeedForward {
         let [d_model, _] = self.linear_inner.weight.shape().dims();
         assert_shape!(input, [.., d_model]);
 
-        let hidden = self.activation.forward(self.linear_inner.forward(input));
+        let hidden = self.activated(self.linear_inner.forward(input));
         self.linear_outer.forward(self.dropout.forward(hidden))
+    }
+
+    /// Keeps for the backward pass of the activation about as little as the layers keep of their inputs.
+    fn activated<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        match (&self.activation, self.linear_outer.aop().stored_input) {
+            (Activation::Relu(_), StoredInput::Half | StoredInput::Int8 | StoredInput::Int4) => {
+                relu(input)
+            }
+            (
+                Activation::Gelu(Gelu { approximate: false }),
+                StoredInput::Int8 | StoredInput::Int4,
+            ) => gelu(input),
+            _ => self.activation.forward(input),
+        }
     }
 }

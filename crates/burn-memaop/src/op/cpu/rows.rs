@@ -8,17 +8,35 @@ use crate::op::noise::StepNoise;
 /// A floating-point type in which memory and scores are kept.
 pub(crate) trait Real: Element + Float + Into<f64> {
     fn of(value: f64) -> Self;
+    fn single(self) -> f32;
+    fn from_single(value: f32) -> Self;
 }
 
 impl Real for f32 {
     fn of(value: f64) -> Self {
         value as f32
     }
+
+    fn single(self) -> f32 {
+        self
+    }
+
+    fn from_single(value: f32) -> Self {
+        value
+    }
 }
 
 impl Real for f64 {
     fn of(value: f64) -> Self {
         value
+    }
+
+    fn single(self) -> f32 {
+        self as f32
+    }
+
+    fn from_single(value: f32) -> Self {
+        value.into()
     }
 }
 
@@ -34,11 +52,11 @@ impl<'a, E> Rows<'a, E> {
         Self { values, width }
     }
 
-    fn row(&self, row: usize) -> &'a [E] {
+    pub(super) fn row(&self, row: usize) -> &'a [E] {
         &self.values[row * self.width..][..self.width]
     }
 
-    fn split_at(self, row: usize) -> (Self, Self) {
+    pub(super) fn split_at(self, row: usize) -> (Self, Self) {
         let (first, second) = self.values.split_at(row * self.width);
         (Self::new(first, self.width), Self::new(second, self.width))
     }
@@ -68,7 +86,7 @@ impl<'a, E> RowsMut<'a, E> {
         &mut self.values[row * self.width..][..self.width]
     }
 
-    fn split_at(self, row: usize) -> (Self, Self) {
+    pub(super) fn split_at(self, row: usize) -> (Self, Self) {
         let (first, second) = self.values.split_at_mut(row * self.width);
         (Self::new(first, self.width), Self::new(second, self.width))
     }
@@ -470,7 +488,7 @@ impl<E: Real> RowWork for PutBack<'_, E> {
 const LANES: usize = 32;
 
 #[inline(always)]
-fn square_sum<E: Real>(row: &[E]) -> E {
+pub(super) fn square_sum<E: Real>(row: &[E]) -> E {
     let mut sums = [E::zero(); LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {

@@ -113,12 +113,25 @@ fn panels<'a>(
     [(); 2].map(|()| panels.next().expect("two factors"))
 }
 
-/// The chosen rows of one matrix, contiguous, each times its weight; zeros in place of one whose
+/// What a row is multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum By {
+    Weight,
+    /// The other factor of the outer product has the other root.
+    Root,
+}
+
+/// The chosen rows of one matrix, contiguous, each times its weight or the root of it; zeros in place of one whose
 /// size is not finite.
-pub(super) fn gather_rows(from: &CubeTensor, sizes: &CubeTensor, chosen: &Chosen) -> CubeTensor {
+pub(super) fn gather_rows(
+    from: &CubeTensor,
+    sizes: &CubeTensor,
+    chosen: &Chosen,
+    by: By,
+) -> CubeTensor {
     let k = chosen.rows.meta.shape()[0];
     let panel = empty(sizes, [k, from.meta.shape()[1]], from.dtype);
-    move_rows(from, &panel, sizes, chosen, false);
+    move_rows(from, &panel, sizes, chosen, Some(by));
     panel
 }
 
@@ -129,7 +142,7 @@ pub(super) fn scatter_rows(
     chosen: &Chosen,
     to: &CubeTensor,
 ) {
-    move_rows(panel, to, sizes, chosen, true);
+    move_rows(panel, to, sizes, chosen, None);
 }
 
 fn move_rows(
@@ -137,7 +150,7 @@ fn move_rows(
     to: &CubeTensor,
     sizes: &CubeTensor,
     chosen: &Chosen,
-    scatter: bool,
+    gather: Option<By>,
 ) {
     let k = chosen.rows.meta.shape()[0];
     let size = vector_size(&[from, to]);
@@ -159,7 +172,8 @@ fn move_rows(
             layout(from, size),
             layout(to, size),
             k,
-            scatter,
+            gather.is_none(),
+            gather == Some(By::Root),
             elem_type(from.dtype),
         );
     }
@@ -176,6 +190,7 @@ fn move_kernel<T: Float, N: Size>(
     to_rows: RowLayout,
     k: usize,
     #[comptime] scatter: bool,
+    #[comptime] by_root: bool,
     #[define(T)] _dtype: ElemType,
 ) {
     let place = CUBE_POS;
@@ -191,16 +206,11 @@ fn move_kernel<T: Float, N: Size>(
         }
     } else {
         let finite = is_finite(sizes[row]);
-        copy::<T, T, N>(
-            from,
-            row,
-            &from_rows,
-            to,
-            place,
-            &to_rows,
-            root * root,
-            finite,
-        );
+        let mut scale = root;
+        if comptime!(!by_root) {
+            scale = root * root;
+        }
+        copy::<T, T, N>(from, row, &from_rows, to, place, &to_rows, scale, finite);
     }
 }
 

@@ -21,9 +21,9 @@ pub(super) fn arg(noise: StepNoise) -> NoiseLaunch {
 
 #[cube]
 impl Noise {
-    /// The first three words of the Philox block of a row: for the policy, for the sign, and (of row
-    /// 0) for the gradient of the input.
-    fn words(&self, row: u32) -> (u32, u32, u32) {
+    /// The words of the Philox block of a row: for the policy, for the sign, (of row 0) for the whole step, and for
+    /// rounding.
+    fn words(&self, row: u32) -> (u32, u32, u32, u32) {
         let mut c0 = row;
         let mut c1 = 0u32;
         let mut c2 = self.step_low;
@@ -43,7 +43,7 @@ impl Noise {
             k0 += comptime!(WEYL[0]);
             k1 += comptime!(WEYL[1]);
         }
-        (c0, c1, c2)
+        (c0, c1, c2, c3)
     }
 
     /// A uniform 32-bit word for the whole step, independent of those of the rows.
@@ -54,6 +54,11 @@ impl Noise {
     /// A uniform 32-bit word for `row`.
     pub(super) fn word(&self, row: u32) -> u32 {
         self.words(row).0
+    }
+
+    /// The key of the noise with which the values of `row` are rounded.
+    pub(super) fn rounding(&self, row: u32) -> u32 {
+        self.words(row).3
     }
 
     /// 1 or -1 for `row`.

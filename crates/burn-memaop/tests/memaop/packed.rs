@@ -1,0 +1,573 @@
+//! Inputs that are kept in few bits, against their definition.
+
+use burn::{
+    nn::{LinearConfig, attention::MultiHeadAttentionConfig},
+    tensor::{DType, Device, Distribution, Tensor, TensorData, activation},
+};
+use burn_memaop::{
+    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
+    activation as compact,
+    op::{AopStep, NoiseStep, PackStep, gradient_noise, pack, weight_gradient},
+    transformer::{MemAopMultiHeadAttention, MhaInput},
+};
+
+use crate::{
+    oracle::{Oracle, Policy, layer_seed, philox},
+    support::{Matrix, Random, bits},
+};
+
+const STORED: [StoredInput; 3] = [StoredInput::Half, StoredInput::Int8, StoredInput::Int4];
+
+/// The noise of a value, in `(0, 1)`: the fourth word of its row's block, and its column, mixed.
+fn noise(row: usize, column: usize, seed: u64, step: u64) -> f64 {
+    const WORDS: u64 = 1 << 32;
+    let key = philox([row as u64, 0, step], seed)[3];
+    let mut word = (key + column as u64 * 0x9E37_79B9) % WORDS;
+    for (shift, factor) in [(16, 0x85EB_CA6B), (13, 0xC2B2_AE35)] {
+        word = ((word ^ (word >> shift)) * factor) % WORDS;
+    }
+    word ^= word >> 16;
+    ((word >> 16) as f64 + 0.5) / 65_536.0
+}
+
+/// The values as they are kept, and half a unit of each, in which the last bit of a sum may decide.
+fn rounded(x: &Matrix, stored: StoredInput, seed: u64, step: u64) -> (Matrix, Matrix) {
+    let (mut kept, mut units) = (x.clone(), x.clone());
+    for row in 0..x.rows() {
+        for column in 0..x.columns() {
+            let group = &x.0[row][column / 64 * 64..x.columns().min(column / 64 * 64 + 64)];
+            let largest = group
+                .iter()
+                .fold(0.0, |largest: f64, v| largest.max(v.abs()));
+            let value = x.0[row][column];
+            let unit = match stored {
+                StoredInput::Full => unreachable!("nothing is rounded"),
+                // 8 significant bits.
+                StoredInput::Half => 2f64.powi(value.abs().log2().floor() as i32 - 7),
+                StoredInput::Int8 => largest / 127.0,
+                StoredInput::Int4 => largest / 7.0,
+            };
+            let noise = noise(row, column, seed, step);
+            // In half precision the size is rounded, in the others the number.
+            let rounded = match stored {
+                StoredInput::Half => (value.abs() / unit + noise).floor() * value.signum(),
+                _ => (value / unit + noise).floor(),
+            };
+            (kept.0[row][column], units.0[row][column]) = match unit {
+                0.0 => (0.0, 0.0),
+                unit => (rounded * unit, unit),
+            };
+        }
+    }
+    (kept, units)
+}
+
+/// Equal but for rounding, or for single values that stand between two.
+fn assert_close(found: &Matrix, (kept, units): &(Matrix, Matrix), context: &str) {
+    let mut apart = 0;
+    for row in 0..kept.rows() {
+        for column in 0..kept.columns() {
+            let unit = units.0[row][column];
+            let error = (found.0[row][column] - kept.0[row][column]).abs();
+            assert!(error <= 1.001 * unit, "{context}: {row} {column}: {error}");
+            apart += usize::from(error > 1e-3 * unit);
+        }
+    }
+    let all = kept.rows() * kept.columns();
+    assert!(apart <= 1 + all / 500, "{context}: {apart} of {all}");
+}
+
+pub fn packed_rows_equal_the_oracle(device: &Device) {
+    let mut random = Random(41);
+    let shapes = [
+        (1, 1),
+        (3, 7),
+        (5, 31),
+        (5, 33),
+        (4, 63),
+        (4, 64),
+        (4, 65),
+        (2, 100),
+        (3, 130),
+        (40, 784),
+        (1100, 257),
+    ];
+    for (rows, width) in shapes {
+        let x = random.matrix(rows, width);
+        for stored in STORED {
+            let step = PackStep {
+                stored,
+                seed: 7 << 33,
+                step: 3,
+            };
+            let packed = pack(x.tensor(device, DType::F32), step);
+            assert_eq!(packed.dims(), [rows, width]);
+            let context = format!("{stored:?} {rows} {width}");
+            let found = Matrix::from_tensor(packed.clone().unpack());
+            assert_close(&found, &rounded(&x, stored, step.seed, step.step), &context);
+            if width >= 512 {
+                let share = packed.bytes() as f64 / (4 * rows * width) as f64;
+                let most = match stored {
+                    StoredInput::Half => 0.502,
+                    StoredInput::Int8 => 0.27,
+                    _ => 0.15,
+                };
+                assert!(share <= most, "{context}: {share}");
+            }
+        }
+    }
+    // A column of a larger matrix, and one that is turned.
+    let x = random.matrix(70, 9);
+    let step = PackStep {
+        stored: StoredInput::Int8,
+        seed: 1,
+        step: 0,
+    };
+    let turned = x.tensor(device, DType::F32).transpose();
+    let expected = Matrix::from_tensor(turned.clone());
+    let found = Matrix::from_tensor(pack(turned, step).unpack());
+    assert_close(&found, &rounded(&expected, step.stored, 1, 0), "turned");
+    let column = x.tensor(device, DType::F32).narrow(1, 2, 3);
+    let expected = Matrix::from_tensor(column.clone());
+    let found = Matrix::from_tensor(pack(column, step).unpack());
+    assert_close(&found, &rounded(&expected, step.stored, 1, 0), "a part");
+}
+
+pub fn packed_rows_of_every_type(device: &Device) {
+    let mut random = Random(42);
+    for (dtype, tolerance) in [(DType::F16, 1e-3), (DType::BF16, 1e-2), (DType::F64, 1e-6)] {
+        if !device.supports_dtype(dtype) {
+            eprintln!("skipped: {device:?} does not support {dtype:?}");
+            continue;
+        }
+        let x = random.matrix(9, 70).rounded(dtype);
+        let g = random.matrix(9, 3).rounded(dtype);
+        for stored in STORED {
+            let step = PackStep {
+                stored,
+                seed: 5,
+                step: 1,
+            };
+            let unpacked = pack(x.tensor(device, dtype), step).unpack();
+            assert_eq!(unpacked.dtype(), dtype);
+            let unpacked = Matrix::from_tensor(unpacked);
+            let (expected, _) = rounded(&x, stored, 5, 1);
+            let error = unpacked.relative_error(&expected);
+            assert!(
+                error < f64::max(tolerance, 0.02),
+                "{dtype:?} {stored:?}: {error}"
+            );
+
+            let packed = pack(x.tensor(device, dtype), step);
+            let step = step_of(Policy::Systematic, Memory::None, 3, 0);
+            let gradient = weight_gradient(packed, g.tensor(device, dtype), None, step).weight;
+            assert_eq!(gradient.dtype(), dtype);
+            let mut oracle = Oracle::new(Policy::Systematic, Memory::None, 2, 70, 3);
+            let expected = oracle.step_of_rounded(&x, &unpacked, &g, 3);
+            let error = Matrix::from_tensor(gradient).relative_error(&expected);
+            assert!(error < tolerance, "{dtype:?} {stored:?}: {error}");
+        }
+    }
+}
+
+fn step_of(policy: Policy, memory: Memory, k: usize, step: u64) -> AopStep {
+    AopStep {
+        k,
+        method: policy.method(memory),
+        memory_precision: MemoryPrecision::Full,
+        seed: 2,
+        step,
+        bias: true,
+        measure: false,
+    }
+}
+
+pub fn gradients_of_packed_rows_equal_the_oracle(device: &Device) {
+    let mut random = Random(43);
+    let methods = [
+        (Policy::Systematic, Memory::None),
+        (Policy::TopK, Memory::None),
+        (Policy::WinnerTakeAll, Memory::None),
+        (Policy::TopK, Memory::Balanced { decay: 0.9 }),
+    ];
+    for (policy, memory) in methods {
+        for stored in STORED {
+            for (m, n, p, k) in [
+                (13, 5, 3, 1),
+                (20, 65, 7, 19),
+                (70, 96, 33, 9),
+                (600, 300, 20, 75),
+            ] {
+                let mut oracle = Oracle::new(policy, memory, 2, n, p);
+                let mut rows = None;
+                for number in 0..2 {
+                    let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+                    let packing = PackStep {
+                        stored,
+                        seed: 9,
+                        step: number,
+                    };
+                    let packed = pack(x.tensor(device, DType::F32), packing);
+                    let unpacked = Matrix::from_tensor(packed.clone().unpack());
+                    let step = step_of(policy, memory, k, number);
+                    let found =
+                        weight_gradient(packed, g.tensor(device, DType::F32), rows.take(), step);
+                    rows = found.memory;
+                    let expected = oracle.step_of_rounded(&x, &unpacked, &g, k);
+                    let error = Matrix::from_tensor(found.weight).relative_error(&expected);
+                    assert!(
+                        error < 1e-5,
+                        "{policy:?} {memory:?} {stored:?} {m} {n} {p}: {error:e}"
+                    );
+                    let sums = (0..p).map(|j| g.0.iter().map(|row| row[j]).sum::<f64>());
+                    let bias = Matrix::from_tensor(found.bias.unwrap().unsqueeze());
+                    assert!(bias.relative_error(&Matrix(vec![sums.collect()])) < 1e-4);
+                }
+            }
+        }
+    }
+}
+
+pub fn the_noise_of_packed_rows_is_that_of_the_rows(device: &Device) {
+    let mut random = Random(44);
+    let [x, g, gradient] = [(50, 70), (50, 9), (70, 9)]
+        .map(|(rows, columns)| random.matrix(rows, columns).tensor(device, DType::F32));
+    let step = NoiseStep {
+        ks: [50, 25, 12, 6, 3, 1],
+    };
+    let packing = PackStep {
+        stored: StoredInput::Int4,
+        seed: 9,
+        step: 0,
+    };
+    let figures = |noise: Tensor<1>| Matrix::from_tensor(noise.unsqueeze());
+    let packed = gradient_noise(pack(x.clone(), packing), g.clone(), gradient.clone(), step);
+    let full = gradient_noise(x, g, gradient, step);
+    let error = figures(packed).relative_error(&figures(full));
+    assert!(error < 1e-5, "{error:e}");
+}
+
+pub fn values_that_are_not_finite_stay_in_their_group(device: &Device) {
+    let mut random = Random(45);
+    let mut x = random.matrix(3, 150);
+    for (row, value) in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY]
+        .into_iter()
+        .enumerate()
+    {
+        x.0[row][70] = value;
+    }
+    for stored in STORED {
+        let step = PackStep {
+            stored,
+            seed: 1,
+            step: 0,
+        };
+        let packed = pack(x.tensor(device, DType::F32), step);
+        let found = Matrix::from_tensor(packed.clone().unpack());
+        for row in 0..3 {
+            for column in 0..150 {
+                let value = found.0[row][column];
+                let broken = match stored {
+                    // Values have no scale in common.
+                    StoredInput::Half => column == 70,
+                    _ => column / 64 == 1,
+                };
+                assert_eq!(
+                    !value.is_finite(),
+                    broken,
+                    "{stored:?} {row} {column}: {value}"
+                );
+            }
+        }
+        // A row of such a norm is not chosen, and the others are.
+        let g = random.matrix(3, 2).tensor(device, DType::F32);
+        let step = step_of(Policy::TopK, Memory::None, 2, 0);
+        let gradient = weight_gradient(packed, g, None, step).weight;
+        assert_eq!(bits(gradient), vec![0; 300], "{stored:?}");
+    }
+    // Sizes whose squares are infinite.
+    let largest = Matrix(vec![vec![f64::from(f32::MAX), -f64::from(f32::MAX), 1.0]]);
+    for stored in STORED {
+        let step = PackStep {
+            stored,
+            seed: 1,
+            step: 0,
+        };
+        let found = Matrix::from_tensor(pack(largest.tensor(device, DType::F32), step).unpack());
+        for column in 0..2 {
+            let error = found.0[0][column] / largest.0[0][column] - 1.0;
+            assert!(error.abs() < 0.01, "{stored:?}: {:?}", found.0);
+        }
+    }
+}
+
+pub fn zeros_and_tiny_values_are_kept_as_zeros(device: &Device) {
+    let x = Matrix(vec![vec![0.0; 70], vec![-0.0; 70], vec![1e-37; 70]]);
+    for stored in [StoredInput::Int8, StoredInput::Int4] {
+        let step = PackStep {
+            stored,
+            seed: 1,
+            step: 0,
+        };
+        let found = Matrix::from_tensor(pack(x.tensor(device, DType::F32), step).unpack());
+        assert_eq!(found, Matrix::zeros(3, 70), "{stored:?}");
+    }
+    let found = pack(
+        x.tensor(device, DType::F32),
+        PackStep {
+            stored: StoredInput::Half,
+            seed: 1,
+            step: 0,
+        },
+    );
+    assert_eq!(Matrix::from_tensor(found.unpack()).0[0], vec![0.0; 70]);
+}
+
+/// One value that is much larger than the others costs precision in its group only.
+#[test]
+fn a_huge_value_leaves_the_other_groups_alone() {
+    let device = Device::flex();
+    let mut random = Random(46);
+    let mut x = random.matrix(4, 256);
+    x.0.iter_mut().for_each(|row| row[200] = 1e6);
+    for stored in [StoredInput::Int8, StoredInput::Int4] {
+        let step = PackStep {
+            stored,
+            seed: 1,
+            step: 0,
+        };
+        let found = Matrix::from_tensor(pack(x.tensor(&device, DType::F32), step).unpack());
+        let part = |matrix: &Matrix, columns: std::ops::Range<usize>| {
+            Matrix(
+                matrix
+                    .0
+                    .iter()
+                    .map(|row| row[columns.clone()].to_vec())
+                    .collect(),
+            )
+        };
+        let error = part(&found, 0..192).relative_error(&part(&x, 0..192));
+        let most = if stored == StoredInput::Int8 {
+            0.02
+        } else {
+            0.3
+        };
+        assert!(error < most, "{stored:?}: {error}");
+    }
+}
+
+/// On average over many seeds, and over many steps, what is unpacked is the input.
+#[test]
+fn rounding_is_unbiased() {
+    let device = Device::flex();
+    let x = Random(47).matrix(3, 70);
+    for stored in STORED {
+        for by_step in [false, true] {
+            let draws = 4000;
+            let mut sum = Matrix::zeros(3, 70);
+            for draw in 0..draws {
+                let (seed, step) = if by_step { (1, draw) } else { (draw, 1) };
+                let packed = pack(
+                    x.tensor(&device, DType::F32),
+                    PackStep { stored, seed, step },
+                );
+                let found = Matrix::from_tensor(packed.unpack());
+                for (sum, value) in sum.0.iter_mut().flatten().zip(found.0.concat()) {
+                    *sum += value;
+                }
+            }
+            let (_, units) = rounded(&x, stored, 0, 0);
+            for ((sum, x), unit) in sum
+                .0
+                .concat()
+                .iter()
+                .zip(x.0.concat())
+                .zip(units.0.concat())
+            {
+                let mean = sum / draws as f64;
+                // A draw is off by half a unit at most, in the root of the mean square.
+                let error = (mean - x) / (0.5 * unit / (draws as f64).sqrt());
+                assert!(
+                    error.abs() < 5.0,
+                    "{stored:?} {by_step}: {mean} {x} {error}"
+                );
+            }
+        }
+    }
+}
+
+fn config(stored: StoredInput, outer_products: OuterProducts) -> AopConfig {
+    AopConfig::new()
+        .with_outer_products(outer_products)
+        .with_stored_input(stored)
+        .with_cost_rule(false)
+        .with_seed(4)
+}
+
+pub fn layers_with_packed_inputs_equal_the_oracle(device: &Device) {
+    let mut random = Random(48);
+    let (m, n, p) = (12, 70, 5);
+    let linear = LinearConfig::new(n, p).init(device);
+    for stored in STORED {
+        for k in [m, 4] {
+            let layer =
+                MemAopLinear::from_linear(linear.clone(), config(stored, OuterProducts::Count(k)));
+            let mut oracle = Oracle::new(Policy::Systematic, Memory::None, layer_seed(4, 2), n, p);
+            for step in 0..3 {
+                let (x, g) = (random.matrix(m, n), random.matrix(m, p));
+                let input = x.tensor(device, DType::F32).require_grad();
+                let output = layer
+                    .forward(input.clone().reshape([3, 4, n]))
+                    .reshape([m, p]);
+                let exact = linear.forward(input.clone());
+                assert!(
+                    Matrix::from_tensor(output.clone())
+                        .relative_error(&Matrix::from_tensor(exact.clone()))
+                        < 1e-6
+                );
+                let g_tensor = g.tensor(device, DType::F32);
+                let grads = (output * g_tensor.clone()).sum().backward();
+                let exact = (exact * g_tensor).sum().backward();
+                let of_input =
+                    [&grads, &exact].map(|grads| Matrix::from_tensor(input.grad(grads).unwrap()));
+                assert!(of_input[0].relative_error(&of_input[1]) < 1e-6);
+
+                let packing = PackStep {
+                    stored,
+                    seed: 4,
+                    step,
+                };
+                let unpacked = pack(input.inner(), packing).unpack();
+                let unpacked = Matrix::from_tensor(unpacked);
+                let expected = match k == m {
+                    true => product(&unpacked, &g),
+                    false => {
+                        oracle.seed = layer_seed(4, 3);
+                        oracle.step_of_rounded(&x, &unpacked, &g, k)
+                    }
+                };
+                let found = Matrix::from_tensor(layer.weight.grad(&grads).unwrap());
+                let error = found.relative_error(&expected);
+                assert!(error < 1e-5, "{stored:?} {k} {step}: {error:e}");
+            }
+            assert_eq!(layer.memory_stats().step, 3, "the noise goes by the steps");
+        }
+    }
+}
+
+fn product(x: &Matrix, g: &Matrix) -> Matrix {
+    let mut product = Matrix::zeros(x.columns(), g.columns());
+    for row in 0..x.rows() {
+        for a in 0..x.columns() {
+            for b in 0..g.columns() {
+                product.0[a][b] += x.0[row][a] * g.0[row][b];
+            }
+        }
+    }
+    product
+}
+
+pub fn activations_equal_burns(device: &Device) {
+    let inner = device.clone().inner();
+    for shape in [[2, 3, 1], [4, 5, 31], [4, 5, 70], [1, 3, 300]] {
+        let input = Tensor::<3>::random(shape, Distribution::Normal(0.0, 2.0), &inner);
+        let upstream = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &inner);
+        let gradient = |function: fn(Tensor<3>) -> Tensor<3>| {
+            let input = Tensor::from_inner(input.clone())
+                .to_device(device)
+                .require_grad();
+            let output = function(input.clone());
+            let grads = (output.clone() * Tensor::from_inner(upstream.clone()).to_device(device))
+                .sum()
+                .backward();
+            (output.inner(), input.grad(&grads).unwrap())
+        };
+        let (ours, burns) = (gradient(compact::relu), gradient(activation::relu));
+        assert_eq!(bits(ours.0), bits(burns.0), "{shape:?}");
+        // A zero has a sign where Burn multiplies.
+        ours.1.into_data().assert_eq(&burns.1.into_data(), true);
+
+        let (ours, burns) = (gradient(compact::gelu), gradient(activation::gelu));
+        assert_eq!(bits(ours.0), bits(burns.0), "{shape:?}");
+        let difference = (ours.1 - burns.1).abs() / upstream.clone().abs();
+        let largest = difference.max().into_scalar::<f32>();
+        // Half of 1.13 / 127.
+        assert!(largest < 0.0046, "{shape:?}: {largest}");
+    }
+    // NaN goes through, as in Burn, and what is infinite does where the output is not zero.
+    let data = TensorData::from([[f32::NAN, 1.0, -1.0, 0.0]]);
+    let input = Tensor::<2>::from_data(data, device).require_grad();
+    let upstream = TensorData::from([[2.0, f32::INFINITY, f32::INFINITY, f32::NAN]]);
+    let upstream = Tensor::<2>::from_data(upstream, device);
+    let grads = (compact::relu(input.clone()) * upstream).backward();
+    let found: Vec<f32> = input.grad(&grads).unwrap().into_data().iter().collect();
+    assert_eq!(found, [2.0, f32::INFINITY, 0.0, 0.0]);
+}
+
+/// The gradients of the three projections are of one rounding.
+pub fn attention_packs_its_input_once(device: &Device) {
+    let (batch, length, width) = (2, 5, 64);
+    let aop = config(StoredInput::Int4, OuterProducts::Count(batch * length));
+    let mha = MultiHeadAttentionConfig::new(width, 4)
+        .with_dropout(0.0)
+        .init(device);
+    let ours = MemAopMultiHeadAttention::from_mha(mha, aop);
+    let x = Random(49)
+        .matrix(batch * length, width)
+        .tensor(device, DType::F32);
+    let x = x.reshape([batch, length, width]);
+    let gradients = |input: MhaInput, attention: &MemAopMultiHeadAttention| {
+        let grads = attention.forward(input).context.square().sum().backward();
+        [&attention.query, &attention.key, &attention.value]
+            .map(|layer| Matrix::from_tensor(layer.weight.grad(&grads).unwrap()))
+    };
+    let shared = gradients(MhaInput::self_attn(x.clone()), &ours);
+
+    let apart = ours.clone();
+    for layer in [&apart.query, &apart.key, &apart.value] {
+        layer.reset_memory();
+    }
+    let single = gradients(MhaInput::new(x.clone(), x.clone(), x), &apart);
+    // The first packs for all; the others would round by seeds of their own.
+    assert!(shared[0].relative_error(&single[0]) < 1e-5);
+    for (shared, single) in shared.iter().zip(&single).skip(1) {
+        let error = shared.relative_error(single);
+        assert!(error > 1e-3 && error < 0.3, "{error}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "pack: step.stored must be other than Full")]
+fn nothing_is_packed_as_it_is() {
+    let step = PackStep {
+        stored: StoredInput::Full,
+        seed: 0,
+        step: 0,
+    };
+    pack(Tensor::ones([2, 2], &Device::flex()), step);
+}
+
+#[test]
+#[should_panic(expected = "pack: input must be on a device without autodiff")]
+fn a_tracked_input_is_not_packed() {
+    let step = PackStep {
+        stored: StoredInput::Int8,
+        seed: 0,
+        step: 0,
+    };
+    pack(Tensor::ones([2, 2], &Device::flex().autodiff()), step);
+}
+
+#[test]
+fn a_method_with_a_memory_takes_packed_inputs() {
+    let device = Device::flex().autodiff();
+    let aop = config(StoredInput::Int8, OuterProducts::Count(3))
+        .with_method(Method::TopK(Memory::Balanced { decay: 0.9 }));
+    let layer = MemAopLinear::from_linear(LinearConfig::new(8, 4).init(&device), aop);
+    let grads = layer
+        .forward(Tensor::<2>::ones([9, 8], &device))
+        .sum()
+        .backward();
+    assert!(layer.weight.grad(&grads).is_some());
+    assert_eq!(layer.memory_stats().rows, 9);
+}
