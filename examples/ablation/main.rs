@@ -19,7 +19,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    StoredInputOption, parallel,
 };
 
 use crate::{
@@ -84,6 +85,9 @@ struct Grid {
     /// The precision in which the memory is kept
     #[arg(long, value_enum, default_value_t)]
     memory_precision: MemoryPrecisionOption,
+    /// How inputs are kept for the backward pass
+    #[arg(long, value_enum, default_value_t)]
+    stored_input: StoredInputOption,
     /// Approximates layers too for which the exact gradient takes less time: the one to the classes
     #[arg(long)]
     no_cost_rule: bool,
@@ -211,6 +215,7 @@ impl Grid {
             memory,
             decay,
             memory_precision: self.memory_precision,
+            stored_input: self.stored_input,
             input_gradient: self.input_gradient,
             cost_rule: !self.no_cost_rule,
             exact_steps: self.exact_steps,

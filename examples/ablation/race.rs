@@ -6,7 +6,8 @@ use std::{fmt::Write, path::PathBuf};
 use anyhow::{Result, ensure};
 use clap::Args;
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    StoredInputOption, parallel,
     statistics::{confidence, mean_and_error},
 };
 use serde::Serialize;
@@ -171,6 +172,7 @@ impl Race {
                 memory: MemoryOption::None,
                 decay: 1.0,
                 memory_precision: MemoryPrecisionOption::Full,
+                stored_input: StoredInputOption::Full,
                 input_gradient: InputGradientOptions::default(),
                 cost_rule: true,
                 exact_steps: 0,

@@ -3,6 +3,7 @@ use burn_memaop::{AopConfig, Schedule};
 use clap::ValueEnum;
 use memaop_examples::{
     InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    StoredInputOption,
 };
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,8 @@ pub struct Setting {
     pub input_gradient: InputGradientOptions,
     #[serde(default)]
     pub memory_precision: MemoryPrecisionOption,
+    #[serde(default)]
+    pub stored_input: StoredInputOption,
     /// Whether layers for which the exact gradient takes less time are exact.
     pub cost_rule: bool,
     /// Steps with exact gradients at the start.
@@ -49,6 +52,7 @@ impl Setting {
             memory: MemoryOption::None,
             decay: 1.0,
             memory_precision: MemoryPrecisionOption::Full,
+            stored_input: StoredInputOption::Full,
             input_gradient: InputGradientOptions::default(),
             cost_rule: true,
             exact_steps: 0,
@@ -76,6 +80,7 @@ impl Setting {
             .with_method(self.policy.method(self.memory.memory(self.decay))?)
             .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
+            .with_stored_input(self.stored_input.stored_input())
             .with_cost_rule(self.cost_rule)
             .with_schedule(Schedule::Constant {
                 exact_steps: self.exact_steps,
@@ -168,6 +173,7 @@ impl Setting {
                 format!("{method}, dX {ratio} {how}")
             }
         };
+        let method = method + &self.stored_input.suffix();
         let method = match self.cost_rule {
             true => method,
             false => format!("{method}, every layer"),

@@ -7,6 +7,7 @@ use memaop_examples::{
     PolicyOption::{
         self, Bernoulli, ColumnRow, RandK, ScaledRandK, Systematic, TopK, WeightedK, WinnerTakeAll,
     },
+    StoredInputOption,
 };
 
 use crate::setting::{
@@ -116,6 +117,7 @@ fn exact((optimizer, lr, momentum, batch, hidden, epochs): Regime) -> Setting {
         memory: None,
         decay: 1.0,
         memory_precision: MemoryPrecisionOption::Full,
+        stored_input: StoredInputOption::Full,
         input_gradient: InputGradientOptions::default(),
         cost_rule: true,
         exact_steps: 0,

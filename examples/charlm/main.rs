@@ -18,8 +18,8 @@ use burn::tensor::Device;
 use burn_memaop::AopConfig;
 use clap::Parser;
 use memaop_examples::{
-    AopOptions, Backend, InputGradientOptions, KRatio, MemoryPrecisionOption, PolicyOption, check,
-    parallel,
+    AopOptions, Backend, InputGradientOptions, KRatio, MemoryPrecisionOption, PolicyOption,
+    StoredInputOption, check, parallel,
 };
 use rand::{SeedableRng, rngs::StdRng};
 
@@ -45,6 +45,9 @@ struct Options {
     policy: Vec<PolicyOption>,
     #[command(flatten)]
     input_gradient: InputGradientOptions,
+    /// How inputs are kept for the backward pass; each is a training of its own
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "full")]
+    stored_input: Vec<StoredInputOption>,
     #[arg(long, default_value_t = 800)]
     steps: usize,
     /// Sequences in a batch; the rows of a gradient are --batch times --length
@@ -183,7 +186,7 @@ impl Options {
 
     /// Burn's own modules first, then every policy with every K.
     fn configurations(&self, seed: u64) -> Result<Vec<Option<AopConfig>>> {
-        let pairs = self.pairs().map(|(policy, k_ratio)| {
+        let pairs = self.pairs().map(|(policy, k_ratio, stored_input)| {
             let options = AopOptions {
                 k: None,
                 k_ratio,
@@ -195,6 +198,7 @@ impl Options {
                     KRatio::ALL => InputGradientOptions::default(),
                     _ => self.input_gradient,
                 },
+                stored_input,
                 no_cost_rule: false,
             };
             options.config(seed << 32).map(Some)
@@ -202,14 +206,17 @@ impl Options {
         std::iter::once(Ok(None)).chain(pairs).collect()
     }
 
-    fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio)> {
+    fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio, StoredInputOption)> {
         let policies = self.policy.iter().enumerate();
-        policies.flat_map(|(number, &policy)| {
+        policies.flat_map(move |(number, &policy)| {
             let k_ratios = self.k_ratio.iter().filter(move |&&k_ratio| {
                 // All rows are the same with every policy.
                 k_ratio.goes_with(policy) && (k_ratio != KRatio::ALL || number == 0)
             });
-            k_ratios.map(move |&k_ratio| (policy, k_ratio))
+            k_ratios.flat_map(move |&k_ratio| {
+                let stored = self.stored_input.iter();
+                stored.map(move |&stored| (policy, k_ratio, stored))
+            })
         })
     }
 
@@ -223,11 +230,12 @@ impl Options {
                 "--k-ratio must have a share below 1 for --policy {policy}, which has no auto"
             );
         }
-        let pairs = self.pairs().map(|(policy, k_ratio)| {
-            Method::new(match k_ratio {
+        let pairs = self.pairs().map(|(policy, k_ratio, stored)| {
+            let name = match k_ratio {
                 KRatio::ALL => "exact, flat".to_string(),
                 k => format!("{policy} {k}"),
-            })
+            };
+            Method::new(name + &stored.suffix())
         });
         Ok(std::iter::once(Method::new("exact".to_string()))
             .chain(pairs)

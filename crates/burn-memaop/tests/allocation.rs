@@ -1,5 +1,5 @@
 //! After its first step a layer allocates nothing of the size of batch or memory that `Linear` does
-//! not allocate too.
+//! not allocate too, and keeps no more of its input between the passes than it is told to.
 
 #![cfg(all(feature = "flex", feature = "autodiff"))]
 
@@ -15,19 +15,22 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts,
+    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
+    activation,
     op::{AopStep, weight_gradient},
 };
 
-/// The system's allocator, counting requests of at least [`LARGE`] bytes.
+/// The system's allocator, counting requests of at least [`LARGE`] bytes, and the bytes that are alive.
 struct Counting;
 
 static LARGE_REQUESTS: AtomicUsize = AtomicUsize::new(0);
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
 
 fn count(size: usize) {
     if size >= LARGE {
         LARGE_REQUESTS.fetch_add(1, Relaxed);
     }
+    ALIVE.fetch_add(size, Relaxed);
 }
 
 // SAFETY: every call is passed on to the system's allocator unchanged.
@@ -44,10 +47,12 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count(size);
+        ALIVE.fetch_sub(layout.size(), Relaxed);
         unsafe { System.realloc(block, layout, size) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        ALIVE.fetch_sub(layout.size(), Relaxed);
         unsafe { System.dealloc(block, layout) }
     }
 }
@@ -110,9 +115,51 @@ fn training<L: Module>(mut layer: L, forward: fn(&L, Tensor<2>) -> Tensor<2>) ->
         .collect()
 }
 
+/// The bytes that a forward pass in training leaves behind, beyond the output, in shares of the input's.
+fn kept(forward: impl Fn(Tensor<2>) -> Tensor<2>) -> f64 {
+    let device = Device::flex().autodiff();
+    let random = random(WIDE, &device).require_grad();
+    // No one else has the input, as below another layer.
+    forward(random.clone() * 1.0).sum().backward();
+    let before = ALIVE.load(Relaxed);
+    let output = forward(random.clone() * 1.0);
+    let kept = ALIVE.load(Relaxed) - before;
+    let [_, columns] = output.dims();
+    (kept as f64 - (4 * M * columns) as f64) / (4 * M * WIDE) as f64
+}
+
+const WIDE: usize = 512;
+
+fn inputs_are_kept_in_as_many_bytes_as_are_asked_for() {
+    let linear = LinearConfig::new(WIDE, 8).init(&Device::flex().autodiff());
+    let burns = kept(|input| linear.forward(input));
+    assert!((0.99..1.02).contains(&burns), "{burns}");
+    for outer_products in [OuterProducts::Count(M), OuterProducts::Count(M / 8)] {
+        for (stored_input, least, most) in [
+            (StoredInput::Full, 0.99, 1.02),
+            (StoredInput::Half, 0.49, 0.51),
+            (StoredInput::Int8, 0.26, 0.27),
+            (StoredInput::Int4, 0.13, 0.15),
+        ] {
+            let aop = AopConfig::new()
+                .with_outer_products(outer_products)
+                .with_stored_input(stored_input);
+            let layer = MemAopLinear::from_linear(linear.clone(), aop);
+            let kept = kept(|input| layer.forward(input));
+            assert!((least..most).contains(&kept), "{aop:?}: {kept}");
+        }
+    }
+    // Beyond the output, which the layer above keeps anyway.
+    let (relu, gelu) = (kept(activation::relu), kept(activation::gelu));
+    assert!((0.03..0.035).contains(&relu), "{relu}");
+    assert!((0.26..0.27).contains(&gelu), "{gelu}");
+}
+
 // One test, because the allocator counts for the whole process.
 #[test]
 fn nothing_large_is_allocated_after_the_first_step() {
+    inputs_are_kept_in_as_many_bytes_as_are_asked_for();
+
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(32))
         .with_cost_rule(false);

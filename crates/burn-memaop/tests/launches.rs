@@ -12,8 +12,10 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
     AopConfig, AopObserver, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
+    StoredInput,
+    activation::{gelu, relu},
     baseline::Baseline,
-    op::{self, AopStep, InputStep},
+    op::{self, AopStep, InputStep, PackStep},
 };
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -98,6 +100,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
     operation(&device);
     input_gradient(&device);
     noise(&device);
+    packed(&device);
     host_selection_is_reported(&device);
     layer(&device);
     choosing_layer(&device);
@@ -202,6 +205,63 @@ fn noise(device: &Device) {
         }
         assert_eq!(reads, 0, "{kernels:?}");
     }
+}
+
+/// One kernel packs; the gradient takes two more than of whole rows, for the product of the norms and the other gather.
+fn packed(device: &Device) {
+    for dtype in [DType::F32, DType::F16] {
+        if !device.supports_dtype(dtype) {
+            continue;
+        }
+        let (x, g) = (
+            random([200, 40], device, dtype),
+            random([200, 24], device, dtype),
+        );
+        for stored in [StoredInput::Half, StoredInput::Int8, StoredInput::Int4] {
+            let step = PackStep {
+                stored,
+                seed: 1,
+                step: 0,
+            };
+            let mut rows = None;
+            let (kernels, reads) = observe(device, || {
+                rows = Some(op::pack(x.clone(), step));
+            });
+            assert_eq!((kernels.len(), reads), (1, 0), "{stored:?}: {kernels:?}");
+
+            let rows = rows.unwrap();
+            let settings = AopStep {
+                k: 25,
+                method: Method::Systematic,
+                memory_precision: MemoryPrecision::Full,
+                seed: 1,
+                step: 0,
+                bias: false,
+                measure: false,
+            };
+            let (kernels, reads) = observe(device, || {
+                op::weight_gradient(rows.clone(), g.clone(), None, settings);
+            });
+            let products = kernels.iter().filter(|name| name.contains("matmul"));
+            assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
+            assert_eq!(reads, 0, "{stored:?}: {kernels:?}");
+
+            let (kernels, reads) = observe(device, || drop(rows.unpack()));
+            assert_eq!((kernels.len(), reads), (1, 0), "{stored:?}: {kernels:?}");
+        }
+    }
+    let device = device.clone().autodiff();
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(9))
+        .with_stored_input(StoredInput::Int8);
+    let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+    let input = random([70, 20], &device, DType::F32).require_grad();
+    let (kernels, reads) = observe(&device, || {
+        for function in [relu, gelu] {
+            function(layer.forward(input.clone())).sum().backward();
+        }
+    });
+    assert_eq!(reads, 0, "{kernels:?}");
 }
 
 fn host_selection_is_reported(device: &Device) {

@@ -13,4 +13,5 @@ pub use backend::Backend;
 pub use encoder::Encoder;
 pub use options::{
     AopOptions, InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
+    StoredInputOption,
 };

@@ -2,7 +2,8 @@ use std::{fmt, str::FromStr};
 
 use anyhow::{Result, anyhow, bail};
 use burn_memaop::{
-    AopConfig, InputGradient, Memory, MemoryPrecision, Method, OuterProducts, baseline::Baseline,
+    AopConfig, InputGradient, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
+    baseline::Baseline,
 };
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -196,6 +197,39 @@ impl MemoryPrecisionOption {
     }
 }
 
+/// How inputs are kept, on the command line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+#[allow(missing_docs)]
+pub enum StoredInputOption {
+    #[default]
+    Full,
+    Half,
+    Int8,
+    Int4,
+}
+
+impl StoredInputOption {
+    /// The setting of a layer.
+    pub fn stored_input(self) -> StoredInput {
+        match self {
+            Self::Full => StoredInput::Full,
+            Self::Half => StoredInput::Half,
+            Self::Int8 => StoredInput::Int8,
+            Self::Int4 => StoredInput::Int4,
+        }
+    }
+
+    /// What it adds to the name of a method.
+    pub fn suffix(self) -> String {
+        match self {
+            Self::Full => String::new(),
+            stored => format!(", {stored:?}").to_lowercase(),
+        }
+    }
+}
+
 /// The gradient of the input on the command line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default)]
@@ -245,6 +279,9 @@ pub struct AopOptions {
     pub memory_precision: MemoryPrecisionOption,
     #[command(flatten)]
     pub input_gradient: InputGradientOptions,
+    /// How inputs are kept for the backward pass
+    #[arg(long, value_enum, default_value_t)]
+    pub stored_input: StoredInputOption,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -267,6 +304,7 @@ impl AopOptions {
             .with_method(self.policy.method(memory.memory(decay))?)
             .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
+            .with_stored_input(self.stored_input.stored_input())
             .with_cost_rule(!self.no_cost_rule)
             .with_seed(seed);
         config.validate()?;

@@ -1,0 +1,443 @@
+//! What a model keeps between forward and backward pass, the peak of a training step, and its time: with Burn's layers, and
+//! with those of this crate, whose inputs are kept as they are or in few bits.
+//!
+//! ```text
+//! cargo bench --bench memory -- --model transformer --width 512 --batch 64 --length 64 --blocks 4
+//! ```
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    fmt,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use anyhow::{Result, ensure};
+use burn::{
+    module::{Module, ModuleDisplay},
+    nn::{Linear, LinearConfig, transformer::TransformerEncoderConfig},
+    optim::{AdamConfig, GradientsParams, ModuleOptimizer},
+    tensor::{Device, Tensor, activation},
+};
+use burn_memaop::{
+    AopConfig, MemAopLinear, StoredInput,
+    activation::relu,
+    transformer::{MemAopTransformerEncoder, MemAopTransformerEncoderLayer, MhaInput},
+};
+use clap::{Parser, ValueEnum};
+use memaop_benches::{Common, interleaved, random};
+use memaop_examples::{Encoder, KRatio, check};
+use serde::Serialize;
+
+/// Bytes between the passes and at most, and milliseconds, of training steps with Adam
+#[derive(Parser, Debug)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Without it all of them
+    #[arg(long, value_enum)]
+    model: Option<ModelKind>,
+    /// Inputs and outputs of a layer, or the size of a token
+    #[arg(long, default_value_t = 512)]
+    width: usize,
+    /// Rows of the batch of layer and perceptron
+    #[arg(long, default_value_t = 4096)]
+    m: usize,
+    /// Hidden layers of the perceptron
+    #[arg(long, default_value_t = 4)]
+    hidden: usize,
+    #[arg(long, default_value_t = 8)]
+    heads: usize,
+    /// Transformer blocks
+    #[arg(long, default_value_t = 4)]
+    blocks: usize,
+    /// Sequences in a batch
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = 64)]
+    length: usize,
+    /// Outer products as a share of the batch; 1 for exact gradients
+    #[arg(long, default_value = "0.125")]
+    k_ratio: KRatio,
+    /// With gradient checkpointing too
+    #[arg(long)]
+    checkpointing: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum ModelKind {
+    Layer,
+    Perceptron,
+    Transformer,
+}
+
+impl fmt::Display for ModelKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{self:?}").to_lowercase())
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    model: ModelKind,
+    side: &'static str,
+    checkpointing: bool,
+    /// Alive between the passes, beyond what is alive between steps.
+    kept_mib: f64,
+    /// The most alive in a step, with weights and the optimizer's state; not known of a GPU.
+    peak_mib: Option<f64>,
+    ms: f64,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let device = options.common.device()?;
+    check::heads(options.width, options.heads)?;
+    ensure!(
+        options.m > 1 && options.hidden > 0 && options.blocks > 0,
+        "--m must be at least 2, --hidden and --blocks at least 1"
+    );
+    println!(
+        "{:<12} {:<20} {:<8} {:>10} {:>6} {:>10} {:>6} {:>9} {:>6}",
+        "model", "side", "again", "kept MiB", "", "peak MiB", "", "ms", ""
+    );
+    let mut rows = Vec::new();
+    let models = match options.model {
+        Some(model) => vec![model],
+        None => ModelKind::value_variants().to_vec(),
+    };
+    for model in models {
+        for checkpointing in [false, true] {
+            if checkpointing && !options.checkpointing {
+                continue;
+            }
+            rows.extend(measure(&options, &device, model, checkpointing)?);
+        }
+    }
+    println!(
+        "\nRatios are to the first side. again: gradient checkpointing computes some values again."
+    );
+    options.common.save(&rows)
+}
+
+/// All sides of a model: each by itself for the bytes, in turns for the times.
+fn measure(
+    options: &Options,
+    device: &Device,
+    model: ModelKind,
+    checkpointing: bool,
+) -> Result<Vec<Row>> {
+    let autodiff = match checkpointing {
+        false => device.clone().autodiff(),
+        true => device.clone().autodiff().gradient_checkpointing(),
+    };
+    let sides = sides(options, &autodiff, model)?;
+    let mut rows = Vec::new();
+    for (side, make) in &sides {
+        let [kept, peak] = bytes(device, make.as_ref())?;
+        rows.push(Row {
+            model,
+            side,
+            checkpointing,
+            kept_mib: kept as f64 / MIB,
+            peak_mib: options.common.backend.is_cpu().then_some(peak as f64 / MIB),
+            ms: 0.0,
+        });
+    }
+    let mut running: Vec<_> = sides.iter().map(|(_, make)| make()).collect();
+    let mut steps: Vec<_> = running.iter_mut().map(|side| || side.step()).collect();
+    let mut steps: Vec<_> = steps
+        .iter_mut()
+        .map(|step| step as &mut dyn FnMut())
+        .collect();
+    let times = interleaved(device, options.common.repeats, &mut steps)?;
+    for (row, ms) in rows.iter_mut().zip(times) {
+        row.ms = ms;
+    }
+    for row in &rows {
+        let (peak, peak_ratio) = match (row.peak_mib, rows[0].peak_mib) {
+            (Some(peak), Some(first)) => (format!("{peak:.1}"), format!("{:.2}", peak / first)),
+            _ => Default::default(),
+        };
+        println!(
+            "{:<12} {:<20} {:<8} {:>10.1} {:>6.2} {peak:>10} {peak_ratio:>6} {:>9.1} {:>6.2}",
+            row.model,
+            row.side,
+            if row.checkpointing { "yes" } else { "no" },
+            row.kept_mib,
+            row.kept_mib / rows[0].kept_mib,
+            row.ms,
+            row.ms / rows[0].ms
+        );
+    }
+    Ok(rows)
+}
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// The bytes that a step keeps between its passes, and the most that are alive in it, after two steps before.
+fn bytes(device: &Device, make: &dyn Fn() -> Box<dyn Run>) -> Result<[usize; 2]> {
+    let before = alive(device)?;
+    let mut side = make();
+    side.step();
+    side.step();
+    let between = alive(device)?;
+    PEAK.store(ALIVE.load(Relaxed), Relaxed);
+    side.forward();
+    let kept = alive(device)?.saturating_sub(between);
+    side.backward();
+    device.sync()?;
+    Ok([kept, PEAK.load(Relaxed).saturating_sub(before)])
+}
+
+/// A training that is stopped between its passes.
+trait Run {
+    fn forward(&mut self);
+    fn backward(&mut self);
+    fn step(&mut self) {
+        self.forward();
+        self.backward();
+    }
+}
+
+struct Running<M> {
+    /// Moved through the optimizer by each step.
+    model: Option<M>,
+    optimizer: ModuleOptimizer,
+    loss: Box<dyn Fn(&M) -> Tensor<1>>,
+    pending: Option<Tensor<1>>,
+}
+
+impl<M: Module> Run for Running<M> {
+    fn forward(&mut self) {
+        let model = self.model.as_ref().expect("a step gives the model back");
+        self.pending = Some((self.loss)(model));
+    }
+
+    fn backward(&mut self) {
+        let model = self.model.take().expect("a step gives the model back");
+        let loss = self.pending.take().expect("the forward pass has run");
+        let gradients = GradientsParams::from_grads(loss.backward(), &model);
+        self.model = Some(self.optimizer.step(1e-3, model, gradients));
+    }
+}
+
+type Side = (&'static str, Box<dyn Fn() -> Box<dyn Run>>);
+
+/// Models with the same weights, and what they are called.
+fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Side>> {
+    let aop = |stored| -> Result<AopConfig> {
+        let aop = AopConfig::new()
+            .with_outer_products(options.k_ratio.outer_products())
+            .with_stored_input(stored);
+        aop.validate()?;
+        Ok(aop)
+    };
+    let [full, half, int8, int4] = [
+        aop(StoredInput::Full)?,
+        aop(StoredInput::Half)?,
+        aop(StoredInput::Int8)?,
+        aop(StoredInput::Int4)?,
+    ];
+    let (width, batch, length) = (options.width, options.batch, options.length);
+    let dtype = options.common.dtype;
+    let random = |rows| random(rows, width, &device.clone().inner(), dtype).autodiff();
+    // Weights of its own for each side, so that none is kept by another; their values are equal.
+    let seeded = {
+        let device = device.clone();
+        move || device.seed(1)
+    };
+    Ok(match model {
+        ModelKind::Layer => {
+            let input = random(options.m).to_device(device);
+            let device = device.clone();
+            let linear = move || {
+                seeded();
+                LinearConfig::new(width, width).init(&device)
+            };
+            let burns = linear.clone();
+            let mut sides = vec![side("Linear", burns, {
+                let input = input.clone();
+                // As below another layer.
+                move |layer: &Linear| layer.forward(input.clone().require_grad() * 1.0).sum()
+            })];
+            for (name, aop) in [
+                ("full", full),
+                ("half", half),
+                ("int8", int8),
+                ("int4", int4),
+            ] {
+                let (input, linear) = (input.clone(), linear.clone());
+                let layer = move || MemAopLinear::from_linear(linear(), aop);
+                sides.push(side(name, layer, move |layer| {
+                    layer.forward(input.clone().require_grad() * 1.0).sum()
+                }));
+            }
+            sides
+        }
+        ModelKind::Perceptron => {
+            let input = random(options.m).to_device(device);
+            let (device, hidden) = (device.clone(), options.hidden);
+            let layers = move || -> Vec<Linear> {
+                seeded();
+                let linear = LinearConfig::new(width, width);
+                (0..hidden).map(|_| linear.init(&device)).collect()
+            };
+            let burns = layers.clone();
+            let mut sides = vec![side("Linear", burns, {
+                let input = input.clone();
+                move |layers: &Vec<Linear>| {
+                    let output = layers.iter().fold(input.clone(), |input, layer| {
+                        activation::relu(layer.forward(input))
+                    });
+                    output.square().mean()
+                }
+            })];
+            for (name, aop, compact) in [
+                ("full", full, false),
+                ("int8, Burn's ReLU", int8, false),
+                ("half", half, true),
+                ("int8", int8, true),
+                ("int4", int4, true),
+            ] {
+                let (input, layers) = (input.clone(), layers.clone());
+                let layers = move || -> Vec<_> {
+                    let layers = layers().into_iter();
+                    layers
+                        .map(|linear| MemAopLinear::from_linear(linear, aop))
+                        .collect()
+                };
+                sides.push(side(name, layers, move |layers: &Vec<MemAopLinear>| {
+                    let output = layers.iter().fold(input.clone(), |input, layer| {
+                        let output = layer.forward(input);
+                        match compact {
+                            true => relu(output),
+                            false => activation::relu(output),
+                        }
+                    });
+                    output.square().mean()
+                }));
+            }
+            sides
+        }
+        ModelKind::Transformer => {
+            let tokens = random(batch * length).to_device(device);
+            let tokens = tokens.reshape([batch, length, width]);
+            let config =
+                TransformerEncoderConfig::new(width, 4 * width, options.heads, options.blocks)
+                    .with_norm_first(true)
+                    .with_dropout(0.0);
+            let device = device.clone();
+            let encoder = move || {
+                seeded();
+                config.init(&device)
+            };
+            let burns = encoder.clone();
+            let mut sides = vec![side("Burn's encoder", burns, {
+                let tokens = tokens.clone();
+                move |encoder| encoder.encode(tokens.clone(), None).square().mean()
+            })];
+            for (name, aop, compact) in [
+                ("full", full, true),
+                ("int8, Burn's GELU", int8, false),
+                ("half", half, true),
+                ("int8", int8, true),
+                ("int4", int4, true),
+            ] {
+                let (tokens, encoder) = (tokens.clone(), encoder.clone());
+                let encoder = move || MemAopTransformerEncoder::from_encoder(encoder(), aop);
+                sides.push(side(
+                    name,
+                    encoder,
+                    move |encoder: &MemAopTransformerEncoder| {
+                        let encoded = match compact {
+                            true => encoder.encode(tokens.clone(), None),
+                            false => encoder.layers.iter().fold(tokens.clone(), burns_gelu),
+                        };
+                        encoded.square().mean()
+                    },
+                ));
+            }
+            sides
+        }
+    })
+}
+
+/// A block that normalises first, with the activation as Burn has it.
+fn burns_gelu(tokens: Tensor<3>, block: &MemAopTransformerEncoderLayer) -> Tensor<3> {
+    let attended = MhaInput::self_attn(block.norm_2.forward(tokens.clone()));
+    let tokens = tokens + block.mha.forward(attended).context;
+    let inner = block
+        .pwff
+        .linear_inner
+        .forward(block.norm_1.forward(tokens.clone()));
+    tokens + block.pwff.linear_outer.forward(activation::gelu(inner))
+}
+
+fn side<M: Module + ModuleDisplay + 'static>(
+    name: &'static str,
+    model: impl Fn() -> M + 'static,
+    loss: impl Fn(&M) -> Tensor<1> + Clone + 'static,
+) -> Side {
+    let make = move || -> Box<dyn Run> {
+        Box::new(Running {
+            model: Some(model()),
+            optimizer: AdamConfig::new().init(),
+            loss: Box::new(loss.clone()),
+            pending: None,
+        })
+    };
+    (name, Box::new(make))
+}
+
+/// The bytes that are alive: of the process, or of the GPU.
+fn alive(device: &Device) -> Result<usize> {
+    device.sync()?;
+    #[cfg(feature = "cubecl-backend")]
+    if let burn::backend::DispatchDevice::Cube(device) = device.as_dispatch() {
+        use burn_cubecl::cubecl::prelude::MemoryScope;
+        let usage = device.client().memory_report(MemoryScope::Device).usage();
+        return Ok(usage.bytes_in_use as usize);
+    }
+    Ok(ALIVE.load(Relaxed))
+}
+
+/// The system's allocator, which counts the bytes that are alive.
+struct Counting;
+
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn count(more: usize, less: usize) {
+    let before = ALIVE.fetch_add(more, Relaxed);
+    PEAK.fetch_max(before + more, Relaxed);
+    ALIVE.fetch_sub(less, Relaxed);
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size(), 0);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size(), 0);
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // Old and new block can both be there for a moment.
+        count(size, layout.size());
+        unsafe { System.realloc(block, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        count(0, layout.size());
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
