@@ -14,14 +14,20 @@ use std::{
 use anyhow::{Result, ensure};
 use burn::{
     module::{Module, ModuleDisplay},
-    nn::{Linear, LinearConfig, transformer::TransformerEncoderConfig},
+    nn::{
+        DropoutConfig, LayerNormConfig, Linear, LinearConfig,
+        attention::{self, MultiHeadAttentionConfig},
+        transformer::TransformerEncoderConfig,
+    },
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
     tensor::{Device, Tensor, activation},
 };
 use burn_memaop::{
     AopConfig, MemAopLinear, StoredInput,
-    activation::relu,
-    transformer::{MemAopTransformerEncoder, MemAopTransformerEncoderLayer, MhaInput},
+    activation::{gelu, relu},
+    transformer::{
+        MemAopMultiHeadAttention, MemAopTransformerEncoder, MemAopTransformerEncoderLayer, MhaInput,
+    },
 };
 use clap::{Parser, ValueEnum};
 use memaop_benches::{Common, interleaved, random};
@@ -62,6 +68,9 @@ struct Options {
     /// With gradient checkpointing too
     #[arg(long)]
     checkpointing: bool,
+    /// What single modules keep, in place of whole models
+    #[arg(long, conflicts_with_all = ["model", "checkpointing"])]
+    parts: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -76,6 +85,15 @@ impl fmt::Display for ModelKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&format!("{self:?}").to_lowercase())
     }
+}
+
+/// What one module keeps.
+#[derive(Serialize)]
+struct Part {
+    part: &'static str,
+    /// Beyond its output, which the next one is given.
+    bytes_a_row: f64,
+    values_a_row: f64,
 }
 
 #[derive(Serialize)]
@@ -98,6 +116,9 @@ fn main() -> Result<()> {
         options.m > 1 && options.hidden > 0 && options.blocks > 0,
         "--m must be at least 2, --hidden and --blocks at least 1"
     );
+    if options.parts {
+        return parts(&options, &device);
+    }
     println!(
         "{:<12} {:<20} {:<8} {:>10} {:>6} {:>10} {:>6} {:>9} {:>6}",
         "model", "side", "again", "kept MiB", "", "peak MiB", "", "ms", ""
@@ -189,6 +210,78 @@ fn bytes(device: &Device, make: &dyn Fn() -> Box<dyn Run>) -> Result<[usize; 2]>
     side.backward();
     device.sync()?;
     Ok([kept, PEAK.load(Relaxed).saturating_sub(before)])
+}
+
+/// What the modules of a perceptron and a transformer keep of a batch of sequences.
+fn parts(options: &Options, device: &Device) -> Result<()> {
+    let (width, batch, length) = (options.width, options.batch, options.length);
+    let autodiff = device.clone().autodiff();
+    let linear = LinearConfig::new(width, width).init(&autodiff);
+    let norm = LayerNormConfig::new(width).init(&autodiff);
+    let mha = MultiHeadAttentionConfig::new(width, options.heads).with_dropout(0.0);
+    let mha = mha.init(&autodiff);
+    let dropout = DropoutConfig::new(0.1).init();
+    let aop = |stored| {
+        AopConfig::new()
+            .with_outer_products(options.k_ratio.outer_products())
+            .with_stored_input(stored)
+    };
+    let layer = |stored| MemAopLinear::from_linear(linear.clone(), aop(stored));
+    let attention = |stored| MemAopMultiHeadAttention::from_mha(mha.clone(), aop(stored));
+    let [half, int8, int4] = [StoredInput::Half, StoredInput::Int8, StoredInput::Int4].map(layer);
+    let [mha_full, mha_int8, mha_int4] =
+        [StoredInput::Full, StoredInput::Int8, StoredInput::Int4].map(attention);
+    let ours = |mha: MemAopMultiHeadAttention| {
+        move |x: Tensor<3>| mha.forward(MhaInput::self_attn(x)).context
+    };
+    type Forward = Box<dyn Fn(Tensor<3>) -> Tensor<3>>;
+    let linear_forward = move |x| linear.forward(x);
+    let modules: Vec<(&'static str, Forward)> = vec![
+        ("Linear", Box::new(linear_forward)),
+        ("MemAopLinear, half", Box::new(move |x| half.forward(x))),
+        ("MemAopLinear, int8", Box::new(move |x| int8.forward(x))),
+        ("MemAopLinear, int4", Box::new(move |x| int4.forward(x))),
+        ("ReLU", Box::new(activation::relu)),
+        ("ReLU in one bit", Box::new(relu)),
+        ("GELU", Box::new(activation::gelu)),
+        ("GELU in 8 bits", Box::new(gelu)),
+        ("Dropout", Box::new(move |x| dropout.forward(x))),
+        ("LayerNorm", Box::new(move |x| norm.forward(x))),
+        ("attention, Burn's", {
+            Box::new(move |x| mha.forward(attention::MhaInput::self_attn(x)).context)
+        }),
+        ("attention, full", Box::new(ours(mha_full))),
+        ("attention, int8", Box::new(ours(mha_int8))),
+        ("attention, int4", Box::new(ours(mha_int4))),
+    ];
+
+    let rows = batch * length;
+    let input = random(rows, width, device, options.common.dtype).autodiff();
+    let input = input.to_device(&autodiff).reshape([batch, length, width]);
+    let value_bytes = options.common.dtype.dtype().size();
+    println!(
+        "{:<20} {:>12} {:>12}",
+        "module", "bytes a row", "values a row"
+    );
+    let mut found = Vec::new();
+    for (part, forward) in &modules {
+        // The first pass can make what stays; no one else has the input, as within a model.
+        let run = || forward(input.clone().require_grad() * 1.0);
+        run().sum().backward();
+        let before = alive(device)?;
+        let output = run();
+        let kept = alive(device)?.saturating_sub(before) - rows * width * value_bytes;
+        drop(output);
+        let bytes_a_row = kept as f64 / rows as f64;
+        let values_a_row = bytes_a_row / value_bytes as f64;
+        println!("{part:<20} {bytes_a_row:>12.0} {values_a_row:>12.0}");
+        found.push(Part {
+            part,
+            bytes_a_row,
+            values_a_row,
+        });
+    }
+    options.common.save(&found)
 }
 
 /// A training that is stopped between its passes.

@@ -1,8 +1,14 @@
-//! Activation functions under autodiff that keep few bits a value for their backward pass.
+//! Activation functions under autodiff.
+
+use std::marker::PhantomData;
 
 use burn::backend::{Autodiff, TensorMetadata, ops::ActivationOps, tensor::FloatTensor};
 use burn_autodiff::{
-    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    NodeId,
+    checkpoint::{
+        base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+        strategy::CheckpointStrategy,
+    },
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
@@ -20,31 +26,30 @@ pub(super) fn relu<B: MemAopOps, C: CheckpointStrategy>(
     if !input.is_tracked() {
         return Autodiff::<B, C>::relu(input);
     }
-    tracked::<B, C>(input, Bits::One, |input| {
+    times::<B, C>(input, Bits::One, |input, packing| {
         let output = B::relu(input);
-        (output.clone(), output)
+        (B::memaop_pack(output.clone(), packing, None), output)
     })
 }
 
-/// Keeps the derivative.
-pub(super) fn gelu<B: MemAopOps, C: CheckpointStrategy>(
+/// Keeps the derivative, in 8 bits.
+pub(super) fn packed_gelu<B: MemAopOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
 ) -> FloatTensor<Autodiff<B, C>> {
     if !input.is_tracked() {
-        return Autodiff::<B, C>::gelu(input);
+        return gelu::<B, C>(input);
     }
-    tracked::<B, C>(input, Bits::Eight, |input| {
-        let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
-        let derivative = B::gelu_backward(input.clone(), ones);
-        (derivative, B::gelu(input))
+    times::<B, C>(input, Bits::Eight, |input, packing| {
+        let derivative = B::memaop_gelu_derivative(input.clone(), packing);
+        (derivative, B::memaop_gelu(input, true))
     })
 }
 
-/// Registers a function whose gradient is that of its output times a factor, which `run` gives with the output.
-fn tracked<B: MemAopOps, C: CheckpointStrategy>(
+/// Registers a function whose gradient is that of its output times packed factors, which `run` gives with the output.
+fn times<B: MemAopOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
     bits: Bits,
-    run: impl FnOnce(FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>),
+    run: impl FnOnce(FloatTensor<B>, Packing) -> (Packed<B>, FloatTensor<B>),
 ) -> FloatTensor<Autodiff<B, C>> {
     let prep = Times.prepare::<C>([input.node()]).compute_bound();
     let OpsKind::Tracked(prep) = prep.stateful() else {
@@ -54,8 +59,8 @@ fn tracked<B: MemAopOps, C: CheckpointStrategy>(
         bits,
         width: input.shape()[1],
     };
-    let (factor, output) = run(input.into_primitive());
-    prep.finish(B::memaop_pack(factor, packing, None), output)
+    let (factors, output) = run(input.into_primitive(), packing);
+    prep.finish(factors, output)
 }
 
 #[derive(Debug)]
@@ -75,5 +80,53 @@ impl<B: MemAopOps> Backward<B, 1> for Times {
         if let Some(node) = parent {
             grads.register::<B>(node.id, B::memaop_times(ops.state, grad));
         }
+    }
+}
+
+/// Keeps the input, or computes it again, as Burn's function does.
+pub(super) fn gelu<B: MemAopOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let node = input.node();
+    let again = GeluAgain::<B> {
+        input: node.id(),
+        backend: PhantomData,
+    };
+    let prep = Gelu.prepare::<C>([node]).memory_bound();
+    match prep.retro_forward(again).parents([&input]).stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let state = prep.checkpoint(&input);
+            prep.finish(state, B::memaop_gelu(input.into_primitive(), false))
+        }
+        OpsKind::UnTracked(prep) => prep.finish(B::memaop_gelu(input.into_primitive(), false)),
+    }
+}
+
+#[derive(Debug)]
+struct Gelu;
+
+impl<B: MemAopOps> Backward<B, 1> for Gelu {
+    type State = NodeId;
+
+    fn backward(self, ops: Ops<NodeId, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        if let Some(node) = parent {
+            grads.register::<B>(node.id, B::memaop_gelu_backward(input, grad));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GeluAgain<B> {
+    input: NodeId,
+    backend: PhantomData<B>,
+}
+
+impl<B: MemAopOps> RetroForward for GeluAgain<B> {
+    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
+        let input = states.get_state::<FloatTensor<B>>(&self.input);
+        states.save(output, B::memaop_gelu(input, false));
     }
 }

@@ -66,8 +66,11 @@ where
         activation::relu::<B, C>(input)
     }
 
-    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
-        activation::gelu::<B, C>(input)
+    fn memaop_gelu(input: FloatTensor<Self>, packed: bool) -> FloatTensor<Self> {
+        match packed {
+            true => activation::packed_gelu::<B, C>(input),
+            false => activation::gelu::<B, C>(input),
+        }
     }
 }
 

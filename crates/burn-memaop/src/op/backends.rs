@@ -14,7 +14,10 @@ use burn::{
     tensor::DType,
 };
 #[cfg(feature = "flex")]
-use {burn::tensor::Element, bytemuck::Pod};
+use {
+    burn::{backend::ops::ActivationOps, tensor::Element},
+    bytemuck::Pod,
+};
 
 #[cfg(any(
     feature = "flex",
@@ -39,8 +42,10 @@ use crate::op::{
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 macro_rules! cpu_backend {
-    ($backend:ty) => {
+    ($backend:ty { $($more:item)* }) => {
         impl MemAopOps for $backend {
+            $($more)*
+
             fn memaop_weight_gradient(
                 input: Input<Self>,
                 grad: FloatTensor<Self>,
@@ -111,7 +116,31 @@ macro_rules! cpu_backend {
 }
 
 #[cfg(feature = "flex")]
-cpu_backend!(burn::backend::Flex);
+cpu_backend!(burn::backend::Flex {
+    fn memaop_gelu(input: FloatTensor<Self>, _packed: bool) -> FloatTensor<Self> {
+        match TensorMetadata::dtype(&input) {
+            DType::F32 => cpu::gelu::<Self>(input),
+            _ => Self::gelu(input),
+        }
+    }
+
+    fn memaop_gelu_backward(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        match TensorMetadata::dtype(&input) {
+            DType::F32 => cpu::gelu_backward::<Self>(input, grad),
+            _ => Self::gelu_backward(input, grad),
+        }
+    }
+
+    fn memaop_gelu_derivative(input: FloatTensor<Self>, packing: Packing) -> Packed<Self> {
+        match TensorMetadata::dtype(&input) {
+            DType::F32 => cpu::gelu_derivative::<Self>(input, packing),
+            _ => Self::memaop_pack(portable::gelu_derivative::<Self>(input), packing, None),
+        }
+    }
+});
 
 #[cfg(feature = "flex")]
 impl<E: Element + Pod> HostTensors<E> for burn::backend::Flex {
@@ -138,7 +167,8 @@ impl<E: Element + Pod> HostTensors<E> for burn::backend::Flex {
 }
 
 #[cfg(feature = "ndarray")]
-cpu_backend!(burn::backend::NdArray);
+// Its derivative of GELU is another, and so is not exchanged.
+cpu_backend!(burn::backend::NdArray {});
 
 #[cfg(feature = "ndarray")]
 macro_rules! ndarray_tensors {

@@ -8,10 +8,12 @@ use burn::backend::{
 };
 use burn::tensor::TensorData;
 
+mod gelu;
 mod packed;
 mod rows;
 
 use self::{
+    gelu::{Gelu, GeluBackward},
     packed::{Pack, Times, Unpack},
     rows::{
         Batch, FoldIn, Gather, Norm, PutBack, Real, Rows, RowsMut, Score, TakeOut, in_parallel,
@@ -422,6 +424,16 @@ pub(crate) fn pack<B: HostTensors<E>, E: Real>(
     packing: Packing,
     noise: Option<StepNoise>,
 ) -> Packed<B> {
+    pack_of::<B, E>(input, E::single, packing, noise)
+}
+
+/// Packs a function of the values.
+fn pack_of<B: HostTensors<E>, E: Real>(
+    input: FloatTensor<B>,
+    function: impl Fn(E) -> f32 + Copy + Send,
+    packing: Packing,
+    noise: Option<StepNoise>,
+) -> Packed<B> {
     let device = input.device();
     let input = B::contiguous(input);
     let [rows, width] = input.shape().dims();
@@ -429,6 +441,7 @@ pub(crate) fn pack<B: HostTensors<E>, E: Real>(
     let mut norms = vec![E::zero(); rows];
     in_parallel(Pack {
         rows: Rows::new(B::values(&input), width),
+        function,
         packing,
         noise,
         first: 0,
@@ -463,6 +476,41 @@ pub(crate) fn times<B: HostTensors<E>, E: Real>(
         values: RowsMut::new(B::values_mut(&mut values), packing.width),
     });
     values
+}
+
+/// Burn's function, to 1e-6.
+pub(crate) fn gelu<B: HostTensors<f32>>(input: FloatTensor<B>) -> FloatTensor<B> {
+    let device = input.device();
+    let input = B::contiguous(input);
+    let [rows, width] = input.shape().dims();
+    let mut output = vec![0.0; rows * width];
+    in_parallel(Gelu {
+        rows: Rows::new(B::values(&input), width),
+        output: RowsMut::new(&mut output, width),
+    });
+    from_values::<B, f32>(output, [rows, width], &device)
+}
+
+/// Burn's function, to 1e-6.
+pub(crate) fn gelu_backward<B: HostTensors<f32>>(
+    input: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (input, mut grad) = (B::contiguous(input), B::contiguous(grad));
+    let [_, width] = input.shape().dims();
+    in_parallel(GeluBackward {
+        rows: Rows::new(B::values(&input), width),
+        grad: RowsMut::new(B::values_mut(&mut grad), width),
+    });
+    grad
+}
+
+/// The same result as the default body.
+pub(crate) fn gelu_derivative<B: HostTensors<f32>>(
+    input: FloatTensor<B>,
+    packing: Packing,
+) -> Packed<B> {
+    pack_of::<B, f32>(input, gelu::derivative, packing, None)
 }
 
 /// Whether the product of some of the rows is worth copying them to a panel and back.

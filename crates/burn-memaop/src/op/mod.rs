@@ -291,10 +291,26 @@ pub(crate) trait MemAopOps: Backend {
         Self::relu(input)
     }
 
-    /// Burn's `gelu` of a matrix; under autodiff, with a backward pass that keeps 8 bits a value.
+    /// Burn's `gelu` of a matrix; under autodiff, with a backward pass that keeps the input, as Burn's, or where `packed`,
+    /// the derivative in 8 bits a value.
     #[allow(unused_variables)]
-    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn memaop_gelu(input: FloatTensor<Self>, packed: bool) -> FloatTensor<Self> {
         Self::gelu(input)
+    }
+
+    /// A gradient times the derivative of `gelu`.
+    #[allow(unused_variables)]
+    fn memaop_gelu_backward(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::gelu_backward(input, grad)
+    }
+
+    /// The derivative of `gelu`, rounded to the nearest.
+    #[allow(unused_variables)]
+    fn memaop_gelu_derivative(input: FloatTensor<Self>, packing: Packing) -> Packed<Self> {
+        Self::memaop_pack(portable::gelu_derivative::<Self>(input), packing, None)
     }
 
     /// As [`weight_gradient`].

@@ -174,6 +174,11 @@ pub(crate) fn pack<B: Backend>(
     }
 }
 
+pub(crate) fn gelu_derivative<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
+    let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
+    B::gelu_backward(input, ones)
+}
+
 /// All rows, in a type.
 pub(crate) fn unpack<B: Backend>(packed: Packed<B>, dtype: FloatDType) -> FloatTensor<B> {
     let packing = packed.packing;

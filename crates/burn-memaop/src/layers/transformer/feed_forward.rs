@@ -13,7 +13,7 @@ use super::later;
 use crate::{
     config::{AopConfig, StoredInput},
     layers::{
-        activation::{gelu, relu},
+        activation::{gelu_by, relu},
         linear::MemAopLinear,
     },
 };
@@ -154,10 +154,10 @@ impl MemAopPositionWiseFeedForward {
             (Activation::Relu(_), StoredInput::Half | StoredInput::Int8 | StoredInput::Int4) => {
                 relu(input)
             }
-            (
-                Activation::Gelu(Gelu { approximate: false }),
-                StoredInput::Int8 | StoredInput::Int4,
-            ) => gelu(input),
+            (Activation::Gelu(Gelu { approximate: false }), stored) => gelu_by(
+                input,
+                matches!(stored, StoredInput::Int8 | StoredInput::Int4),
+            ),
             _ => self.activation.forward(input),
         }
     }

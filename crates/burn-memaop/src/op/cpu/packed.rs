@@ -6,9 +6,10 @@ use crate::op::{
     packing::{Packing, pack_row, unpack_row},
 };
 
-/// Packs every row and writes its norm.
-pub(super) struct Pack<'a, E> {
+/// Packs a function of the values of every row, and writes the norm of the row.
+pub(super) struct Pack<'a, E, F> {
     pub(super) rows: Rows<'a, E>,
+    pub(super) function: F,
     pub(super) packing: Packing,
     /// Without noise, rounding is to the nearest.
     pub(super) noise: Option<StepNoise>,
@@ -18,7 +19,7 @@ pub(super) struct Pack<'a, E> {
     pub(super) norms: &'a mut [E],
 }
 
-impl<E: Real> RowWork for Pack<'_, E> {
+impl<E: Real, F: Fn(E) -> f32 + Copy + Send> RowWork for Pack<'_, E, F> {
     type Output = ();
 
     fn rows(&self) -> usize {
@@ -51,7 +52,13 @@ impl<E: Real> RowWork for Pack<'_, E> {
             let values = self.rows.row(row);
             *norm = square_sum(values).sqrt();
             let key = self.noise.map(|noise| noise.rounding(self.first + row));
-            pack_row(self.packing, values, E::single, key, self.words.row(row));
+            pack_row(
+                self.packing,
+                values,
+                self.function,
+                key,
+                self.words.row(row),
+            );
         }
     }
 
