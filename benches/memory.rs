@@ -270,7 +270,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
         run().sum().backward();
         let before = alive(device)?;
         let output = run();
-        let kept = alive(device)?.saturating_sub(before) - rows * width * value_bytes;
+        let kept = alive(device)?.saturating_sub(before + rows * width * value_bytes);
         drop(output);
         let bytes_a_row = kept as f64 / rows as f64;
         let values_a_row = bytes_a_row / value_bytes as f64;

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md and docs/choosing.md anew from the raw results in benches/results.
+"""Writes the tables of docs/benchmarks.md, docs/choosing.md and docs/memory.md anew from the raw results in benches/results.
 
 A table stands between the lines `<!-- begin NAME FILE -->` and `<!-- end NAME -->`.
 """
@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "choosing.md"]
+DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks.md", "choosing.md", "memory.md")]
 # The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
@@ -159,7 +159,29 @@ def final_loss(courses):
     return race(courses, to_loss=True)
 
 
-TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss}
+def memory(rows):
+    """The rows of the bench `memory`, each to the first of its model."""
+    first = {}
+    cells = []
+    for row in rows:
+        key = (row["model"], row["checkpointing"])
+        base = first.setdefault(key, row)
+
+        def cell(name):
+            return f"{row[name]:.1f} ({row[name] / base[name]:.2f})"
+
+        again = ", gradient checkpointing" if row["checkpointing"] else ""
+        cells.append([row["model"] + again, row["side"], cell("kept_mib"), cell("peak_mib"), cell("ms")])
+    return markdown(["model", "layers", "kept, MiB", "peak, MiB", "step, ms"], cells)
+
+
+def parts(rows):
+    """The rows of the bench `memory` with --parts."""
+    cells = [[row["part"], f"{row['bytes_a_row']:.0f}"] for row in rows]
+    return markdown(["module", "bytes a row"], cells)
+
+
+TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts}
 
 
 def main():

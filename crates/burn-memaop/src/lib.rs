@@ -177,6 +177,8 @@ mod documents {
     struct Compare;
     #[doc = include_str!("../../../docs/contributing.md")]
     struct Contributing;
+    #[doc = include_str!("../../../docs/memory.md")]
+    struct Memory;
     #[doc = include_str!("../../../docs/study.md")]
     struct Study;
     #[doc = include_str!("../../../docs/reproduction.md")]

@@ -10,7 +10,7 @@ use std::{
 
 use burn::{
     module::Module,
-    nn::{Linear, LinearConfig},
+    nn::{Linear, LinearConfig, attention::MultiHeadAttentionConfig},
     optim::{GradientsParams, SgdConfig},
     tensor::{Device, Distribution, Tensor},
 };
@@ -18,6 +18,7 @@ use burn_memaop::{
     AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
     activation,
     op::{AopStep, weight_gradient},
+    transformer::{MemAopMultiHeadAttention, MhaInput},
 };
 
 /// The system's allocator, counting requests of at least [`LARGE`] bytes, and the bytes that are alive.
@@ -149,6 +150,28 @@ fn inputs_are_kept_in_as_many_bytes_as_are_asked_for() {
             assert!((least..most).contains(&kept), "{aop:?}: {kept}");
         }
     }
+    // Rows of sequences, and the input of three projections once.
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(M))
+        .with_stored_input(StoredInput::Int8);
+    let layer = MemAopLinear::from_linear(linear.clone(), aop);
+    let sequences = |input: Tensor<2>| input.reshape([32, M / 32, WIDE]);
+    let rows = kept(|input| layer.forward(sequences(input)).flatten(0, 1));
+    assert!((0.26..0.27).contains(&rows), "{rows}");
+    let mha = MultiHeadAttentionConfig::new(WIDE, 8).with_dropout(0.0);
+    let mha = mha.init(&Device::flex().autodiff());
+    let attention = |aop| {
+        let mha = MemAopMultiHeadAttention::from_mha(mha.clone(), aop);
+        kept(|input| {
+            mha.forward(MhaInput::self_attn(sequences(input)))
+                .context
+                .flatten(0, 1)
+        })
+    };
+    let saved = attention(aop.with_stored_input(StoredInput::Full)) - attention(aop);
+    // Of the input, and of that of the last layer.
+    assert!((2.0 * 0.73..2.0 * 0.74).contains(&saved), "{saved}");
+
     // Beyond the output, which the layer above keeps anyway.
     let (relu, gelu) = (kept(activation::relu), kept(activation::gelu));
     assert!((0.03..0.035).contains(&relu), "{relu}");

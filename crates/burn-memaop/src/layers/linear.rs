@@ -195,7 +195,9 @@ impl MemAopLinear {
         let bias = self.bias.as_ref().map(Param::val);
         // A batch without rows has a gradient of zeros.
         if rows == 0 {
-            self.memory.note_exact(rows, is_tracked(&input));
+            if is_tracked(&weight) {
+                self.memory.note_exact(rows, is_tracked(&input));
+            }
             return linear(input, weight, bias);
         }
         if D == 2 {
@@ -227,11 +229,11 @@ impl MemAopLinear {
         let pass = self.pass(rows, input.dtype(), with_input);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         let exact = aop.is_exact(rows, with_input);
-        if exact {
-            self.memory.note_exact(rows, with_input);
-        }
         // The noise of packed rows goes by the steps.
         let counted = !exact || aop.stored_input != StoredInput::Full;
+        if !counted {
+            self.memory.note_exact(rows, with_input);
+        }
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
@@ -297,7 +299,7 @@ fn valid(aop: AopConfig) -> AopConfig {
 }
 
 /// Whether a backward pass asks for the gradient of a tensor.
-fn is_tracked<const D: usize>(tensor: &Tensor<D>) -> bool {
+pub(super) fn is_tracked<const D: usize>(tensor: &Tensor<D>) -> bool {
     #[cfg(feature = "autodiff")]
     return tensor.is_tracked();
     #[cfg(not(feature = "autodiff"))]
@@ -453,6 +455,7 @@ impl ModuleDisplay for MemAopLinear {
             .add_debug_attribute("outer_products", &self.aop.outer_products)
             .add_debug_attribute("method", &self.aop.method)
             .add_debug_attribute("schedule", &self.aop.schedule)
+            .add_debug_attribute("stored_input", &self.aop.stored_input)
             .optional()
     }
 }

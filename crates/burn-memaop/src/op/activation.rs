@@ -15,6 +15,7 @@ use burn_autodiff::{
 
 use super::{
     MemAopOps,
+    noise::StepNoise,
     packing::{Bits, Packing},
     step::Packed,
 };
@@ -32,6 +33,12 @@ pub(super) fn relu<B: MemAopOps, C: CheckpointStrategy>(
     })
 }
 
+/// The noise of all derivatives: an activation has no steps of its own, and what is in its rows changes anyway.
+const NOISE: StepNoise = StepNoise {
+    seed: u64::MAX,
+    step: u64::MAX,
+};
+
 /// Keeps the derivative, in 8 bits.
 pub(super) fn packed_gelu<B: MemAopOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
@@ -40,8 +47,8 @@ pub(super) fn packed_gelu<B: MemAopOps, C: CheckpointStrategy>(
         return gelu::<B, C>(input);
     }
     times::<B, C>(input, Bits::Eight, |input, packing| {
-        let derivative = B::memaop_gelu_derivative(input.clone(), packing);
-        (derivative, B::memaop_gelu(input, true))
+        let derivative = B::memaop_gelu_derivative(input.clone(), packing, NOISE);
+        (derivative, B::memaop_gelu(input))
     })
 }
 
@@ -96,9 +103,9 @@ pub(super) fn gelu<B: MemAopOps, C: CheckpointStrategy>(
     match prep.retro_forward(again).parents([&input]).stateful() {
         OpsKind::Tracked(mut prep) => {
             let state = prep.checkpoint(&input);
-            prep.finish(state, B::memaop_gelu(input.into_primitive(), false))
+            prep.finish(state, B::memaop_gelu(input.into_primitive()))
         }
-        OpsKind::UnTracked(prep) => prep.finish(B::memaop_gelu(input.into_primitive(), false)),
+        OpsKind::UnTracked(prep) => prep.finish(B::memaop_gelu(input.into_primitive())),
     }
 }
 
@@ -127,6 +134,6 @@ struct GeluAgain<B> {
 impl<B: MemAopOps> RetroForward for GeluAgain<B> {
     fn forward(&self, states: &mut BackwardStates, output: NodeId) {
         let input = states.get_state::<FloatTensor<B>>(&self.input);
-        states.save(output, B::memaop_gelu(input, false));
+        states.save(output, B::memaop_gelu(input));
     }
 }

@@ -19,6 +19,7 @@ use super::{
     noise::{StepNoise, layer_key},
     packed::PackedRows,
     packing::{Bits, Packing},
+    portable,
     step::{AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, Share},
 };
 use crate::{
@@ -66,11 +67,12 @@ where
         activation::relu::<B, C>(input)
     }
 
-    fn memaop_gelu(input: FloatTensor<Self>, packed: bool) -> FloatTensor<Self> {
-        match packed {
-            true => activation::packed_gelu::<B, C>(input),
-            false => activation::gelu::<B, C>(input),
-        }
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::gelu::<B, C>(input)
+    }
+
+    fn memaop_packed_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::packed_gelu::<B, C>(input)
     }
 }
 
@@ -80,7 +82,7 @@ fn tracked<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
     input: FloatTensor<Autodiff<B, C>>,
     weight: FloatTensor<Autodiff<B, C>>,
     bias: Option<FloatTensor<Autodiff<B, C>>>,
-    layer: AopLayer,
+    mut layer: AopLayer,
 ) -> FloatTensor<Autodiff<B, C>>
 where
     MemAopLinearBackward: Backward<B, N, State = State<B>>,
@@ -93,7 +95,10 @@ where
     let state = State {
         input: match Bits::of(layer.config.stored_input) {
             None => Kept::Node(prep.checkpoint(&input)),
-            Some(bits) => Kept::Packed(packed::<B>(input.clone().into_primitive(), bits, &layer)),
+            Some(bits) => {
+                let input = input.clone().into_primitive();
+                Kept::Packed(packed::<B>(input, bits, &mut layer))
+            }
         },
         // Only the gradient of the input needs the weight.
         weight: input.is_tracked().then(|| prep.checkpoint(&weight)),
@@ -108,7 +113,7 @@ where
 }
 
 /// The input in few bits, by the noise of the step to come.
-fn packed<B: MemAopOps>(input: FloatTensor<B>, bits: Bits, layer: &AopLayer) -> Packed<B>
+fn packed<B: MemAopOps>(input: FloatTensor<B>, bits: Bits, layer: &mut AopLayer) -> Packed<B>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
@@ -116,14 +121,19 @@ where
         bits,
         width: input.shape()[1],
     };
-    let memory = layer.memory.as_ref();
-    let noise = StepNoise {
-        seed: layer.config.seed,
-        step: memory.map_or(0, |memory| memory.lock().progress.step),
-    };
     let dtype = input.dtype();
-    let pack = || B::memaop_pack(input.clone(), packing, Some(noise));
-    let Some(shared) = &layer.shared else {
+    let pack = || {
+        // A layer with a packed input has a memory to count its steps.
+        let noise = layer.memory.as_ref().map(|memory| {
+            let mut state = memory.lock();
+            StepNoise {
+                seed: layer_key(layer.config.seed, state.count_pack()),
+                step: state.progress.step,
+            }
+        });
+        B::memaop_pack(input.clone(), packing, noise)
+    };
+    let Some(shared) = layer.shared.take() else {
         return pack();
     };
     let rows = shared.0.get_or_init(|| {
@@ -253,8 +263,14 @@ fn propagate<B>(
     };
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        let progress = layer.memory.as_ref().map(|memory| memory.lock().progress);
-        let gradient = step.input_gradient::<B>(grad.clone(), weight, progress);
+        let gradient = match &layer.memory {
+            // As `Linear` computes it, rows of zeros included.
+            None => portable::exact_input_gradient::<B>(grad.clone(), weight),
+            Some(memory) => {
+                let progress = memory.lock().progress;
+                step.input_gradient::<B>(grad.clone(), weight, &progress)
+            }
+        };
         grads.register::<B>(node, gradient);
     }
     let sums = match (weight_node, &layer.memory) {
@@ -308,13 +324,13 @@ impl LayerStep<'_> {
         &self,
         grad: FloatTensor<B>,
         weight: FloatTensor<B>,
-        progress: Option<Progress>,
+        progress: &Progress,
     ) -> FloatTensor<B> {
         let step = InputStep {
-            k: progress.map_or(self.rows, |progress| self.input_rows(&progress)),
+            k: self.input_rows(progress),
             sampled: matches!(self.config.input_gradient, InputGradient::Sampled { .. }),
             seed: self.key,
-            step: progress.map_or(0, |progress| progress.step),
+            step: progress.step,
         };
         B::memaop_input_gradient(grad, weight, step)
     }

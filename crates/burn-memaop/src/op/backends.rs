@@ -117,7 +117,7 @@ macro_rules! cpu_backend {
 
 #[cfg(feature = "flex")]
 cpu_backend!(burn::backend::Flex {
-    fn memaop_gelu(input: FloatTensor<Self>, _packed: bool) -> FloatTensor<Self> {
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         match TensorMetadata::dtype(&input) {
             DType::F32 => cpu::gelu::<Self>(input),
             _ => Self::gelu(input),
@@ -134,10 +134,17 @@ cpu_backend!(burn::backend::Flex {
         }
     }
 
-    fn memaop_gelu_derivative(input: FloatTensor<Self>, packing: Packing) -> Packed<Self> {
+    fn memaop_gelu_derivative(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        noise: StepNoise,
+    ) -> Packed<Self> {
         match TensorMetadata::dtype(&input) {
-            DType::F32 => cpu::gelu_derivative::<Self>(input, packing),
-            _ => Self::memaop_pack(portable::gelu_derivative::<Self>(input), packing, None),
+            DType::F32 => cpu::gelu_derivative::<Self>(input, packing, noise),
+            _ => {
+                let derivative = portable::gelu_derivative::<Self>(input);
+                Self::memaop_pack(derivative, packing, Some(noise))
+            }
         }
     }
 });

@@ -4,7 +4,7 @@ use burn::{backend::DispatchDevice, tensor::DType};
 
 use super::portable::LEAST_DECAY;
 use crate::{
-    config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts},
+    config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, StoredInput},
     state::noise_scale::{DIVISORS, StepTime, k_of},
 };
 
@@ -26,12 +26,19 @@ pub(crate) struct Pass {
 /// matrix product; the price is a pass over `M (N + P)` values, once or, with a memory, three
 /// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares
 /// the two per row, by the measured cost of a value in the pass in operations of the product. Where only the
-/// default bodies could compute an approximate gradient, which are slower than what they save, it is exact. On
-/// other devices the approximation is always taken.
+/// default bodies could compute an approximate gradient, which are slower than what they save, it is exact, and where only
+/// they could pack an input, by way of the host, it is kept as it is. On other devices the approximation is always taken.
 pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
     let mut ruled = *config;
+    // As wide already.
+    if config.stored_input == StoredInput::Half && pass.dtype.size() <= 2 {
+        ruled.stored_input = StoredInput::Full;
+    }
     if !config.cost_rule {
         return ruled;
+    }
+    if !packs_fast(device, pass.dtype) {
+        ruled.stored_input = StoredInput::Full;
     }
     let cost = match device_class(device) {
         Class::Cpu => Some(Cost::of_this_processor()),
@@ -53,6 +60,15 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
         ruled.input_gradient = InputGradient::Exact;
     }
     ruled
+}
+
+/// Whether rows are packed on the device, and not by way of the host.
+pub(crate) fn packs_fast(device: &DispatchDevice, dtype: DType) -> bool {
+    match device_class(device) {
+        Class::Cpu => has_fast_scores(dtype, true),
+        Class::Cube => has_fast_scores(dtype, false),
+        Class::Other => false,
+    }
 }
 
 fn exact_weight(config: &mut AopConfig) {
@@ -353,6 +369,27 @@ mod tests {
         let small = time(pass(64, 128, 128));
         assert!(small.fixed > 2.5 * small.product);
         assert!(!small.measures(11, 64) && time(wide).measures(11, 4096));
+    }
+
+    #[test]
+    fn inputs_are_kept_as_they_are_where_packing_is_slow_or_saves_nothing() {
+        let device = burn::tensor::Device::flex();
+        let stored = |stored_input, dtype, cost_rule| {
+            let config = config(Memory::None, 64)
+                .with_stored_input(stored_input)
+                .with_cost_rule(cost_rule);
+            let pass = Pass {
+                dtype,
+                ..pass(512, 784, 512)
+            };
+            ruled(&config, device.as_dispatch(), pass).stored_input
+        };
+        use StoredInput::{Full, Half, Int8};
+        assert_eq!(stored(Int8, DType::F32, true), Int8);
+        assert_eq!(stored(Int8, DType::F16, true), Full);
+        assert_eq!(stored(Int8, DType::F16, false), Int8);
+        assert_eq!(stored(Half, DType::F64, true), Half);
+        assert_eq!(stored(Half, DType::F16, false), Full);
     }
 
     #[test]

@@ -505,12 +505,13 @@ pub(crate) fn gelu_backward<B: HostTensors<f32>>(
     grad
 }
 
-/// The same result as the default body.
+/// As the default body, to rounding, but that the norms are of the input: no one reads them.
 pub(crate) fn gelu_derivative<B: HostTensors<f32>>(
     input: FloatTensor<B>,
     packing: Packing,
+    noise: StepNoise,
 ) -> Packed<B> {
-    pack_of::<B, f32>(input, gelu::derivative, packing, None)
+    pack_of::<B, f32>(input, gelu::derivative, packing, Some(noise))
 }
 
 /// Whether the product of some of the rows is worth copying them to a panel and back.

@@ -1,5 +1,5 @@
 //! The approximate weight gradient on CubeCL backends: the same result as the default body of
-//! `portable.rs`, in three launches and a matrix product, none of which waits for the host.
+//! `portable.rs`, in three launches (of packed rows five) and a matrix product, none of which waits for the host.
 
 use std::sync::Once;
 
@@ -11,7 +11,9 @@ use burn::{
     tensor::{DType, FloatDType, Shape},
 };
 use burn_cubecl::{
-    CubeBackend, cubecl, kernel::into_contiguous, ops::numeric::empty_device_dtype,
+    CubeBackend, cubecl,
+    kernel::into_contiguous,
+    ops::numeric::{empty_device_contiguous_dtype, empty_device_dtype},
     tensor::CubeTensor,
 };
 use cubecl::{
@@ -300,6 +302,16 @@ fn cubes(like: &CubeTensor, count: usize, units: u32) -> (CubeCount, CubeDim) {
 fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
     let (client, device) = (like.client.clone(), like.device.clone());
     empty_device_dtype(client, device, Shape::new(shape), dtype)
+}
+
+/// As [`empty`], without gaps between the rows: those of CUDA and ROCm could be as wide as packed rows are.
+fn empty_without_gaps<const D: usize>(
+    like: &CubeTensor,
+    shape: [usize; D],
+    dtype: DType,
+) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_contiguous_dtype(client, device, Shape::new(shape), dtype)
 }
 
 fn address_type(tensors: &[&CubeTensor]) -> AddressType {

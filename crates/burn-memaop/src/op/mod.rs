@@ -291,11 +291,16 @@ pub(crate) trait MemAopOps: Backend {
         Self::relu(input)
     }
 
-    /// Burn's `gelu` of a matrix; under autodiff, with a backward pass that keeps the input, as Burn's, or where `packed`,
-    /// the derivative in 8 bits a value.
+    /// Burn's `gelu` of a matrix.
     #[allow(unused_variables)]
-    fn memaop_gelu(input: FloatTensor<Self>, packed: bool) -> FloatTensor<Self> {
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::gelu(input)
+    }
+
+    /// The same; under autodiff, with a backward pass that keeps 8 bits a value.
+    #[allow(unused_variables)]
+    fn memaop_packed_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::memaop_gelu(input)
     }
 
     /// A gradient times the derivative of `gelu`.
@@ -307,10 +312,15 @@ pub(crate) trait MemAopOps: Backend {
         Self::gelu_backward(input, grad)
     }
 
-    /// The derivative of `gelu`, rounded to the nearest.
+    /// The derivative of `gelu` in few bits.
     #[allow(unused_variables)]
-    fn memaop_gelu_derivative(input: FloatTensor<Self>, packing: Packing) -> Packed<Self> {
-        Self::memaop_pack(portable::gelu_derivative::<Self>(input), packing, None)
+    fn memaop_gelu_derivative(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        noise: StepNoise,
+    ) -> Packed<Self> {
+        let derivative = portable::gelu_derivative::<Self>(input);
+        Self::memaop_pack(derivative, packing, Some(noise))
     }
 
     /// As [`weight_gradient`].

@@ -29,7 +29,7 @@ pub struct PackedRows {
 ///
 /// # Panics
 ///
-/// Panics if `input` is on an autodiff device, or if `step.stored` is [`StoredInput::Full`].
+/// Panics if `input` is on an autodiff device or has no values, or if `step.stored` is [`StoredInput::Full`].
 pub fn pack(input: Tensor<2>, step: PackStep) -> PackedRows {
     let device = input.device();
     assert!(
@@ -42,10 +42,12 @@ pub fn pack(input: Tensor<2>, step: PackStep) -> PackedRows {
             StoredInput::Full
         );
     };
-    let packing = Packing {
-        bits,
-        width: input.dims()[1],
-    };
+    let [rows, width] = input.dims();
+    assert!(
+        rows * width > 0,
+        "pack: input must have values, but has the shape [{rows}, {width}]"
+    );
+    let packing = Packing { bits, width };
     let noise = StepNoise {
         seed: step.seed,
         step: step.step,

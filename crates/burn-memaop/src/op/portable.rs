@@ -159,6 +159,10 @@ pub(crate) fn pack<B: Backend>(
     let device = input.device();
     let working = working_dtype(input.dtype());
     let norms = row_norms::<B>(&cast::<B>(input.clone(), working));
+    // A value that single precision does not hold breaks the row as one that is not finite.
+    let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
+    let too_large = B::float_greater_elem(norms.clone(), Scalar::from(f32::MAX), bools);
+    let norms = B::float_mask_fill(norms, too_large, Scalar::from(f64::INFINITY));
     let values: Vec<f32> = host::<B>(B::float_into_data(input)).iter().collect();
     let mut words = vec![0; rows * packing.words()];
     let packed = values.chunks(width).zip(words.chunks_mut(packing.words()));

@@ -28,6 +28,8 @@ impl Carried {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct MemoryState {
     pub(crate) progress: Progress,
+    /// How often the input has been packed, and at which step.
+    pub(super) packs: (u64, u64),
     /// The measurement that the next adjustment of K goes by.
     pub(crate) carried: Option<Carried>,
     /// What has been measured of the noise, and the measurement that the next choice of K goes by too.
@@ -44,6 +46,7 @@ impl MemoryState {
     pub(crate) fn to_device(&self, device: &Device) -> Self {
         Self {
             progress: self.progress,
+            packs: self.packs,
             carried: self.carried.as_ref().map(|carried| Carried {
                 ratio: carried.ratio,
                 share: carried.share.clone().to_device(device),
@@ -54,6 +57,14 @@ impl MemoryState {
             rate: self.rate,
             watch: self.watch.clone(),
         }
+    }
+
+    /// How often the input has been packed before in this step: passes of one step round by noise of their own.
+    pub(crate) fn count_pack(&mut self) -> u64 {
+        let (count, step) = self.packs;
+        let count = if step == self.progress.step { count } else { 0 };
+        self.packs = (count + 1, self.progress.step);
+        count
     }
 
     /// A state with the same watchers.

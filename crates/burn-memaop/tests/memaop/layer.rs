@@ -106,6 +106,28 @@ pub fn layer_equals_the_oracle(device: &Device) {
     }
 }
 
+/// As below a masked loss: exact layers multiply rows of zeros too, as `Linear` does.
+#[test]
+fn exact_layers_are_linear_bit_for_bit_with_rows_of_zeros() {
+    let device = Device::flex().autodiff();
+    let mut random = Random(6);
+    let (m, n, p) = (40, 30, 600);
+    let linear = LinearConfig::new(n, p).init(&device);
+    let all = published().with_outer_products(OuterProducts::Count(m));
+    let layer = layer(&linear, all);
+    let (x, mut g) = (random.matrix(m, n), random.matrix(m, p));
+    (0..m)
+        .filter(|row| row % 8 > 0)
+        .for_each(|row| g.0[row] = vec![0.0; p]);
+    let (weight, bias) = (&layer.weight, layer.bias.as_ref().unwrap());
+    let ours = backward(|x| layer.forward(x), weight, bias, [m, n], &x, &g);
+    let (weight, bias) = (&linear.weight, linear.bias.as_ref().unwrap());
+    let exact = backward(|x| linear.forward(x), weight, bias, [m, n], &x, &g);
+    assert_eq!(bits(ours.weight), bits(exact.weight));
+    assert_eq!(bits(ours.input), bits(exact.input));
+    assert_eq!(bits(ours.bias), bits(exact.bias));
+}
+
 pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
     let mut random = Random(5);
     let (m, n, p) = (9, 6, 4);

@@ -13,7 +13,7 @@ use super::later;
 use crate::{
     config::{AopConfig, StoredInput},
     layers::{
-        activation::{gelu_by, relu},
+        activation::{exact_gelu, gelu, relu},
         linear::MemAopLinear,
     },
 };
@@ -148,16 +148,13 @@ impl MemAopPositionWiseFeedForward {
         self.linear_outer.forward(self.dropout.forward(hidden))
     }
 
-    /// Keeps for the backward pass of the activation about as little as the layers keep of their inputs.
+    /// The activation, with a backward pass that keeps about as little as the layers do of their inputs.
     fn activated<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        use StoredInput::{Full, Half, Int4, Int8};
         match (&self.activation, self.linear_outer.aop().stored_input) {
-            (Activation::Relu(_), StoredInput::Half | StoredInput::Int8 | StoredInput::Int4) => {
-                relu(input)
-            }
-            (Activation::Gelu(Gelu { approximate: false }), stored) => gelu_by(
-                input,
-                matches!(stored, StoredInput::Int8 | StoredInput::Int4),
-            ),
+            (Activation::Relu(_), Half | Int8 | Int4) => relu(input),
+            (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => gelu(input),
+            (Activation::Gelu(Gelu { approximate: false }), Full | Half) => exact_gelu(input),
             _ => self.activation.forward(input),
         }
     }

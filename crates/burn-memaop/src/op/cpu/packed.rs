@@ -50,7 +50,11 @@ impl<E: Real, F: Fn(E) -> f32 + Copy + Send> RowWork for Pack<'_, E, F> {
     fn run(mut self) {
         for (row, norm) in self.norms.iter_mut().enumerate() {
             let values = self.rows.row(row);
-            *norm = square_sum(values).sqrt();
+            // A value that single precision does not hold breaks the row as one that is not finite.
+            *norm = match square_sum(values).sqrt() {
+                norm if norm > E::from_single(f32::MAX) => E::infinity(),
+                norm => norm,
+            };
             let key = self.noise.map(|noise| noise.rounding(self.first + row));
             pack_row(
                 self.packing,

@@ -8,7 +8,7 @@ use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{
-    LEAST_UNITS, address_type, cubes, elem_type, empty,
+    LEAST_UNITS, address_type, cubes, elem_type, empty, empty_without_gaps,
     noise::{self, Noise},
     row_major,
     select::Chosen,
@@ -49,8 +49,8 @@ pub(super) fn pack(
 ) -> Packed<CubeBackend> {
     let input = row_major(input);
     let rows = input.shape()[0];
-    let words = empty(&input, [rows, packing.words()], DType::I32);
-    let norms = empty(&input, [rows, 1], DType::F32);
+    let words = empty_without_gaps(&input, [rows, packing.words()], DType::I32);
+    let norms = empty_without_gaps(&input, [rows, 1], DType::F32);
     let units = row_units(packing);
     let (count, dim) = cubes(&input, rows, units);
     // SAFETY: every index is below a count of rows times their stride, within its tensor; the words of a row are as
