@@ -39,14 +39,14 @@ pub struct AopConfig {
     /// The first steps.
     #[config(default = "Schedule::Constant { exact_steps: 0 }")]
     pub schedule: Schedule,
-    /// Whether a gradient is exact where approximating it would take longer, those of weight and input each for
+    /// Whether a gradient is exact (and an input kept as it is) where anything else would take longer, those of weight and input each for
     /// itself: on CPUs in layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs
     /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, a memory
     /// in half precision there, double precision on GPUs, LibTorch, CubeCL's CPU runtime. Off for research, where K rows are to be
     /// evaluated whatever it costs.
     #[config(default = true)]
     pub cost_rule: bool,
-    /// The seed of the noise of random methods and of [`Memory::Balanced`].
+    /// The seed of the noise of random methods, of [`Memory::Balanced`] and of a [stored input](StoredInput).
     ///
     /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph, its step
     /// counter and the row's position. So every backend draws the same rows, as many as [`OuterProducts`] says (of
@@ -284,14 +284,19 @@ impl InputGradient {
 /// the larger part of a training's memory.
 ///
 /// In few bits the values are rounded up or down at random, with the distances as odds, so that the expected gradient
-/// is that of the input itself; scores go by the norms of the input itself. Each group of 64 values of a row has a scale, that of
-/// its largest: a value much larger than the others costs precision in its own group alone. A value
-/// that is not finite makes its group NaN. `docs/memory.md` has what modules keep, and what was measured.
+/// is that of the input itself, and without a memory scores go by the norms of the input itself. In 8 and 4 bits each group of 64 values of
+/// a row has a scale, that of its largest: a value much larger than the others costs precision in its own group alone, a
+/// value that is not finite makes its group NaN, and a group below 1e-35 is zeros. `docs/memory.md` has what modules keep,
+/// and what was measured.
 ///
-/// All gradients can be exact otherwise. What is saved is saved only where no one else keeps the input:
-/// [`activation`](crate::activation) has functions whose own backward pass needs little.
-/// With gradient checkpointing, an input that would be computed again is kept in few bits instead.
+/// All gradients can be exact otherwise (what is measured against the exact gradient goes by that of the rounded input). What is
+/// saved is saved only where no one else keeps the input: [`activation`](crate::activation) has functions whose own backward
+/// pass needs little, which the feed-forward network of [`transformer`](crate::transformer) takes by itself; its GELU then has a
+/// derivative in 8 bits. With gradient checkpointing, an input that would be computed again is kept in few bits instead.
 /// A memory ([`Method::TopK`]) widens all rows for a moment, and so does a gradient of all rows.
+///
+/// Where values could only be packed by way of the host, and where nothing would be saved (`Half` of half precision), the
+/// input is kept as it is; the former is a part of the [cost rule](AopConfig::cost_rule).
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum StoredInput {
     /// As it is: a reference to the tensor.

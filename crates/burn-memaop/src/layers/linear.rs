@@ -69,7 +69,8 @@ impl MemAopLinearConfig {
 /// [`from_linear`](Self::from_linear).
 ///
 /// The gradients of the input and the bias are exact. So is everything where K >= M, where the
-/// weight is frozen and in inference: there this layer is [`Linear`]. K, the rows and what becomes
+/// weight is frozen and in inference: there this layer is [`Linear`], but for an input that is
+/// [kept in few bits](crate::StoredInput) for the gradient of the weight. K, the rows and what becomes
 /// of the others are set by [`AopConfig`]; the method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021,
 /// arXiv:2110.09164).
 ///

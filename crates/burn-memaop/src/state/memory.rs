@@ -149,7 +149,7 @@ impl WeakHandle {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
     /// The number of weight gradients computed so far, without those of layers that have no
-    /// schedule and K >= M.
+    /// schedule, K >= M and keep their input as it is.
     pub step: u64,
     /// K of the last of them, 0 before the first.
     pub k: usize,

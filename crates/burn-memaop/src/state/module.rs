@@ -90,7 +90,7 @@ impl LayerMemory {
         fork.unwrap_or(&self.own)
     }
 
-    /// Tells the observer, if there is one, of a gradient that is none of this crate's.
+    /// Tells the observer, if there is one, of a gradient that is exact at every step.
     pub(crate) fn note_exact(&self, rows: usize, input: bool) {
         let memory = self.in_training();
         let mut state = memory.lock();

@@ -285,7 +285,7 @@ fn display_names_the_settings() {
     assert_eq!(
         format!("{layer}"),
         "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Auto, method: Systematic, schedule: Constant { exact_steps: 0 }, \
-         params: 20}"
+         stored_input: Full, params: 20}"
     );
 }
 
