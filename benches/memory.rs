@@ -489,7 +489,7 @@ fn alive(device: &Device) -> Result<usize> {
     device.sync()?;
     #[cfg(feature = "cubecl-backend")]
     if let burn::backend::DispatchDevice::Cube(device) = device.as_dispatch() {
-        use burn_cubecl::cubecl::prelude::MemoryScope;
+        use burn_cubecl::cubecl::MemoryScope;
         let usage = device.client().memory_report(MemoryScope::Device).usage();
         return Ok(usage.bytes_in_use as usize);
     }

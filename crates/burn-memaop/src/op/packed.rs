@@ -95,6 +95,7 @@ impl PackedRows {
 
 /// The input of a gradient: as it is, or packed.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // Handles of tensors, of which there is one at a time.
 pub enum Input {
     /// Shape `[rows, d_input]`.
     Full(Tensor<2>),

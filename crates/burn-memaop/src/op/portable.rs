@@ -163,7 +163,7 @@ pub(crate) fn pack<B: Backend>(
     let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
     let too_large = B::float_greater_elem(norms.clone(), Scalar::from(f32::MAX), bools);
     let norms = B::float_mask_fill(norms, too_large, Scalar::from(f64::INFINITY));
-    let values: Vec<f32> = host::<B>(B::float_into_data(input)).iter().collect();
+    let values: Vec<f32> = host(B::float_into_data(input)).iter().collect();
     let mut words = vec![0; rows * packing.words()];
     let packed = values.chunks(width).zip(words.chunks_mut(packing.words()));
     for (row, (values, words)) in packed.enumerate() {
@@ -187,7 +187,7 @@ pub(crate) fn gelu_derivative<B: Backend>(input: FloatTensor<B>) -> FloatTensor<
 pub(crate) fn unpack<B: Backend>(packed: Packed<B>, dtype: FloatDType) -> FloatTensor<B> {
     let packing = packed.packing;
     let (rows, device) = (packed.norms.shape()[0], packed.norms.device());
-    let words: Vec<i32> = host::<B>(B::int_into_data(packed.words)).iter().collect();
+    let words: Vec<i32> = host(B::int_into_data(packed.words)).iter().collect();
     let mut values = Vec::with_capacity(rows * packing.width);
     for words in words.chunks(packing.words()) {
         unpack_row(packing, words, |_, group| values.extend_from_slice(group));
@@ -353,10 +353,10 @@ impl<B: Backend> Chosen<B> {
 
 /// The values on the host; waits for the device.
 pub(crate) fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {
-    host::<B>(B::float_into_data(tensor)).iter().collect()
+    host(B::float_into_data(tensor)).iter().collect()
 }
 
-fn host<B: Backend>(data: impl Future<Output = Result<TensorData, ExecutionError>>) -> TensorData {
+fn host(data: impl Future<Output = Result<TensorData, ExecutionError>>) -> TensorData {
     #[cfg(feature = "cubecl-backend")]
     log::debug!(target: "burn_memaop::read", "a tensor is read back: this part of a gradient is computed on the host");
     let data = try_read_sync(data);

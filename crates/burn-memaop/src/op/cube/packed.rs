@@ -370,7 +370,7 @@ fn unpacked(
     let lane = column % GROUP;
     if comptime!(bits == 16) {
         let word = words[start + column / 2];
-        f32::reinterpret(select(column % 2 == 0, word << 16, word & 0xFFFF_0000))
+        f32::reinterpret(select(column & 1 == 0, word << 16, word & 0xFFFF_0000))
     } else if comptime!(bits == 1) {
         f32::cast_from((words[start + column / 32] >> (column % 32) as u32) & 1)
     } else {
