@@ -45,9 +45,9 @@ pub struct Race {
     /// Outer products in a step as a share of the batch, auto as the layers choose; each is a training of its own
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     k_ratio: Vec<KRatio>,
-    /// Besides, with this share of the rows of the gradient of the input: the largest, and a sample
-    #[arg(long)]
-    dx_ratio: Option<f64>,
+    /// Besides, with these shares of the rows of the gradient of the input: the largest, and a sample; or auto
+    #[arg(long, value_delimiter = ',')]
+    dx_ratio: Vec<KRatio>,
     /// Besides, top-K with the balanced memory, where K is fixed
     #[arg(long)]
     topk: bool,
@@ -142,17 +142,22 @@ impl Race {
 
     /// For each batch size the exact training first.
     fn settings(&self) -> Vec<Setting> {
-        let input_gradient = |dx_sampled| InputGradientOptions {
-            dx_ratio: self.dx_ratio,
-            dx_sampled,
-        };
         let mut methods = Vec::new();
         for &k_ratio in &self.k_ratio {
             let all = InputGradientOptions::default();
             methods.push((k_ratio, PolicyOption::Systematic, all));
-            if self.dx_ratio.is_some() {
-                methods.push((k_ratio, PolicyOption::Systematic, input_gradient(false)));
-                methods.push((k_ratio, PolicyOption::Systematic, input_gradient(true)));
+            for &dx_ratio in &self.dx_ratio {
+                let ways: &[bool] = match dx_ratio {
+                    KRatio::Auto(_) => &[true],
+                    KRatio::Of(_) => &[false, true],
+                };
+                methods.extend(ways.iter().map(|&dx_sampled| {
+                    let input_gradient = InputGradientOptions {
+                        dx_ratio: Some(dx_ratio),
+                        dx_sampled,
+                    };
+                    (k_ratio, PolicyOption::Systematic, input_gradient)
+                }));
             }
             if self.topk && k_ratio.goes_with(PolicyOption::TopK) {
                 methods.push((k_ratio, PolicyOption::TopK, all));

@@ -162,17 +162,7 @@ impl Setting {
             MemoryPrecisionOption::Full => method,
             precision => format!("{method} in {precision:?}").to_lowercase(),
         };
-        let method = match self.input_gradient.dx_ratio {
-            None => method,
-            Some(ratio) => {
-                let how = if self.input_gradient.dx_sampled {
-                    "sampled"
-                } else {
-                    "largest"
-                };
-                format!("{method}, dX {ratio} {how}")
-            }
-        };
+        let method = method + &self.input_gradient.suffix();
         let method = method + &self.stored_input.suffix();
         let method = match self.cost_rule {
             true => method,

@@ -239,7 +239,7 @@ pub enum MemoryPrecision {
 
 /// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
 ///
-/// As many as `max(minimum, round(ratio * M))`. The gradient of the input is the other product of
+/// As many as `max(minimum, round(ratio * M))`, or as the layer chooses. The gradient of the input is the other product of
 /// the backward pass; unlike the weight gradient's, what it leaves out is not given back by a
 /// memory, and it is missing in all layers below. Rows whose gradient is not finite are zero.
 ///
@@ -249,6 +249,13 @@ pub enum MemoryPrecision {
 pub enum InputGradient {
     /// All of them.
     Exact,
+    /// A sample, as [`Sampled`](Self::Sampled), of M, M/2, M/4, ... M/32 rows: as many as the layer chooses, so that the
+    /// loss falls fastest by the clock, as [`OuterProducts::Auto`] does. For [`Method::Systematic`]; with other
+    /// methods all rows.
+    ///
+    /// What is left out adds noise to the gradients of all layers below, of which a layer knows its own alone: it takes theirs
+    /// for alike.
+    Auto,
     /// The rows with the largest `|g|`. Biased towards them.
     Largest {
         /// The share of the rows, in `(0, 1]`.
@@ -267,10 +274,15 @@ pub enum InputGradient {
 }
 
 impl InputGradient {
-    /// The number of rows computed in a batch of `rows` rows.
-    pub fn k(self, rows: usize) -> usize {
+    /// The number of rows computed in a batch of `rows` rows; none where it is not fixed.
+    pub fn k(self, rows: usize) -> Option<usize> {
+        (self != Self::Auto).then(|| self.fixed_k(rows))
+    }
+
+    /// The number of rows where it is fixed; all of them where a layer cannot choose.
+    pub(crate) fn fixed_k(self, rows: usize) -> usize {
         match self {
-            Self::Exact => rows,
+            Self::Exact | Self::Auto => rows,
             Self::Largest { ratio, minimum } | Self::Sampled { ratio, minimum } => {
                 OuterProducts::Ratio { ratio, minimum }
                     .first_k(rows)
@@ -372,7 +384,11 @@ impl AopConfig {
     /// Whether the gradients of a batch of `rows` rows are exact at every step; that of the input counts
     /// where a backward pass asks for it (`with_input`).
     pub(crate) fn is_exact(&self, rows: usize, with_input: bool) -> bool {
-        if with_input && self.input_gradient.k(rows) < rows {
+        let some_of_input = match self.chooses_input_rows() {
+            true => rows > 1,
+            false => self.input_gradient.fixed_k(rows) < rows,
+        };
+        if with_input && some_of_input {
             return false;
         }
         match self.outer_products {
@@ -384,6 +400,11 @@ impl AopConfig {
     /// Whether the layer chooses K by the noise of its gradient.
     pub(crate) fn chooses_k(&self) -> bool {
         self.outer_products == OuterProducts::Auto && self.method == Method::Systematic
+    }
+
+    /// Whether the layer chooses the rows of the gradient of its input.
+    pub(crate) fn chooses_input_rows(&self) -> bool {
+        self.input_gradient == InputGradient::Auto && self.method == Method::Systematic
     }
 
     /// Checks every value against its rule.

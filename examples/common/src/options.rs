@@ -234,9 +234,10 @@ impl StoredInputOption {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InputGradientOptions {
-    /// Rows of the gradient of the input that are computed, as a share of the batch [default: all]
+    /// Rows of the gradient of the input that are computed, as a share of the batch, or auto: a sample, as the layer
+    /// chooses [default: all]
     #[arg(long)]
-    pub dx_ratio: Option<f64>,
+    pub dx_ratio: Option<KRatio>,
     /// Samples them without bias, in place of the largest
     #[arg(long, requires = "dx_ratio")]
     pub dx_sampled: bool,
@@ -248,8 +249,19 @@ impl InputGradientOptions {
         let minimum = 1;
         match self.dx_ratio {
             None => InputGradient::Exact,
-            Some(ratio) if self.dx_sampled => InputGradient::Sampled { ratio, minimum },
-            Some(ratio) => InputGradient::Largest { ratio, minimum },
+            Some(KRatio::Auto(_)) => InputGradient::Auto,
+            Some(KRatio::Of(ratio)) if self.dx_sampled => InputGradient::Sampled { ratio, minimum },
+            Some(KRatio::Of(ratio)) => InputGradient::Largest { ratio, minimum },
+        }
+    }
+
+    /// What it adds to the name of a method.
+    pub fn suffix(self) -> String {
+        match self.dx_ratio {
+            None => String::new(),
+            Some(KRatio::Auto(_)) => ", dX auto".to_string(),
+            Some(KRatio::Of(ratio)) if self.dx_sampled => format!(", dX {ratio} sampled"),
+            Some(KRatio::Of(ratio)) => format!(", dX {ratio} largest"),
         }
     }
 }

@@ -141,7 +141,9 @@ impl MemAopLinear {
         if aop.method.memory().decay().is_none() {
             self.memory.drop_rows();
         }
-        if aop.outer_products != before.outer_products {
+        if (aop.outer_products, aop.input_gradient)
+            != (before.outer_products, before.input_gradient)
+        {
             self.memory.forget_k();
         }
         self

@@ -6,7 +6,7 @@ use burn::backend::{
     Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
     ops::ModuleOps, tensor::FloatTensor,
 };
-use burn::tensor::Tensor;
+use burn::tensor::{Shape, Tensor};
 use burn_autodiff::{
     NodeId,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -28,7 +28,7 @@ use crate::{
         learning_rate::{self, SharedLearningRate},
         measurement::Measurement,
         memory::{Carried, MemoryHandle, MemoryState},
-        noise_scale::{Reading, StepTime, measured_ks},
+        noise_scale::{Reading, Shares, StepTime, measured_ks},
         rows::RowTensors,
         schedule::{self, Progress},
         watch::Seen,
@@ -253,23 +253,26 @@ fn propagate<B>(
         Kept::Packed(packed) => Input::Packed(packed),
     };
     let weight = weight.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+    let rows = grad.shape()[0];
+    let progress = layer.memory.as_ref().map(|memory| memory.lock().progress);
     let step = LayerStep {
         config: &layer.config,
         time: layer.time,
         key: layer_key(layer.config.seed, order as u64),
-        rows: grad.shape()[0],
-        with_input: input_node.is_some(),
+        rows,
+        input_rows: input_node.is_some().then(|| {
+            progress.map_or(rows, |progress| {
+                schedule::input_rows(&layer.config, &progress, rows)
+            })
+        }),
         with_bias: bias_node.is_some(),
     };
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        let gradient = match &layer.memory {
+        let gradient = match progress {
             // As `Linear` computes it, rows of zeros included.
             None => portable::exact_input_gradient::<B>(grad.clone(), weight),
-            Some(memory) => {
-                let progress = memory.lock().progress;
-                step.input_gradient::<B>(grad.clone(), weight, &progress)
-            }
+            Some(progress) => step.input_gradient::<B>(grad.clone(), weight, progress.step),
         };
         grads.register::<B>(node, gradient);
     }
@@ -307,30 +310,26 @@ struct LayerStep<'a> {
     /// Of the noise of the layer.
     key: u64,
     rows: usize,
-    with_input: bool,
+    /// Of the gradient of the input, where it is asked for.
+    input_rows: Option<usize>,
     with_bias: bool,
 }
 
 impl LayerStep<'_> {
-    /// The rows of the gradient of the input.
-    fn input_rows(&self, progress: &Progress) -> usize {
-        match schedule::is_exact_for_now(self.config, progress, self.rows) {
-            true => self.rows,
-            false => self.config.input_gradient.k(self.rows),
-        }
-    }
-
     fn input_gradient<B: MemAopOps>(
         &self,
         grad: FloatTensor<B>,
         weight: FloatTensor<B>,
-        progress: &Progress,
+        step: u64,
     ) -> FloatTensor<B> {
         let step = InputStep {
-            k: self.input_rows(progress),
-            sampled: matches!(self.config.input_gradient, InputGradient::Sampled { .. }),
+            k: self.input_rows.unwrap_or(self.rows),
+            sampled: matches!(
+                self.config.input_gradient,
+                InputGradient::Sampled { .. } | InputGradient::Auto
+            ),
             seed: self.key,
-            step: progress.step,
+            step,
         };
         B::memaop_input_gradient(grad, weight, step)
     }
@@ -350,7 +349,11 @@ impl LayerStep<'_> {
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
     {
-        let chooses = self.choose(memory);
+        let measures = self.choose(memory);
+        if measures && self.chooses_input_rows() {
+            let reading = self.measure_input::<B>(&grad);
+            memory.lock().input_reading = Some(reading);
+        }
         let mut state = memory.lock();
         let adapts = schedule::measures_share(self.config, state.progress.step);
         if adapts {
@@ -359,7 +362,7 @@ impl LayerStep<'_> {
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
         let step = self.start(&mut state, adapts || due.is_some());
-        let batch = chooses.then(|| (input.clone(), grad.clone()));
+        let batch = measures.then(|| (input.clone(), grad.clone()));
         let read = |gradient: &FloatTensor<B>| {
             let (input, grad) = batch?;
             let ks = measured_ks(self.rows, step.k);
@@ -428,25 +431,71 @@ impl LayerStep<'_> {
         }
     }
 
-    /// Whether the noise of this step is to be measured. Then chooses K by all measurements up to an earlier step, if
-    /// there is one; the state is not locked while that is waited for.
+    fn chooses_input_rows(&self) -> bool {
+        self.config.chooses_input_rows() && self.input_rows.is_some()
+    }
+
+    /// Whether the noise of this step is to be measured. Then chooses K, and the rows of the gradient of the input from the
+    /// next step on, by all measurements up to an earlier step, if there is one; the state is not locked while that
+    /// is waited for.
     fn choose(&self, memory: &MemoryHandle) -> bool {
         let mut state = memory.lock();
         let step = state.progress.step;
-        if !(self.config.chooses_k() && self.time.measures(step, self.rows)) {
+        let chooses = self.config.chooses_k() || self.chooses_input_rows();
+        if !(chooses && self.time.measures(step, self.rows)) {
             return false;
         }
-        let reading = state.reading.take();
+        let readings = [state.reading.take(), state.input_reading.take()];
         drop(state);
-        if let Some(reading) = reading {
-            let figures = reading.read();
-            let mut state = memory.lock();
-            state.noise.add(figures);
-            let present = state.progress.chosen.unwrap_or(1.0);
-            let chosen = state.noise.choose(present, self.rows, &self.time);
-            state.progress.chosen = Some(chosen);
+        let [figures, input_figures] =
+            readings.map(|reading| reading.map(|reading| reading.read()));
+
+        let mut state = memory.lock();
+        let MemoryState {
+            noise, progress, ..
+        } = &mut *state;
+        if let Some(figures) = input_figures {
+            noise.add_input(figures);
+        }
+        let Some(figures) = figures else {
+            return true;
+        };
+        noise.add(figures);
+        let share = |rows: usize| rows as f64 / self.rows as f64;
+        let mut present = Shares {
+            weight: match self.config.chooses_k() {
+                true => progress.chosen.unwrap_or(1.0),
+                false => share(self.config.outer_products.first_k(self.rows).min(self.rows)),
+            },
+            input: match self.chooses_input_rows() {
+                true => progress.input_chosen.unwrap_or(1.0),
+                false => self.input_rows.map_or(1.0, share),
+            },
+        };
+        if self.config.chooses_k() {
+            present.weight = noise.choose(present, self.rows, &self.time);
+            progress.chosen = Some(present.weight);
+        }
+        if self.chooses_input_rows() {
+            present.input = noise.choose_input(present, self.rows, &self.time);
+            progress.input_chosen = Some(present.input);
         }
         true
+    }
+
+    /// What leaving rows out would add to the gradient of the input: the scores of rows whose other factor is 1.
+    fn measure_input<B>(&self, grad: &FloatTensor<B>) -> Reading
+    where
+        B: MemAopOps,
+        DispatchTensor: DispatchKindConversion<B>,
+    {
+        let (device, dtype) = (grad.device(), grad.dtype().into());
+        let ones = B::float_ones(Shape::new([self.rows, 1]), &device, dtype);
+        // There is no gradient whose norm would be of use.
+        let none = B::float_zeros(Shape::new([1, 1]), &device, dtype);
+        let ks = measured_ks(self.rows, self.rows);
+        let noise = B::memaop_noise(Input::Full(ones), grad.clone(), none, NoiseStep { ks });
+        Reading::start(from_primitive::<B, 1>(noise))
     }
 
     /// The settings of the step, which is counted and noted.
@@ -457,7 +506,7 @@ impl LayerStep<'_> {
             step,
             k: k.min(self.rows),
             rows: self.rows,
-            input_rows: self.with_input.then(|| self.input_rows(&state.progress)),
+            input_rows: self.input_rows,
             noise: state.noise.noise().filter(|_| self.config.chooses_k()),
             measurement: None,
         });

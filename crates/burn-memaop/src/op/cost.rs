@@ -5,7 +5,7 @@ use burn::{backend::DispatchDevice, tensor::DType};
 use super::portable::LEAST_DECAY;
 use crate::{
     config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, StoredInput},
-    state::noise_scale::{DIVISORS, StepTime, k_of},
+    state::noise_scale::{DIVISORS, ProductTime, StepTime, k_of},
 };
 
 /// One backward pass of a layer.
@@ -139,7 +139,7 @@ impl Cost {
 
     fn weight_pays(&self, config: &AopConfig, pass: Pass) -> bool {
         let k = match config.chooses_k() {
-            true => k_of(1.0 / DIVISORS[DIVISORS.len() - 1] as f64, pass.rows),
+            true => least_k(pass.rows),
             false => config.outer_products.first_k(pass.rows),
         };
         let value = self.weight_pass(config);
@@ -155,7 +155,11 @@ impl Cost {
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
-        let saved = self.saved(config.input_gradient.k(pass.rows), 0.0, pass);
+        let k = match config.chooses_input_rows() {
+            true => least_k(pass.rows),
+            false => config.input_gradient.fixed_k(pass.rows),
+        };
+        let saved = self.saved(k, 0.0, pass);
         pass.with_input && saved > self.input * (pass.d_input + pass.d_output) as f64
     }
 
@@ -165,6 +169,11 @@ impl Cost {
         let left_out = 1.0 - (k as f64 / rows).min(1.0);
         (2.0 - write / rows).max(0.0) * left_out * (pass.d_input * pass.d_output) as f64
     }
+}
+
+/// The least that a layer chooses.
+fn least_k(rows: usize) -> usize {
+    k_of(1.0 / DIVISORS[DIVISORS.len() - 1] as f64, rows)
 }
 
 /// On a GPU, from bytes alone: values of four bytes, at 20 operations of a product for each byte of memory traffic
@@ -216,17 +225,25 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     // A value of the weight is shared by the rows.
     let weight = n * p / rows;
     let written = (cost.write * weight).min(product);
-    let input_rows = config.input_gradient.k(pass.rows) as f64;
     let input = match pass.with_input {
-        false => 0.0,
-        true if input_rows < rows => product * input_rows / rows + cost.input * (n + p),
-        true => product,
+        false => ProductTime::default(),
+        true => ProductTime {
+            pass: cost.input * (n + p),
+            product,
+        },
+    };
+    let measures = match config.chooses_input_rows() {
+        false => 1.0,
+        true => 2.0,
     };
     StepTime {
-        fixed: product + input + written + BESIDE * cost.read * (weight + p),
-        pass: cost.weight_pass(config) * (n + p),
-        product: product - written,
-        measure: cost.read * (n + p + weight) + cost.search,
+        fixed: product + written + BESIDE * cost.read * (weight + p),
+        weight: ProductTime {
+            pass: cost.weight_pass(config) * (n + p),
+            product: product - written,
+        },
+        input,
+        measure: measures * (cost.read * (n + p + weight) + cost.search),
     }
 }
 
@@ -349,6 +366,9 @@ mod tests {
             assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
             assert_eq!(ruled(chosen, wide), (true, true));
         }
+        let input = few.with_input_gradient(InputGradient::Auto);
+        assert_eq!(ruled(input, wide), (true, true));
+        assert_eq!(ruled(input, pass(512, 784, 10)), (false, false));
         let off = few.with_cost_rule(false);
         assert_eq!(ruled(off, pass(512, 784, 10)), (true, true));
     }
@@ -358,16 +378,22 @@ mod tests {
         let device = burn::tensor::Device::flex();
         let time = |pass| step_time(&AopConfig::new(), device.as_dispatch(), pass);
         let wide = pass(4096, 1024, 1024);
-        let StepTime { fixed, product, .. } = time(wide);
-        assert!(fixed > 2.0 * product && fixed < 2.3 * product, "{fixed}");
+        let StepTime {
+            fixed,
+            weight: ProductTime { product, .. },
+            input,
+            ..
+        } = time(wide);
+        assert!(fixed > product && fixed < 1.3 * product, "{fixed}");
+        assert_eq!(input.product, 2.0 * 1024.0 * 1024.0);
         let first = time(Pass {
             with_input: false,
             ..wide
         });
-        assert_eq!(fixed - first.fixed, 2.0 * 1024.0 * 1024.0);
+        assert_eq!((first.fixed, first.input.product), (fixed, 0.0));
         // A small batch pays more for each row, and measures less often where the layer is small too.
         let small = time(pass(64, 128, 128));
-        assert!(small.fixed > 2.5 * small.product);
+        assert!(small.fixed > 1.5 * small.weight.product);
         assert!(!small.measures(11, 64) && time(wide).measures(11, 4096));
     }
 

@@ -35,6 +35,7 @@ pub(crate) struct MemoryState {
     /// What has been measured of the noise, and the measurement that the next choice of K goes by too.
     pub(crate) noise: Averages,
     pub(crate) reading: Option<Reading>,
+    pub(crate) input_reading: Option<Reading>,
     /// Allocated by the first approximate gradient, where the configuration asks for a memory.
     pub(crate) rows: Option<RowTensors>,
     /// The learning rate that the rows are in the units of, where they follow one.
@@ -53,6 +54,7 @@ impl MemoryState {
             }),
             noise: self.noise,
             reading: self.reading.clone(),
+            input_reading: self.input_reading.clone(),
             rows: self.rows.as_ref().map(|rows| rows.to_device(device)),
             rate: self.rate,
             watch: self.watch.clone(),

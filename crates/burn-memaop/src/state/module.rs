@@ -128,10 +128,13 @@ impl LayerMemory {
             carried,
             noise,
             reading,
+            input_reading,
             ..
         } = &mut *state;
         (progress.ratio, progress.chosen) = (None, None);
-        (*carried, *reading) = (None, None);
+        progress.input_chosen = None;
+        *carried = None;
+        (*reading, *input_reading) = (None, None);
         *noise = Default::default();
     }
 

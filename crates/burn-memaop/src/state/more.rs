@@ -17,6 +17,9 @@ const WORKERS: i32 = 1;
 /// measurement, each number as a low and a high half.
 const NOISE: i32 = 2;
 const NOISE_NUMBERS: usize = 3 + DIVISORS.len() + FIGURES;
+/// The same of the gradient of the input: the share that was chosen, what sampling adds, the figures.
+const INPUT: i32 = 3;
+const INPUT_NUMBERS: usize = 1 + DIVISORS.len() + FIGURES;
 /// More of them are no record of a training.
 const MOST_WORKERS: usize = 4096;
 
@@ -27,6 +30,8 @@ pub(super) struct More {
     pub(super) chosen: Option<f64>,
     pub(super) noise: Averages,
     pub(super) reading: Option<Reading>,
+    pub(super) input_chosen: Option<f64>,
+    pub(super) input_reading: Option<Reading>,
 }
 
 impl More {
@@ -36,11 +41,18 @@ impl More {
             chosen: state.progress.chosen,
             noise: state.noise,
             reading: state.reading.clone(),
+            input_chosen: state.progress.input_chosen,
+            input_reading: state.input_reading.clone(),
         }
     }
 
     fn has_noise(&self) -> bool {
-        self.reading.is_some() || self.noise != Averages::default()
+        let Averages { weight, .. } = self.noise;
+        self.reading.is_some() || weight > 0.0
+    }
+
+    fn has_input(&self) -> bool {
+        self.input_reading.is_some() || self.noise.input_added.is_some()
     }
 
     /// The number of integers, 0 where there is nothing to tell.
@@ -53,7 +65,11 @@ impl More {
             true => 2 + 2 * NOISE_NUMBERS,
             false => 0,
         };
-        match workers + noise {
+        let input = match self.has_input() {
+            true => 2 + 2 * INPUT_NUMBERS,
+            false => 0,
+        };
+        match workers + noise + input {
             0 => 0,
             entries => 1 + entries,
         }
@@ -71,19 +87,24 @@ impl More {
                 weight,
                 noise,
                 added,
+                ..
             } = self.noise;
-            // NaN stands for none.
-            let figures = self
-                .reading
-                .as_ref()
-                .map_or([f64::NAN; FIGURES], Reading::read);
-            let numbers = [self.chosen.unwrap_or(f64::NAN), weight, noise]
+            let numbers = [self.chosen.unwrap_or(f64::NAN), weight, noise];
+            let numbers = numbers
                 .into_iter()
                 .chain(added)
-                .chain(figures);
-            let numbers: Vec<_> = numbers.map(f64::to_bits).collect();
+                .chain(figures(&self.reading));
             more.extend([NOISE, 2 * NOISE_NUMBERS as i32]);
-            more.extend(halves(&numbers));
+            more.extend(bits(numbers));
+        }
+        if self.has_input() {
+            let chosen = self.input_chosen.unwrap_or(f64::NAN);
+            let added = self.noise.input_added.unwrap_or([f64::NAN; DIVISORS.len()]);
+            let numbers = std::iter::once(chosen)
+                .chain(added)
+                .chain(figures(&self.input_reading));
+            more.extend([INPUT, 2 * INPUT_NUMBERS as i32]);
+            more.extend(bits(numbers));
         }
         more
     }
@@ -110,6 +131,7 @@ impl More {
             let sound = match *tag {
                 WORKERS => decoded.set_workers(values),
                 NOISE => decoded.set_noise(values),
+                INPUT => decoded.set_input(values),
                 _ => true,
             };
             if !sound {
@@ -132,33 +154,66 @@ impl More {
 
     /// Averages that no measurement leads to are as none.
     fn set_noise(&mut self, values: &[i32]) -> bool {
-        if values.len() != 2 * NOISE_NUMBERS {
-            return false;
-        }
-        let numbers = values
-            .chunks_exact(2)
-            .map(|pair| f64::from_bits(whole(pair)));
-        let numbers: Vec<_> = numbers.collect();
-        let [chosen, weight, noise, rest @ ..] = &numbers[..] else {
+        let Some(numbers) = numbers::<NOISE_NUMBERS>(values) else {
             return false;
         };
+        let [chosen, weight, noise, rest @ ..] = numbers;
         let (added, figures) = rest.split_at(DIVISORS.len());
-        let averages = Averages {
-            weight: *weight,
-            noise: *noise,
-            added: std::array::from_fn(|index| added[index]),
-        };
-        let positive = |value: &f64| *value >= 0.0 && value.is_finite();
-        let sound = added.iter().chain([weight, noise]).all(positive);
-        if sound {
-            self.noise = averages;
-            self.chosen = Some(*chosen).filter(|chosen| *chosen > 0.0 && *chosen <= 1.0);
+        if added.iter().chain([&weight, &noise]).all(is_measured) {
+            self.noise.weight = weight;
+            self.noise.noise = noise;
+            self.noise.added = std::array::from_fn(|index| added[index]);
+            self.chosen = share(chosen);
         }
-        let mut figures = figures.iter().copied();
-        let figures = std::array::from_fn(|_| figures.next().unwrap_or(f64::NAN));
-        self.reading = (!figures[0].is_nan()).then(|| Reading::there(figures));
+        self.reading = reading(figures);
         true
     }
+
+    fn set_input(&mut self, values: &[i32]) -> bool {
+        let Some(numbers) = numbers::<INPUT_NUMBERS>(values) else {
+            return false;
+        };
+        let [chosen, rest @ ..] = numbers;
+        let (added, figures) = rest.split_at(DIVISORS.len());
+        if added.iter().all(is_measured) {
+            self.noise.input_added = Some(std::array::from_fn(|index| added[index]));
+            self.input_chosen = share(chosen);
+        }
+        self.input_reading = reading(figures);
+        true
+    }
+}
+
+fn is_measured(value: &f64) -> bool {
+    *value >= 0.0 && value.is_finite()
+}
+
+fn share(chosen: f64) -> Option<f64> {
+    (chosen > 0.0 && chosen <= 1.0).then_some(chosen)
+}
+
+/// NaN stands for none.
+fn figures(reading: &Option<Reading>) -> [f64; FIGURES] {
+    let figures = reading.as_ref().map(Reading::read);
+    figures.unwrap_or([f64::NAN; FIGURES])
+}
+
+fn reading(figures: &[f64]) -> Option<Reading> {
+    let there = figures.first().is_some_and(|figure| !figure.is_nan());
+    there.then(|| Reading::there(std::array::from_fn(|index| figures[index])))
+}
+
+fn bits(numbers: impl Iterator<Item = f64>) -> Vec<i32> {
+    let numbers: Vec<_> = numbers.map(f64::to_bits).collect();
+    halves(&numbers)
+}
+
+fn numbers<const N: usize>(values: &[i32]) -> Option<[f64; N]> {
+    let numbers = values
+        .chunks_exact(2)
+        .map(|pair| f64::from_bits(whole(pair)));
+    let numbers: Vec<_> = numbers.collect();
+    numbers.try_into().ok().filter(|_| values.len() == 2 * N)
 }
 
 /// Each number as a low and a high half.

@@ -6,6 +6,10 @@
 //! on a gradient with the noise-to-signal ratio `nu = S / (F - S)` makes a progress in proportion to `1 / (1 + nu)`
 //! (McCandlish and others, 2018, arXiv:1812.06162), one of K rows to `1 / (1 + nu (1 + V(K) / S))`. So K is chosen that
 //! makes `(1 + nu (1 + V(K) / S)) time(K)` smallest.
+//!
+//! Rows left out of the gradient of the input are missing in all layers below. What that adds to their noise is taken to
+//! be what it adds to the gradient of the input itself, `sum (1 / p_m - 1) |g_m|^2` against `sum |g_m|^2`, and
+//! their noise to be that of this layer; what they save in turn is not counted.
 
 use std::{
     fmt,
@@ -40,28 +44,53 @@ const MOST_OF_ONE: f64 = 2.0;
 /// The time of a training step of one layer, in any unit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepTime {
-    /// What does not depend on K: of the product too, whose result is written.
+    /// What depends on no choice: of the product for the weight too, whose result is written.
     pub(crate) fixed: f64,
-    /// Choosing and gathering rows, where not all are taken.
-    pub(crate) pass: f64,
-    /// The rest of the product, of all rows.
-    pub(crate) product: f64,
+    pub(crate) weight: ProductTime,
+    /// Nothing where the gradient of the input is not asked for.
+    pub(crate) input: ProductTime,
     /// Measuring the noise.
     pub(crate) measure: f64,
 }
 
-impl StepTime {
+/// The time of a product of some rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ProductTime {
+    /// Choosing and gathering rows, where not all are taken.
+    pub(crate) pass: f64,
+    /// The product of all rows.
+    pub(crate) product: f64,
+}
+
+impl ProductTime {
     fn at(&self, ratio: f64) -> f64 {
         match ratio < 1.0 {
-            true => self.fixed + self.pass + self.product * ratio,
-            false => self.fixed + self.product,
+            true => self.pass + self.product * ratio,
+            false => self.product,
         }
+    }
+}
+
+/// The rows that are taken of each gradient, as shares of the batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Shares {
+    pub(crate) weight: f64,
+    pub(crate) input: f64,
+}
+
+impl StepTime {
+    fn at(&self, shares: Shares) -> f64 {
+        self.fixed + self.weight.at(shares.weight) + self.input.at(shares.input)
     }
 
     /// The number of steps from one measurement to the next: odd, so that a layer that is used twice in a step is not
     /// always measured at the same use.
     fn interval(&self) -> u64 {
-        let steps = self.measure / (MEASURING * self.at(1.0));
+        let all = Shares {
+            weight: 1.0,
+            input: 1.0,
+        };
+        let steps = self.measure / (MEASURING * self.at(all));
         steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64 | 1
     }
 
@@ -152,6 +181,8 @@ pub(crate) struct Averages {
     pub(crate) noise: f64,
     /// Of `V / S` of each candidate.
     pub(crate) added: [f64; DIVISORS.len()],
+    /// The same of the gradient of the input; none before the first measurement.
+    pub(crate) input_added: Option<[f64; DIVISORS.len()]>,
 }
 
 impl Averages {
@@ -161,19 +192,22 @@ impl Averages {
         if !(figures.iter().all(|figure| figure.is_finite()) && batch > 0.0) {
             return;
         }
-        let kept = match self.weight > 0.0 {
-            true => ADDED_KEPT,
-            false => 0.0,
-        };
-        for (average, added) in self.added.iter_mut().zip(added) {
-            *average = kept * *average + (1.0 - kept) * added / batch;
-        }
+        let before = (self.weight > 0.0).then_some(self.added);
+        self.added = averaged(before, added, batch);
         let noise = match gradient > at_k {
             true => (batch / (gradient - at_k)).min(MOST_OF_ONE),
             false => MOST_OF_ONE,
         };
         self.weight = NOISE_KEPT * self.weight + 1.0;
         self.noise = NOISE_KEPT * self.noise + noise;
+    }
+
+    /// Adds a measurement of the gradient of the input, of rows of which one factor is 1.
+    pub(crate) fn add_input(&mut self, figures: [f64; FIGURES]) {
+        let [_, batch, _, added @ ..] = figures.map(|root| root * root);
+        if figures.iter().all(|figure| figure.is_finite()) && batch > 0.0 {
+            self.input_added = Some(averaged(self.input_added, added, batch));
+        }
     }
 
     /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
@@ -184,32 +218,61 @@ impl Averages {
         })
     }
 
-    /// The share of the rows to take from now on, after `present`, for batches of `rows` rows.
-    pub(crate) fn choose(&self, present: f64, rows: usize, time: &StepTime) -> f64 {
+    /// The share of the rows to take for the gradient of the weight from now on, for batches of `rows` rows.
+    pub(crate) fn choose(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
         let Some(noise) = self.noise() else {
-            return present;
+            return present.weight;
         };
-        let cost = |ratio: f64, added: f64| {
-            let taken = k_of(ratio, rows) as f64 / rows as f64;
-            (1.0 + noise * (1.0 + added)) * time.at(taken)
+        cheapest(self.added, present.weight, |weight, added| {
+            let weight = k_of(weight, rows) as f64 / rows as f64;
+            (1.0 + noise * (1.0 + added)) * time.at(Shares { weight, ..present })
+        })
+    }
+
+    /// The same for the gradient of the input.
+    pub(crate) fn choose_input(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
+        let (Some(noise), Some(added)) = (self.noise(), self.input_added) else {
+            return present.input;
         };
-        let some = DIVISORS.into_iter().zip(self.added);
-        let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
-        let mut best = (1.0, cost(1.0, 0.0));
-        let mut at_present = best.1;
-        for (ratio, added) in some {
-            let cost = cost(ratio, added);
-            if cost < best.1 {
-                best = (ratio, cost);
-            }
-            if ratio == present {
-                at_present = cost;
-            }
+        cheapest(added, present.input, |input, added| {
+            let input = k_of(input, rows) as f64 / rows as f64;
+            (1.0 + noise * (1.0 + added)) * time.at(Shares { input, ..present })
+        })
+    }
+}
+
+/// The average of `V / S` of each candidate with a measurement.
+fn averaged(
+    before: Option<[f64; DIVISORS.len()]>,
+    added: [f64; DIVISORS.len()],
+    batch: f64,
+) -> [f64; DIVISORS.len()] {
+    let present = added.map(|added| added / batch);
+    let Some(before) = before else {
+        return present;
+    };
+    std::array::from_fn(|i| ADDED_KEPT * before[i] + (1.0 - ADDED_KEPT) * present[i])
+}
+
+/// The candidate with the least cost, of a share of the rows and what it adds to the noise; the present one where the gain
+/// is small.
+fn cheapest(added: [f64; DIVISORS.len()], present: f64, cost: impl Fn(f64, f64) -> f64) -> f64 {
+    let some = DIVISORS.into_iter().zip(added);
+    let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
+    let mut best = (1.0, cost(1.0, 0.0));
+    let mut at_present = best.1;
+    for (ratio, added) in some {
+        let cost = cost(ratio, added);
+        if cost < best.1 {
+            best = (ratio, cost);
         }
-        match best.1 > (1.0 - HYSTERESIS) * at_present {
-            true => present,
-            false => best.0,
+        if ratio == present {
+            at_present = cost;
         }
+    }
+    match best.1 > (1.0 - HYSTERESIS) * at_present {
+        true => present,
+        false => best.0,
     }
 }
 
@@ -221,10 +284,14 @@ mod tests {
 
     /// Three equal products.
     const TIME: StepTime = StepTime {
-        fixed: 2.0,
+        fixed: 1.0,
+        weight: PART,
+        input: PART,
+        measure: 0.1,
+    };
+    const PART: ProductTime = ProductTime {
         pass: 0.05,
         product: 1.0,
-        measure: 0.1,
     };
 
     /// A measurement at K = M, with V(M/d) = (d - 1) S, as of rows of one size.
@@ -234,6 +301,11 @@ mod tests {
             *figure = (divisor as f64 - 1.0) * batch;
         }
         figures.map(f64::sqrt)
+    }
+
+    /// All rows of the gradient of the input.
+    fn of(weight: f64) -> Shares {
+        Shares { weight, input: 1.0 }
     }
 
     fn after(measured: [f64; FIGURES]) -> Averages {
@@ -255,10 +327,10 @@ mod tests {
         ] {
             let averages = after(figures(1.0 + 1.0 / noise, 1.0));
             assert!((averages.noise().unwrap() / noise - 1.0).abs() < 1e-9);
-            assert_eq!(averages.choose(1.0, M, &TIME), 1.0 / divisor, "{noise}");
+            assert_eq!(averages.choose(of(1.0), M, &TIME), 1.0 / divisor, "{noise}");
         }
         // No signal at all.
-        assert_eq!(after(figures(0.5, 1.0)).choose(0.25, M, &TIME), 1.0);
+        assert_eq!(after(figures(0.5, 1.0)).choose(of(0.25), M, &TIME), 1.0);
     }
 
     #[test]
@@ -266,8 +338,8 @@ mod tests {
         let averages = after(figures(1.0 + 1.0 / 0.02, 1.0));
         let cost = |d: f64| (1.0 + 0.02 * d) * (2.05 + 1.0 / d);
         assert!(cost(4.0) < cost(8.0) && cost(4.0) > (1.0 - HYSTERESIS) * cost(8.0));
-        assert_eq!(averages.choose(0.125, M, &TIME), 0.125);
-        assert_eq!(averages.choose(1.0, M, &TIME), 0.25);
+        assert_eq!(averages.choose(of(0.125), M, &TIME), 0.125);
+        assert_eq!(averages.choose(of(1.0), M, &TIME), 0.25);
     }
 
     #[test]
@@ -284,7 +356,7 @@ mod tests {
     fn averages_forget_and_skip_what_says_nothing() {
         let mut averages = Averages::default();
         assert_eq!(
-            (averages.noise(), averages.choose(0.5, M, &TIME)),
+            (averages.noise(), averages.choose(of(0.5), M, &TIME)),
             (None, 0.5)
         );
         for broken in [f64::NAN, f64::INFINITY, 0.0] {
@@ -300,6 +372,30 @@ mod tests {
         assert!((averages.noise().unwrap() - 0.1).abs() < 1e-2);
     }
 
+    #[test]
+    fn rows_of_the_gradient_of_the_input_go_by_their_own_variance() {
+        let mut averages = after(figures(11.0, 1.0));
+        let all = of(1.0);
+        assert_eq!(averages.choose_input(all, M, &TIME), 1.0);
+        // Rows of one size, and rows of which few carry all.
+        averages.add_input(figures(0.0, 1.0));
+        let alike = averages.choose_input(all, M, &TIME);
+        assert_eq!(alike, 0.5);
+        let mut few = after(figures(1e4, 1.0));
+        few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(few.choose_input(all, M, &TIME), 1.0 / 32.0);
+        // Noise alone takes all rows, if they are alike.
+        let mut noisy = after(figures(0.5, 1.0));
+        noisy.add_input(figures(0.0, 1.0));
+        assert_eq!(noisy.choose_input(all, M, &TIME), 1.0);
+        // Where the gradient of the input is not asked for nothing can be saved.
+        let without = StepTime {
+            input: ProductTime::default(),
+            ..TIME
+        };
+        assert_eq!(averages.choose_input(all, M, &without), 1.0);
+    }
+
     /// A batch of equal rows, as in the first step of many models, and then noise: K follows in time.
     #[test]
     fn a_signal_that_vanishes_is_forgotten() {
@@ -307,10 +403,10 @@ mod tests {
         for _ in 0..50 {
             averages.add(figures(4096.0, 1.0));
         }
-        assert_eq!(averages.choose(1.0, M, &TIME), 1.0 / 32.0);
+        assert_eq!(averages.choose(of(1.0), M, &TIME), 1.0 / 32.0);
         let late = (1..).find(|_| {
             averages.add(figures(2.0, 1.0));
-            averages.choose(1.0 / 32.0, M, &TIME) == 1.0
+            averages.choose(of(1.0 / 32.0), M, &TIME) == 1.0
         });
         assert!(late.unwrap() <= 7, "{late:?}");
     }
@@ -321,7 +417,7 @@ mod tests {
         assert!(!TIME.measures(0, 15) && !TIME.measures(10, 16));
         // Of 16 rows M/16 and M/32 are one row, which M/16 names first.
         let averages = after(figures(1e6, 1.0));
-        assert_eq!(averages.choose(1.0, 16, &TIME), 1.0 / 16.0);
+        assert_eq!(averages.choose(of(1.0), 16, &TIME), 1.0 / 16.0);
     }
 
     #[test]

@@ -88,6 +88,7 @@ impl Header {
                 k: field(1) as usize,
                 ratio: share(2),
                 chosen: None,
+                input_chosen: None,
             },
             carried: share(3).zip(share(4)).map(|(ratio, share)| Carried {
                 ratio,
@@ -233,11 +234,13 @@ impl MemoryRecord {
         let state = MemoryState {
             progress: Progress {
                 chosen: more.chosen,
+                input_chosen: more.input_chosen,
                 ..header.progress
             },
             carried: header.carried,
             noise: more.noise,
             reading: more.reading,
+            input_reading: more.input_reading,
             rows,
             rate: header.rate,
             ..MemoryState::default()

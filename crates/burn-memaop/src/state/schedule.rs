@@ -16,6 +16,9 @@ pub(crate) struct Progress {
     pub(crate) ratio: Option<f64>,
     /// K as a share of the rows, once [`OuterProducts::Auto`] has chosen it.
     pub(crate) chosen: Option<f64>,
+    /// The rows of the gradient of the input as a share, once [`InputGradient::Auto`](crate::InputGradient::Auto) has
+    /// chosen it.
+    pub(crate) input_chosen: Option<f64>,
 }
 
 /// K for the next gradient of a batch of `rows` rows; `rows` is the exact gradient.
@@ -54,6 +57,17 @@ fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
             k.clamp(1, (rows - 1).max(1))
         }
         (other, _) => other.first_k(rows).min(rows),
+    }
+}
+
+/// The rows of the gradient of the input at this step.
+pub(crate) fn input_rows(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
+    match config.input_gradient {
+        _ if is_exact_for_now(config, progress, rows) => rows,
+        _ if config.chooses_input_rows() => {
+            noise_scale::k_of(progress.input_chosen.unwrap_or(1.0), rows)
+        }
+        fixed => fixed.fixed_k(rows),
     }
 }
 

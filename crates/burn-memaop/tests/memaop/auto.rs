@@ -7,7 +7,7 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopLinear, OuterProducts, Schedule,
+    AopConfig, AopObserver, InputGradient, MemAopLinear, Memory, Method, OuterProducts, Schedule,
     op::{NoiseStep, gradient_noise},
 };
 
@@ -170,29 +170,106 @@ fn rows_of_a_batch_that_are_noise_alone_are_all_taken() {
 #[test]
 fn a_training_goes_on_with_the_k_that_it_had() {
     let device = Device::flex().autodiff();
-    let train = |layer: &MemAopLinear, range: std::ops::Range<u64>| -> Vec<Vec<u32>> {
-        let gradient = |number| {
+    let train = |layer: &MemAopLinear, range: std::ops::Range<u64>| -> Vec<[Vec<u32>; 2]> {
+        let gradients = |number| {
             // Noise that rises, so that K changes.
             let noise = 0.02 * 1.05f64.powi(number as i32);
             let (x, g) = batch(&mut Random(70 + number), noise);
-            bits(step(layer, &x, &g, &device))
+            step_with_input(layer, &x, &g, &device).map(bits)
         };
-        range.map(gradient).collect()
+        range.map(gradients).collect()
     };
     let linear = LinearConfig::new(N, P).init(&device);
-    let new = || MemAopLinear::from_linear(linear.clone(), auto());
-    let steps = 240;
-    let whole = new();
-    let mut expected = train(&whole, 0..150);
-    assert!(whole.memory_stats().k < M, "K stayed");
-    expected.extend(train(&whole, 150..steps));
-    for stop in [1, 30, 75, 130, 239] {
-        let first = new();
-        train(&first, 0..stop);
-        let bytes = first.into_record().into_bytes().unwrap();
-        let second = new().load_record(ModuleRecord::from_bytes(bytes).unwrap());
-        let found = train(&second, stop..steps);
-        assert!(found[..] == expected[stop as usize..], "stopped at {stop}");
+    for input_gradient in [InputGradient::Exact, InputGradient::Auto] {
+        let aop = auto().with_input_gradient(input_gradient);
+        let new = || MemAopLinear::from_linear(linear.clone(), aop);
+        let steps = 240;
+        let whole = new();
+        let mut expected = train(&whole, 0..60);
+        assert!(whole.memory_stats().k < M, "K stayed");
+        expected.extend(train(&whole, 60..steps));
+        for stop in [1, 30, 75, 130, 239] {
+            let first = new();
+            train(&first, 0..stop);
+            let bytes = first.into_record().into_bytes().unwrap();
+            let second = new().load_record(ModuleRecord::from_bytes(bytes).unwrap());
+            let found = train(&second, stop..steps);
+            let same = found[..] == expected[stop as usize..];
+            assert!(same, "{input_gradient:?} stopped at {stop}");
+        }
+    }
+}
+
+/// The gradients of the input and of the weight.
+fn step_with_input(
+    layer: &MemAopLinear,
+    x: &Matrix,
+    g: &Matrix,
+    device: &Device,
+) -> [Tensor<2>; 2] {
+    let input = x.tensor(device, DType::F32).require_grad();
+    let output = layer.forward(input.clone());
+    let grads = (output * g.tensor(device, DType::F32)).sum().backward();
+    [
+        input.grad(&grads).unwrap(),
+        layer.weight.grad(&grads).unwrap(),
+    ]
+}
+
+/// Rows of `dX` too, where there is no noise, whether K is chosen or not; with other methods all of them.
+pub fn the_rows_of_the_gradient_of_the_input_are_chosen(device: &Device) {
+    let chosen = auto().with_input_gradient(InputGradient::Auto);
+    let top = Method::TopK(Memory::Balanced { decay: 0.9 });
+    for (aop, falls) in [
+        (chosen, true),
+        (chosen.with_outer_products(OuterProducts::Count(M)), true),
+        (chosen.with_method(top), false),
+    ] {
+        let layer = layer(aop, device);
+        let weight = Matrix::from_tensor(layer.weight.val().inner());
+        let observer = AopObserver::new(1);
+        observer.observe(&layer);
+        let mut random = Random(65);
+        for number in 0..25 {
+            let (x, g) = batch(&mut random, 0.01);
+            let [of_input, _] = step_with_input(&layer, &x, &g, device);
+            let rows = observer.observe(&layer).layers[0].input_rows.unwrap();
+            // Measured first, read at the next, and then of the step after.
+            let few = falls && number > 11;
+            assert_eq!(rows < M, few, "{aop:?} {number}: {rows}");
+
+            // The rows are alike, and so are their weights.
+            let of_input = Matrix::from_tensor(of_input);
+            let mut taken = 0;
+            for (found, g) in of_input.0.iter().zip(&g.0) {
+                if found.iter().all(|&value| value == 0.0) {
+                    continue;
+                }
+                taken += 1;
+                for (found, weight) in found.iter().zip(&weight.0) {
+                    let exact: f64 = g.iter().zip(weight).map(|(g, w)| g * w).sum();
+                    let size: f64 = g.iter().zip(weight).map(|(g, w)| (g * w).abs()).sum();
+                    let expected = M as f64 / rows as f64 * exact;
+                    let most = 0.05 * M as f64 / rows as f64 * size;
+                    assert!((found - expected).abs() < most, "{found} {expected}");
+                }
+            }
+            assert_eq!(taken, rows, "{aop:?} {number}");
+        }
+    }
+}
+
+#[test]
+fn rows_of_the_gradient_of_the_input_stay_where_there_is_noise_alone() {
+    let device = Device::flex().autodiff();
+    let layer = layer(auto().with_input_gradient(InputGradient::Auto), &device);
+    let observer = AopObserver::new(1);
+    observer.observe(&layer);
+    let mut random = Random(66);
+    for _ in 0..100 {
+        let (x, g) = batch(&mut random, 1e3);
+        step_with_input(&layer, &x, &g, &device);
+        assert_eq!(observer.observe(&layer).layers[0].input_rows, Some(M));
     }
 }
 

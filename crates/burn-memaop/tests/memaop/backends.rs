@@ -64,6 +64,7 @@ macro_rules! suite {
 
                 checks!($device.map(Device::autodiff); auto:
                     k_falls_where_there_is_no_noise,
+                    the_rows_of_the_gradient_of_the_input_are_chosen,
                 );
 
                 checks!($device.map(Device::autodiff); layer:
