@@ -175,13 +175,38 @@ def memory(rows):
     return markdown(["model", "layers", "kept, MiB", "peak, MiB", "step, ms"], cells)
 
 
+def stored(outcomes):
+    """Accuracies of `cargo ablation --stored-input`, each against the same with inputs as they are, seed by seed."""
+
+    def last(outcome):
+        return [100 * run["test_accuracy"][-1] for run in outcome["runs"]]
+
+    regimes = {}
+    for outcome in outcomes:
+        key = (outcome["optimizer"], outcome["lr"], outcome["batch"])
+        regimes.setdefault(key, []).append(outcome)
+    cells = []
+    for (optimizer, lr, batch), found in regimes.items():
+        exact = next(outcome for outcome in found if outcome["k_ratio"] == 1)
+        for k_ratio in dict.fromkeys(o["k_ratio"] for o in found if o["k_ratio"] != 1):
+            of = {o["stored_input"]: last(o) for o in found if o["k_ratio"] == k_ratio}
+
+            def difference(name):
+                return interval([a - b for a, b in zip(of[name], of["full"])], "+")
+
+            name = f"{'SGD' if optimizer == 'sgd' else 'Adam'} {lr}, batch {batch}"
+            means = [f"{statistics.mean(values):.2f}" for values in (last(exact), of["full"])]
+            cells.append([name, divisor(k_ratio), *means, difference("int8"), difference("int4")])
+    return markdown(["", "K", "exact, %", "full, %", "int8 − full", "int4 − full"], cells)
+
+
 def parts(rows):
     """The rows of the bench `memory` with --parts."""
     cells = [[row["part"], f"{row['bytes_a_row']:.0f}"] for row in rows]
     return markdown(["module", "bytes a row"], cells)
 
 
-TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts}
+TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
 
 
 def main():
