@@ -335,7 +335,10 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
     ];
     let (width, batch, length) = (options.width, options.batch, options.length);
     let dtype = options.common.dtype;
-    let random = |rows| random(rows, width, &device.clone().inner(), dtype).autodiff();
+    let random = |rows| {
+        let values = random(rows, width, &device.clone().inner(), dtype).into_data();
+        Tensor::<2>::from_data(values, (device, dtype.dtype()))
+    };
     // Weights of its own for each side, so that none is kept by another; their values are equal.
     let seeded = {
         let device = device.clone();
@@ -343,7 +346,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
     };
     Ok(match model {
         ModelKind::Layer => {
-            let input = random(options.m).to_device(device);
+            let input = random(options.m);
             let device = device.clone();
             let linear = move || {
                 seeded();
@@ -370,7 +373,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
             sides
         }
         ModelKind::Perceptron => {
-            let input = random(options.m).to_device(device);
+            let input = random(options.m);
             let (device, hidden) = (device.clone(), options.hidden);
             let layers = move || -> Vec<Linear> {
                 seeded();
@@ -415,7 +418,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
             sides
         }
         ModelKind::Transformer => {
-            let tokens = random(batch * length).to_device(device);
+            let tokens = random(batch * length);
             let tokens = tokens.reshape([batch, length, width]);
             let config =
                 TransformerEncoderConfig::new(width, 4 * width, options.heads, options.blocks)

@@ -48,8 +48,8 @@ pub struct AopConfig {
     pub cost_rule: bool,
     /// The seed of the noise of random methods, of [`Memory::Balanced`] and of a [stored input](StoredInput).
     ///
-    /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph, its step
-    /// counter and the row's position. So every backend draws the same rows, as many as [`OuterProducts`] says (of
+    /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph (for rounding, the number of
+    /// the pass in its step instead), its step counter and the row's position. So every backend draws the same rows, as many as [`OuterProducts`] says (of
     /// which [`OuterProducts::Auto`] chooses by the times of the device and the processor), a training with the same seed
     /// can be repeated on the same kind of machine, and layers one above the other draw independently whatever their seeds are, which
     /// unbiased gradients need. Layers side by side, such as projections of one input, draw alike where
@@ -304,11 +304,11 @@ impl InputGradient {
 /// All gradients can be exact otherwise (what is measured against the exact gradient goes by that of the rounded input). What is
 /// saved is saved only where no one else keeps the input: [`activation`](crate::activation) has functions whose own backward
 /// pass needs little, which the feed-forward network of [`transformer`](crate::transformer) takes by itself; its GELU then has a
-/// derivative in 8 bits. With gradient checkpointing, an input that would be computed again is kept in few bits instead.
-/// A memory ([`Method::TopK`]) widens all rows for a moment, and so does a gradient of all rows.
+/// derivative in 8 bits. A memory ([`Method::TopK`]) widens all rows for a moment, and so does a gradient of all rows.
 ///
-/// Where values could only be packed by way of the host, and where nothing would be saved (`Half` of half precision), the
-/// input is kept as it is; the former is a part of the [cost rule](AopConfig::cost_rule).
+/// The input is kept as it is where nothing would be saved (`Half` of half precision) and, by the [cost
+/// rule](AopConfig::cost_rule), where values could only be packed by way of the host and with gradient checkpointing: what is
+/// computed again takes nothing, and would be kept in few bits instead.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum StoredInput {
     /// As it is: a reference to the tensor.

@@ -21,7 +21,9 @@ use burn::{
     store::{ModuleRecord, RecordError},
     tensor::{Bytes, Device, Tensor},
 };
-use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts};
+use burn_memaop::{
+    AopConfig, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts,
+};
 use proptest::{collection::vec, prelude::*, sample::Index};
 
 /// The system's allocator, which remembers the largest request.
@@ -112,7 +114,9 @@ fn layer() -> MemAopLinear {
 }
 
 fn auto() -> AopConfig {
-    AopConfig::new().with_cost_rule(false)
+    AopConfig::new()
+        .with_input_gradient(InputGradient::Auto)
+        .with_cost_rule(false)
 }
 
 /// The record of a layer with a memory.
@@ -128,7 +132,7 @@ static AUTO_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let device = Device::flex().autodiff();
     let layer = layer().with_aop(auto());
     for _ in 0..15 {
-        let input = Tensor::<2>::ones([40, 3], &device);
+        let input = Tensor::<2>::ones([40, 3], &device).require_grad();
         layer.forward(input).sum().backward();
     }
     layer.into_record().into_bytes().unwrap().to_vec()

@@ -23,8 +23,9 @@ use crate::op::{MemAopOps, backends::assert_supported, cost};
 
 /// Applies [`burn::tensor::activation::relu`]; the gradient is the same, and one bit a value is kept for it.
 ///
-/// Burn's own where no gradient is asked for, and where values could only be packed by way of the host (double precision on
-/// GPUs, half precision on CPUs, LibTorch, CubeCL's CPU runtime).
+/// Burn's own where no gradient is asked for, with gradient checkpointing, which can compute what Burn's needs again, and where
+/// values could only be packed by way of the host (double precision on GPUs, half precision on CPUs, LibTorch, CubeCL's CPU
+/// runtime).
 ///
 /// # Panics
 ///
@@ -70,30 +71,66 @@ pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 fn packs<const D: usize>(input: &Tensor<D>) -> bool {
     let device = input.device();
     assert_supported(device.as_dispatch());
-    is_tracked(input) && cost::packs_fast(device.as_dispatch(), input.dtype())
+    is_tracked(input) && cost::packs(device.as_dispatch(), input.dtype())
 }
 
 /// The least width of a row, for its parts that are not full to count little.
 const LEAST_WIDTH: usize = 512;
+/// Of widths that the values can be laid out in, the widest that is looked for.
+const MOST_WIDTH: usize = 8 * LEAST_WIDTH;
 
-/// Applies a function of values to all of a tensor as one matrix, in rows of some width.
+/// The width of the rows in which so many values are worked on, of which `last` follow each other on the last axis: a row
+/// is what a core or a cube takes.
+fn row_width(values: usize, last: usize) -> usize {
+    let rows = values / last;
+    let least = LEAST_WIDTH.div_ceil(last);
+    let wide =
+        (least..=MOST_WIDTH / last.min(MOST_WIDTH)).find(|&merged| rows.is_multiple_of(merged));
+    match wide {
+        _ if least <= 1 => last,
+        Some(merged) => merged * last,
+        // Few values, or a number of them that has no such divisor.
+        None if values <= MOST_WIDTH || last < 32 => values,
+        None => last,
+    }
+}
+
+/// Applies a function of values to all of a tensor as one matrix.
 fn as_matrix<const D: usize>(
     input: Tensor<D>,
     function: impl FnOnce(Tensor<2>) -> Tensor<2>,
 ) -> Tensor<D> {
     let shape = input.shape();
-    let mut width = 1;
-    for &length in shape.iter().rev() {
-        if width >= LEAST_WIDTH {
-            break;
-        }
-        width *= length;
-    }
-    if width == 0 {
+    let values = shape.num_elements();
+    if values == 0 {
         return input;
     }
-    let rows = shape.num_elements() / width;
-    function(input.reshape([rows, width])).reshape(shape)
+    let width = row_width(values, shape[D - 1]);
+    function(input.reshape([values / width, width])).reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::row_width;
+
+    #[test]
+    fn rows_are_neither_narrow_nor_all_in_one() {
+        for (rows, last, width) in [
+            (4096, 512, 512),
+            (4096, 2048, 2048),
+            (8192, 256, 512),
+            (64 * 32 * 28, 28, 28 * 28),
+            (100_000, 1, 625),
+            (128, 10, 640),
+            // A prime number of rows, wide enough by themselves or not.
+            (8191, 256, 256),
+            (8191, 3, 3 * 8191),
+            (7, 300, 2100),
+            (1, 9, 9),
+        ] {
+            assert_eq!(row_width(rows * last, last), width, "{rows} {last}");
+        }
+    }
 }
 
 /// Applies [`relu`], as [`burn::nn::Relu`] does.

@@ -68,7 +68,7 @@ impl MemAopLinearConfig {
 /// Should be created with [`MemAopLinearConfig`], or from a [`Linear`] with
 /// [`from_linear`](Self::from_linear).
 ///
-/// The gradients of the input and the bias are exact. So is everything where K >= M, where the
+/// The gradients of the input (unless [some of its rows](crate::InputGradient) are asked for) and the bias are exact. So is everything where K >= M, where the
 /// weight is frozen and in inference: there this layer is [`Linear`], but for an input that is
 /// [kept in few bits](crate::StoredInput) for the gradient of the weight. K, the rows and what becomes
 /// of the others are set by [`AopConfig`]; the method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021,
@@ -141,10 +141,11 @@ impl MemAopLinear {
         if aop.method.memory().decay().is_none() {
             self.memory.drop_rows();
         }
-        if (aop.outer_products, aop.input_gradient)
-            != (before.outer_products, before.input_gradient)
-        {
+        if aop.outer_products != before.outer_products {
             self.memory.forget_k();
+        }
+        if aop.input_gradient != before.input_gradient {
+            self.memory.forget_input_rows();
         }
         self
     }

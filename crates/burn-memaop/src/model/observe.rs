@@ -125,7 +125,7 @@ pub struct LayerReport {
     pub input_rows: Option<usize>,
     /// The noise-to-signal ratio of the gradient, by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose
     /// K: the variance of the gradient of a batch, were its rows independent, against the square of the true gradient.
-    /// None where K is set, and before the first measurement.
+    /// None where neither K nor the rows of the gradient of the input are chosen, and before the first measurement.
     pub noise: Option<f64>,
     /// The inputs of the layer.
     pub d_input: usize,

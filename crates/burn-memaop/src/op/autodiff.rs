@@ -431,6 +431,10 @@ impl LayerStep<'_> {
         }
     }
 
+    fn chooses(&self) -> bool {
+        self.config.chooses_k() || self.chooses_input_rows()
+    }
+
     fn chooses_input_rows(&self) -> bool {
         self.config.chooses_input_rows() && self.input_rows.is_some()
     }
@@ -441,8 +445,7 @@ impl LayerStep<'_> {
     fn choose(&self, memory: &MemoryHandle) -> bool {
         let mut state = memory.lock();
         let step = state.progress.step;
-        let chooses = self.config.chooses_k() || self.chooses_input_rows();
-        if !(chooses && self.time.measures(step, self.rows)) {
+        if !(self.chooses() && self.time.measures(step, self.rows)) {
             return false;
         }
         let readings = [state.reading.take(), state.input_reading.take()];
@@ -465,7 +468,7 @@ impl LayerStep<'_> {
         let mut present = Shares {
             weight: match self.config.chooses_k() {
                 true => progress.chosen.unwrap_or(1.0),
-                false => share(self.config.outer_products.first_k(self.rows).min(self.rows)),
+                false => share(schedule::target(self.config, progress, self.rows)),
             },
             input: match self.chooses_input_rows() {
                 true => progress.input_chosen.unwrap_or(1.0),
@@ -507,7 +510,7 @@ impl LayerStep<'_> {
             k: k.min(self.rows),
             rows: self.rows,
             input_rows: self.input_rows,
-            noise: state.noise.noise().filter(|_| self.config.chooses_k()),
+            noise: state.noise.noise().filter(|_| self.chooses()),
             measurement: None,
         });
         state.progress.step += 1;

@@ -1,5 +1,7 @@
 //! When the approximation pays.
 
+#[cfg(feature = "autodiff")]
+use burn::tensor::GradientCheckpointingStrategy;
 use burn::{backend::DispatchDevice, tensor::DType};
 
 use super::portable::LEAST_DECAY;
@@ -27,7 +29,7 @@ pub(crate) struct Pass {
 /// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares
 /// the two per row, by the measured cost of a value in the pass in operations of the product. Where only the
 /// default bodies could compute an approximate gradient, which are slower than what they save, it is exact, and where only
-/// they could pack an input, by way of the host, it is kept as it is. On other devices the approximation is always taken.
+/// they could pack an input, by way of the host, or with gradient checkpointing, it is kept as it is. On other devices the approximation is always taken.
 pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
     let mut ruled = *config;
     // As wide already.
@@ -37,7 +39,7 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     if !config.cost_rule {
         return ruled;
     }
-    if !packs_fast(device, pass.dtype) {
+    if !packs(device, pass.dtype) {
         ruled.stored_input = StoredInput::Full;
     }
     let cost = match device_class(device) {
@@ -62,8 +64,15 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     ruled
 }
 
-/// Whether rows are packed on the device, and not by way of the host.
-pub(crate) fn packs_fast(device: &DispatchDevice, dtype: DType) -> bool {
+/// Whether values in few bits save something: they are packed on the device, and not by way of the host, and would not be
+/// computed again instead of being kept.
+pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
+    #[cfg(feature = "autodiff")]
+    if let DispatchDevice::Autodiff(device) = device
+        && device.gradient_checkpointing_strategy() != GradientCheckpointingStrategy::Disabled
+    {
+        return false;
+    }
     match device_class(device) {
         Class::Cpu => has_fast_scores(dtype, true),
         Class::Cube => has_fast_scores(dtype, false),
@@ -232,7 +241,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
             product,
         },
     };
-    let measures = match config.chooses_input_rows() {
+    let measures = match config.chooses_input_rows() && pass.with_input {
         false => 1.0,
         true => 2.0,
     };
@@ -391,6 +400,17 @@ mod tests {
             ..wide
         });
         assert_eq!((first.fixed, first.input.product), (fixed, 0.0));
+        // Rows of dX are measured by themselves.
+        let chosen = AopConfig::new().with_input_gradient(InputGradient::Auto);
+        let measure = |config: &AopConfig, with_input| {
+            let pass = Pass { with_input, ..wide };
+            step_time(config, device.as_dispatch(), pass).measure
+        };
+        assert_eq!(
+            measure(&chosen, true),
+            2.0 * measure(&AopConfig::new(), true)
+        );
+        assert_eq!(measure(&chosen, false), measure(&AopConfig::new(), false));
         // A small batch pays more for each row, and measures less often where the layer is small too.
         let small = time(pass(64, 128, 128));
         assert!(small.fixed > 1.5 * small.weight.product);
@@ -416,6 +436,12 @@ mod tests {
         assert_eq!(stored(Int8, DType::F16, false), Int8);
         assert_eq!(stored(Half, DType::F64, true), Half);
         assert_eq!(stored(Half, DType::F16, false), Full);
+
+        let again = device.autodiff().gradient_checkpointing();
+        let config = config(Memory::None, 64).with_stored_input(Int8);
+        let ruled = |config| ruled(&config, again.as_dispatch(), pass(512, 784, 512)).stored_input;
+        assert_eq!(ruled(config), Full);
+        assert_eq!(ruled(config.with_cost_rule(false)), Int8);
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod packed;
 mod rows;
 
 use self::{
-    gelu::{Gelu, GeluBackward},
+    gelu::WithInput,
     packed::{Pack, Times, Unpack},
     rows::{
         Batch, FoldIn, Gather, Norm, PutBack, Real, Rows, RowsMut, Score, TakeOut, in_parallel,
@@ -484,9 +484,10 @@ pub(crate) fn gelu<B: HostTensors<f32>>(input: FloatTensor<B>) -> FloatTensor<B>
     let input = B::contiguous(input);
     let [rows, width] = input.shape().dims();
     let mut output = vec![0.0; rows * width];
-    in_parallel(Gelu {
-        rows: Rows::new(B::values(&input), width),
-        output: RowsMut::new(&mut output, width),
+    in_parallel(WithInput {
+        input: Rows::new(B::values(&input), width),
+        values: RowsMut::new(&mut output, width),
+        function: |x, _| gelu::gelu(x),
     });
     from_values::<B, f32>(output, [rows, width], &device)
 }
@@ -498,9 +499,10 @@ pub(crate) fn gelu_backward<B: HostTensors<f32>>(
 ) -> FloatTensor<B> {
     let (input, mut grad) = (B::contiguous(input), B::contiguous(grad));
     let [_, width] = input.shape().dims();
-    in_parallel(GeluBackward {
-        rows: Rows::new(B::values(&input), width),
-        grad: RowsMut::new(B::values_mut(&mut grad), width),
+    in_parallel(WithInput {
+        input: Rows::new(B::values(&input), width),
+        values: RowsMut::new(B::values_mut(&mut grad), width),
+        function: |x, grad| grad * gelu::derivative(x),
     });
     grad
 }

@@ -191,10 +191,14 @@ fn quantized(values: &[f32; GROUP], noise: &[u32; GROUP], levels: u32) -> (f32, 
         size => (size / top, top / size),
     };
     let mut codes = [0; GROUP];
+    let least = top + 0.5 / 65_536.0;
     for ((code, &value), &noise) in codes.iter_mut().zip(values).zip(noise) {
-        let shift = top + (noise as f32 + 0.5) * (1.0 / 65_536.0);
-        // Down, and to 0 from below.
-        *code = ((value * inverse + shift) as u32).min(2 * levels) as u8;
+        // The noise as the upper bits behind the point of a number from 1, which takes no conversion; nor does an integer
+        // that is added to 2^23.
+        let dither = f32::from_bits(0x3F80_0000 | noise << 7) - 1.0;
+        let level = (value * inverse + (least + dither)).floor();
+        let level = level.max(0.0).min(2.0 * top);
+        *code = (level + 8_388_608.0).to_bits() as u8;
     }
     (scale, codes)
 }

@@ -10,6 +10,7 @@ use burn::{
 
 use super::{
     memory::{MemoryHandle, MemoryState, WeakHandle},
+    noise_scale::Averages,
     offer::{Purpose, Shown},
     record::MemoryRecord,
     watch::Seen,
@@ -128,14 +129,23 @@ impl LayerMemory {
             carried,
             noise,
             reading,
-            input_reading,
             ..
         } = &mut *state;
         (progress.ratio, progress.chosen) = (None, None);
-        progress.input_chosen = None;
-        *carried = None;
-        (*reading, *input_reading) = (None, None);
-        *noise = Default::default();
+        (*carried, *reading) = (None, None);
+        let input_added = noise.input_added;
+        *noise = Averages {
+            input_added,
+            ..Averages::default()
+        };
+    }
+
+    /// The same of the rows of the gradient of the input.
+    pub(crate) fn forget_input_rows(&self) {
+        let mut state = self.handle().lock();
+        state.progress.input_chosen = None;
+        state.noise.input_added = None;
+        state.input_reading = None;
     }
 
     fn copy(&self, number: usize) -> Self {

@@ -9,7 +9,7 @@
 //!
 //! Rows left out of the gradient of the input are missing in all layers below. What that adds to their noise is taken to
 //! be what it adds to the gradient of the input itself, `sum (1 / p_m - 1) |g_m|^2` against `sum |g_m|^2`, and
-//! their noise to be that of this layer; what they save in turn is not counted.
+//! their noise to be that of this layer. It is weighed against the time of this layer alone, as if there were one below.
 
 use std::{
     fmt,
@@ -202,11 +202,14 @@ impl Averages {
         self.noise = NOISE_KEPT * self.noise + noise;
     }
 
-    /// Adds a measurement of the gradient of the input, of rows of which one factor is 1.
+    /// Adds a measurement of the gradient of the input, of rows of which one factor is 1. What has risen counts at once: where
+    /// a layer above has left rows out, nothing is added here while it does.
     pub(crate) fn add_input(&mut self, figures: [f64; FIGURES]) {
         let [_, batch, _, added @ ..] = figures.map(|root| root * root);
         if figures.iter().all(|figure| figure.is_finite()) && batch > 0.0 {
-            self.input_added = Some(averaged(self.input_added, added, batch));
+            let present = added.map(|added| added / batch);
+            let average = averaged(self.input_added, added, batch);
+            self.input_added = Some(std::array::from_fn(|i| average[i].max(present[i])));
         }
     }
 
@@ -388,6 +391,11 @@ mod tests {
         let mut noisy = after(figures(0.5, 1.0));
         noisy.add_input(figures(0.0, 1.0));
         assert_eq!(noisy.choose_input(all, M, &TIME), 1.0);
+        // What rises counts at once, what falls by halves.
+        few.add_input(figures(0.0, 1.0));
+        assert_eq!(few.input_added, averages.input_added);
+        few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(few.input_added.unwrap()[0], 0.5);
         // Where the gradient of the input is not asked for nothing can be saved.
         let without = StepTime {
             input: ProductTime::default(),

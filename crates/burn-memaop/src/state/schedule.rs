@@ -45,7 +45,7 @@ pub(crate) fn k(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
 }
 
 /// K when the schedule has run out.
-fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
+pub(crate) fn target(config: &AopConfig, progress: &Progress, rows: usize) -> usize {
     match (config.outer_products, progress.ratio) {
         (OuterProducts::Auto, _) if config.chooses_k() => {
             noise_scale::k_of(progress.chosen.unwrap_or(1.0), rows)

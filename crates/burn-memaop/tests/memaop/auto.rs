@@ -259,6 +259,90 @@ pub fn the_rows_of_the_gradient_of_the_input_are_chosen(device: &Device) {
     }
 }
 
+/// The rows of `dX` of some steps without noise.
+fn input_rows(layer: &MemAopLinear, steps: usize, device: &Device) -> Vec<usize> {
+    let observer = AopObserver::new(1);
+    observer.observe(layer);
+    let mut random = Random(67);
+    let rows = (0..steps).map(|_| {
+        let (x, g) = batch(&mut random, 0.01);
+        step_with_input(layer, &x, &g, device);
+        observer.observe(layer).layers[0].input_rows.unwrap()
+    });
+    rows.collect()
+}
+
+#[test]
+fn all_rows_of_the_gradient_of_the_input_are_taken_in_exact_steps() {
+    let device = Device::flex().autodiff();
+    let schedule = Schedule::Constant { exact_steps: 40 };
+    let aop = auto()
+        .with_input_gradient(InputGradient::Auto)
+        .with_schedule(schedule);
+    let rows = input_rows(&layer(aop, &device), 60, &device);
+    assert!(rows[..40].iter().all(|&rows| rows == M), "{rows:?}");
+    assert!(rows[40..].iter().all(|&rows| rows < M), "{rows:?}");
+}
+
+/// K stays where only the rows of `dX` are to be found in another way, and the other way about.
+#[test]
+fn a_change_of_one_choice_leaves_the_other() {
+    let device = Device::flex().autodiff();
+    let chosen = auto().with_input_gradient(InputGradient::Auto);
+    let layer = layer(chosen, &device);
+    let few = *input_rows(&layer, 30, &device).last().unwrap();
+    let k = layer.memory_stats().k;
+    assert!(few < M && k < M);
+    let layer = layer.with_aop(chosen.with_outer_products(OuterProducts::Count(M)));
+    assert_eq!(input_rows(&layer, 1, &device), [few]);
+    let layer = layer.with_aop(chosen.with_input_gradient(InputGradient::Exact));
+    assert_eq!(input_rows(&layer, 1, &device), [M]);
+    input_rows(&layer, 30, &device);
+    let k = layer.memory_stats().k;
+    let layer = layer.with_aop(chosen);
+    assert_eq!(input_rows(&layer, 1, &device), [M]);
+    assert_eq!(layer.memory_stats().k, k);
+}
+
+/// Two layers that choose, one above the other: on average the gradients are exact.
+#[test]
+fn stacked_choices_are_unbiased() {
+    let device = Device::flex().autodiff();
+    let linears = [N, 12].map(|inputs| {
+        let outputs = if inputs == N { 12 } else { P };
+        LinearConfig::new(inputs, outputs).init(&device)
+    });
+    let (x, g) = batch(&mut Random(68), 0.3);
+    let gradient = |layers: &[MemAopLinear; 2]| {
+        let [first, second] = layers;
+        let input = x.tensor(&device, DType::F32).require_grad();
+        let output = second.forward(first.forward(input));
+        let grads = (output * g.tensor(&device, DType::F32)).sum().backward();
+        Matrix::from_tensor(first.weight.grad(&grads).unwrap())
+    };
+    let of = |aop: AopConfig| {
+        linears
+            .clone()
+            .map(|linear| MemAopLinear::from_linear(linear, aop))
+    };
+    let all = auto().with_outer_products(OuterProducts::Count(M));
+    let exact = gradient(&of(all));
+    let chosen = of(auto().with_input_gradient(InputGradient::Auto));
+    let (mut sum, mut variance, steps) = (Matrix::zeros(N, 12), 0.0, 2000);
+    for number in 0..steps + 60 {
+        let found = gradient(&chosen);
+        if number < 60 {
+            continue;
+        }
+        variance += found.relative_error(&exact).powi(2);
+        let values = sum.0.iter_mut().flatten().zip(found.0.concat());
+        values.for_each(|(sum, value)| *sum += value / steps as f64);
+    }
+    // The distance of the mean, in units of its standard error.
+    let distance = sum.relative_error(&exact) / (variance / steps as f64 / steps as f64).sqrt();
+    assert!(variance > 0.0 && distance < 2.0, "{distance} {variance}");
+}
+
 #[test]
 fn rows_of_the_gradient_of_the_input_stay_where_there_is_noise_alone() {
     let device = Device::flex().autodiff();

@@ -472,7 +472,15 @@ fn product(x: &Matrix, g: &Matrix) -> Matrix {
 
 pub fn activations_equal_burns(device: &Device) {
     let inner = device.clone().inner();
-    for shape in [[2, 3, 1], [4, 5, 31], [4, 5, 70], [1, 3, 300]] {
+    for shape in [
+        [2, 3, 1],
+        [4, 5, 31],
+        [4, 5, 70],
+        [1, 3, 300],
+        [7, 10, 600],
+        [2, 300, 520],
+        [3, 67, 100],
+    ] {
         let input = Tensor::<3>::random(shape, Distribution::Normal(0.0, 2.0), &inner);
         let upstream = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &inner);
         let gradient = |function: fn(Tensor<3>) -> Tensor<3>| {

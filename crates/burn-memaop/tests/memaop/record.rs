@@ -11,8 +11,8 @@ use burn::{
     tensor::{Bytes, DType, Device, Int, Tensor, TensorData, activation::relu},
 };
 use burn_memaop::{
-    MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts, baseline::Baseline,
-    transformer::MemAopTransformerEncoder,
+    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method,
+    OuterProducts, baseline::Baseline, transformer::MemAopTransformerEncoder,
 };
 
 use crate::support::{Matrix, Random, bits, published};
@@ -288,10 +288,44 @@ fn a_later_version_is_refused_by_its_number() {
 
 #[test]
 fn damaged_entries_are_refused() {
-    for more in [&[1, 77, 4, 0][..], &[1, 77, -1, 0], &[1, 1, 1, -3]] {
+    // An unknown tag without its values, one of less than none, a worker of that number, and what is
+    // measured of two gradients in too few numbers.
+    for more in [
+        &[1, 77, 4, 0][..],
+        &[1, 77, -1, 0],
+        &[1, 1, 1, -3],
+        &[1, 2, 2, 0, 0],
+        &[1, 3, 2, 0, 0],
+    ] {
         let error = layer(6, 8).try_load_record(written(more));
         let error = error.unwrap_err().to_string();
         assert!(error.contains("sound"), "{more:?}: {error}");
+    }
+}
+
+/// What no measurement gives is as none: the layer begins anew.
+#[test]
+fn measurements_that_cannot_be_are_left_out() {
+    let input = |negative: bool| {
+        let added = if negative { -1.0f64 } else { 0.5 };
+        let numbers = [0.25, added, 0.0, 0.0, 0.0, 0.0];
+        let none = [f64::NAN; 8];
+        let bits = numbers.into_iter().chain(none).map(f64::to_bits);
+        let halves = bits.flat_map(|bits| [bits as i32, (bits >> 32) as i32]);
+        [1, 3, 28].into_iter().chain(halves).collect::<Vec<_>>()
+    };
+    for negative in [false, true] {
+        let aop = AopConfig::new()
+            .with_input_gradient(InputGradient::Auto)
+            .with_cost_rule(false);
+        let layer = MemAopLinearConfig::new(6, 8).with_aop(aop).init(&device());
+        let layer = layer.load_record(written(&input(negative)));
+        let observer = AopObserver::new(1);
+        observer.observe(&layer);
+        let x = Random(48).matrix(64, 6).tensor(&device(), DType::F32);
+        layer.forward(x.require_grad()).sum().backward();
+        let rows = observer.observe(&layer).layers[0].input_rows;
+        assert_eq!(rows, Some(if negative { 64 } else { 16 }));
     }
 }
 
