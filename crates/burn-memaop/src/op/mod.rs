@@ -20,6 +20,8 @@ mod cpu;
 mod cube;
 #[cfg(feature = "cubecl-backend")]
 mod fusion;
+#[cfg(feature = "autodiff")]
+mod layer_step;
 mod noise;
 pub(crate) mod packed;
 mod packing;
