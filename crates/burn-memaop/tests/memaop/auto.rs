@@ -13,7 +13,7 @@ use burn_memaop::{
 
 use crate::{
     oracle::inclusion_probabilities,
-    support::{Matrix, Random, bits},
+    support::{Matrix, Random, bits, linear},
 };
 
 const M: usize = 128;
@@ -308,10 +308,11 @@ fn a_change_of_one_choice_leaves_the_other() {
 #[test]
 fn stacked_choices_are_unbiased() {
     let device = Device::flex().autodiff();
-    let linears = [N, 12].map(|inputs| {
-        let outputs = if inputs == N { 12 } else { P };
-        LinearConfig::new(inputs, outputs).init(&device)
-    });
+    let mut random = Random(69);
+    let linears = [
+        linear(&mut random, N, 12, &device),
+        linear(&mut random, 12, P, &device),
+    ];
     let (x, g) = batch(&mut Random(68), 0.3);
     let gradient = |layers: &[MemAopLinear; 2]| {
         let [first, second] = layers;

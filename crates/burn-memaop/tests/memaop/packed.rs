@@ -16,7 +16,7 @@ use burn_memaop::{
 
 use crate::{
     oracle::{Oracle, Policy, layer_seed, philox},
-    support::{Matrix, Random, bits},
+    support::{Matrix, Random, bits, linear},
 };
 
 const STORED: [StoredInput; 3] = [StoredInput::Half, StoredInput::Int8, StoredInput::Int4];
@@ -576,8 +576,8 @@ fn gradients_of_packed_layers_are_unbiased() {
     let mut random = Random(50);
     let (m, n, h, p) = (16, 70, 6, 3);
     let linears = [
-        LinearConfig::new(n, h).init(&device),
-        LinearConfig::new(h, p).init(&device),
+        linear(&mut random, n, h, &device),
+        linear(&mut random, h, p, &device),
     ];
     let x = random.matrix(m, n).tensor(&device, DType::F32);
     let target = random.matrix(m, p).tensor(&device, DType::F32);

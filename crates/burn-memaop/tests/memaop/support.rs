@@ -1,6 +1,10 @@
 //! Random data, and tensors of it.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::{
+    module::Param,
+    nn::{Linear, LinearConfig},
+    tensor::{DType, Device, Tensor, TensorData},
+};
 use burn_memaop::{AopConfig, Memory, Method};
 
 /// The method of the paper, in layers of any size.
@@ -43,6 +47,17 @@ impl Random {
         }
         matrix
     }
+}
+
+/// A layer whose weights do not depend on a backend's generator, which tests share.
+pub fn linear(random: &mut Random, inputs: usize, outputs: usize, device: &Device) -> Linear {
+    let mut weight = Matrix::zeros(inputs, outputs);
+    let values = weight.0.iter_mut().flatten();
+    values.for_each(|value| *value = random.value() / (inputs as f64).sqrt());
+    let mut linear = LinearConfig::new(inputs, outputs).init(device);
+    linear.weight = Param::from_tensor(weight.tensor(device, DType::F32));
+    linear.bias = Some(Param::from_tensor(Tensor::zeros([outputs], device)));
+    linear
 }
 
 /// Rows of `f64`.
