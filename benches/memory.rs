@@ -153,7 +153,11 @@ fn measure(
         false => device.clone().autodiff(),
         true => device.clone().autodiff().gradient_checkpointing(),
     };
-    let sides = sides(options, &autodiff, model)?;
+    let mut sides = sides(options, &autodiff, model)?;
+    if checkpointing {
+        // Nothing is packed then, so the others are as the second.
+        sides.truncate(2);
+    }
     let mut rows = Vec::new();
     for (side, make) in &sides {
         let [kept, peak] = bytes(device, make.as_ref())?;

@@ -42,14 +42,15 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 /// Applies [`burn::tensor::activation::gelu`]; its derivative is kept in 8 bits, with a scale for each 64 values, rounded
 /// up or down by the place of the value: at most 0.009 off. One that is not finite makes the 64 NaN.
 ///
-/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Burn's own where [`relu`] is.
+/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed where [`relu`] is Burn's
+/// own.
 ///
 /// # Panics
 ///
 /// As [`relu`].
 pub fn gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     match packs(&input) {
-        false => activation::gelu(input),
+        false => exact_gelu(input),
         true => as_matrix(input, |input| {
             Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch()))
         }),
