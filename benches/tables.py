@@ -88,7 +88,9 @@ def divisor(k_ratio):
 def name(row):
     if row["k_ratio"] == 1:
         return "exact"
-    return row["policy"] if row["memory"] == "none" else f"{row['policy']}, {row['memory']} {row['decay']:g}"
+    method = row["policy"] if row["memory"] == "none" else f"{row['policy']}, {row['memory']} {row['decay']:g}"
+    rows = row.get("dx_ratio")
+    return method if rows is None else f"{method}, dX {rows}"
 
 
 def regime(row):
