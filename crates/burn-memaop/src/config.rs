@@ -254,7 +254,7 @@ pub enum InputGradient {
     /// methods all rows.
     ///
     /// What is left out adds noise to the gradients of all layers below, of which a layer knows its own alone: it takes theirs
-    /// for alike.
+    /// for alike. For perceptrons; in a small language model it cost more than it saved (`docs/choosing.md`).
     Auto,
     /// The rows with the largest `|g|`. Biased towards them.
     Largest {
