@@ -110,30 +110,6 @@ fn as_matrix<const D: usize>(
     function(input.reshape([values / width, width])).reshape(shape)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::row_width;
-
-    #[test]
-    fn rows_are_neither_narrow_nor_all_in_one() {
-        for (rows, last, width) in [
-            (4096, 512, 512),
-            (4096, 2048, 2048),
-            (8192, 256, 512),
-            (64 * 32 * 28, 28, 28 * 28),
-            (100_000, 1, 625),
-            (128, 10, 640),
-            // A prime number of rows, wide enough by themselves or not.
-            (8191, 256, 256),
-            (8191, 3, 3 * 8191),
-            (7, 300, 2100),
-            (1, 9, 9),
-        ] {
-            assert_eq!(row_width(rows * last, last), width, "{rows} {last}");
-        }
-    }
-}
-
 /// Applies [`relu`], as [`burn::nn::Relu`] does.
 #[derive(Module, Debug, Default)]
 pub struct Relu;
@@ -181,5 +157,29 @@ impl Gelu {
     /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         gelu(input)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::row_width;
+
+    #[test]
+    fn rows_are_neither_narrow_nor_all_in_one() {
+        for (rows, last, width) in [
+            (4096, 512, 512),
+            (4096, 2048, 2048),
+            (8192, 256, 512),
+            (64 * 32 * 28, 28, 28 * 28),
+            (100_000, 1, 625),
+            (128, 10, 640),
+            // A prime number of rows, wide enough by themselves or not.
+            (8191, 256, 256),
+            (8191, 3, 3 * 8191),
+            (7, 300, 2100),
+            (1, 9, 9),
+        ] {
+            assert_eq!(row_width(rows * last, last), width, "{rows} {last}");
+        }
     }
 }
