@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::{auto, input_gradient, layer, observe, operation, packed, transformer};
+use crate::{activation, auto, input_gradient, layer, observe, operation, packed, transformer};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -75,8 +75,10 @@ macro_rules! suite {
                 );
                 checks!($device.map(Device::autodiff); packed:
                     layers_with_packed_inputs_equal_the_oracle,
-                    activations_equal_burns,
                     attention_packs_its_input_once,
+                );
+                checks!($device.map(Device::autodiff); activation:
+                    activations_equal_burns,
                 );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,
@@ -98,6 +100,8 @@ macro_rules! suite {
                 );
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); packed:
                     layers_with_packed_inputs_equal_the_oracle,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); activation:
                     activations_equal_burns,
                 );
             }

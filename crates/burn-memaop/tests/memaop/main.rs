@@ -3,6 +3,7 @@
 #![cfg(all(feature = "flex", feature = "autodiff"))]
 #![allow(clippy::needless_range_loop)] // The oracle is written index by index, as the formulas are.
 
+mod activation;
 mod auto;
 mod backends;
 mod errors;
