@@ -375,6 +375,12 @@ pub enum AopConfigError {
     /// A share outside `(0, 1)`.
     #[error("AopConfig.outer_products: the share must be in (0, 1), but got {0}")]
     Share(f64),
+    /// A memory, in a convolution.
+    #[error("AopConfig.method: in a convolution it must have no memory, but got {0:?}")]
+    ConvolutionMemory(Method),
+    /// Some rows of the gradient of the input, in a convolution.
+    #[error("AopConfig.input_gradient: in a convolution it must be Exact, but got {0:?}")]
+    ConvolutionInput(InputGradient),
     /// An interval of 0 steps.
     #[error("AopConfig.outer_products: the interval must be at least 1, but got {0}")]
     Interval(usize),
@@ -405,6 +411,23 @@ impl AopConfig {
     /// Whether the layer chooses the rows of the gradient of its input.
     pub(crate) fn chooses_input_rows(&self) -> bool {
         self.input_gradient == InputGradient::Auto && self.method == Method::Systematic
+    }
+
+    /// As [`validate`](Self::validate), for a [`MemAopConv2d`](crate::MemAopConv2d): it has no [`Memory`], and the gradient
+    /// of its input is exact.
+    ///
+    /// # Errors
+    ///
+    /// The first value that breaks its rule.
+    pub fn validate_convolution(&self) -> Result<(), AopConfigError> {
+        self.validate()?;
+        if self.method.memory() != Memory::None {
+            return Err(AopConfigError::ConvolutionMemory(self.method));
+        }
+        match self.input_gradient {
+            InputGradient::Exact => Ok(()),
+            other => Err(AopConfigError::ConvolutionInput(other)),
+        }
     }
 
     /// Checks every value against its rule.

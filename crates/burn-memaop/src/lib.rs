@@ -80,6 +80,7 @@ pub use config::{
 };
 pub use layers::{
     activation,
+    conv2d::{MemAopConv2d, MemAopConv2dConfig},
     linear::{MemAopLinear, MemAopLinearConfig},
     transformer,
 };
@@ -123,6 +124,22 @@ pub mod nn {
     pub use burn::nn::*;
 
     pub use crate::{MemAopLinear as Linear, MemAopLinearConfig as LinearConfig};
+
+    /// [`burn::nn::conv`] with the 2D convolution of this crate in the place of its own.
+    ///
+    /// ```
+    /// use burn::prelude::*;
+    /// use burn_memaop::nn::conv::Conv2dConfig; // was: burn::nn::conv
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let conv = Conv2dConfig::new([3, 8], [3, 3]).init(&device);
+    /// assert_eq!(conv.forward(Tensor::ones([2, 3, 28, 28], &device)).dims(), [2, 8, 26, 26]);
+    /// ```
+    pub mod conv {
+        pub use burn::nn::conv::*;
+
+        pub use crate::{MemAopConv2d as Conv2d, MemAopConv2dConfig as Conv2dConfig};
+    }
 
     /// [`burn::nn::attention`] with the attention of this crate in the place of its own.
     pub mod attention {

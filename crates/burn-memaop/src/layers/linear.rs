@@ -138,15 +138,7 @@ impl MemAopLinear {
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
         let before = std::mem::replace(&mut self.aop, valid(aop));
-        if aop.method.memory().decay().is_none() {
-            self.memory.drop_rows();
-        }
-        if aop.outer_products != before.outer_products {
-            self.memory.forget_k();
-        }
-        if aop.input_gradient != before.input_gradient {
-            self.memory.forget_input_rows();
-        }
+        self.memory.reconfigure(&before, &aop);
         self
     }
 
@@ -277,6 +269,7 @@ impl MemAopLinear {
             rows,
             d_input,
             d_output,
+            read: d_input + d_output,
             dtype,
             with_input,
         }
@@ -295,7 +288,7 @@ impl MemAopLinear {
     }
 }
 
-fn valid(aop: AopConfig) -> AopConfig {
+pub(super) fn valid(aop: AopConfig) -> AopConfig {
     if let Err(error) = aop.validate() {
         panic!("{error}");
     }
@@ -324,7 +317,7 @@ impl Module for MemAopLinear {
         self.bias.visit(visitor);
         visitor.exit_module("bias", LINEAR);
         visitor.enter_module("memory", LAYER);
-        self.memory.visit(&self.weight, visitor);
+        self.memory.visit(self.weight.lazy_shape().dims(), visitor);
         visitor.exit_module("memory", LAYER);
     }
 
@@ -342,7 +335,10 @@ impl Module for MemAopLinear {
 
         let replaced = before.is_some_and(|before| is_replaced(&before, &weight));
         mapper.enter_module("memory", LAYER);
-        let (aop, memory) = offer::offer(self.aop, || self.memory.map(&weight, replaced, mapper));
+        let (aop, memory) = offer::offer(self.aop, || {
+            let widths = weight.lazy_shape().dims();
+            self.memory.map(widths, replaced, mapper)
+        });
         mapper.exit_module("memory", LAYER);
         let layer = Self {
             weight,
@@ -413,11 +409,14 @@ const LINEAR: &str = "Struct:Linear";
 const LAYER: &str = "Struct:MemAopLinear";
 
 /// Whether a mapper has put another weight in the place of a weight.
-fn is_replaced(before: &Param<Tensor<2>>, after: &Param<Tensor<2>>) -> bool {
+pub(super) fn is_replaced<const D: usize>(
+    before: &Param<Tensor<D>>,
+    after: &Param<Tensor<D>>,
+) -> bool {
     match (before.is_initialized(), after.is_initialized()) {
         (false, false) => false,
         // The value of a parameter stays where it is while it is cloned and moved.
-        (true, true) => !ptr::eq::<Tensor<2>>(&**before, &**after),
+        (true, true) => !ptr::eq::<Tensor<D>>(&**before, &**after),
         _ => true,
     }
 }

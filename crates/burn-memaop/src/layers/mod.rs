@@ -1,5 +1,6 @@
 //! The layers.
 
 pub mod activation;
+pub(crate) mod conv2d;
 pub(crate) mod linear;
 pub mod transformer;

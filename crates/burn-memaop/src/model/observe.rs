@@ -80,7 +80,7 @@ impl AopObserver {
             let mut state = layer.memory.lock();
             state.watch.intervals = Some(self.0);
             let seen = state.watch.seen.take()?;
-            let [d_input, d_output] = layer.weight.shape().dims();
+            let [d_input, d_output] = layer.widths;
             Some(LayerReport {
                 name,
                 step: seen.step,

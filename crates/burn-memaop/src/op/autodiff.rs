@@ -4,7 +4,7 @@ use burn::backend::{
     Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
     ops::ModuleOps, tensor::FloatTensor,
 };
-use burn::tensor::Tensor;
+use burn::tensor::{Shape, Tensor};
 use burn_autodiff::{
     NodeId,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -14,12 +14,13 @@ use burn_autodiff::{
 
 use super::{
     AopLayer, MemAopOps, activation,
-    layer_step::{LayerStep, exact_weight_gradient, from_primitive, into_primitive},
+    layer_step::{Factor, LayerStep, from_primitive, into_primitive},
     noise::{StepNoise, layer_key},
     packed::PackedRows,
     packing::{Bits, Packing},
     portable,
     step::{Bias, Input, Packed},
+    window::Window,
 };
 use crate::state::schedule;
 
@@ -39,16 +40,20 @@ where
             return Self::linear(input, weight, bias.into_option());
         }
 
-        match bias {
-            Bias::Some(bias) => {
-                let nodes = [input.node(), weight.node(), bias.node()];
-                tracked::<B, C, 3>(nodes, input, weight, Some(bias), layer)
-            }
-            Bias::None => {
-                let nodes = [input.node(), weight.node()];
-                tracked::<B, C, 2>(nodes, input, weight, None, layer)
-            }
+        tracked::<B, C>(input, weight, bias, None, layer)
+    }
+
+    fn memaop_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Bias<Self>,
+        window: Window,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        if !weight.is_tracked() {
+            return Self::conv2d(input, weight, bias.into_option(), window.options());
         }
+        tracked::<B, C>(input, weight, bias, Some(window), layer)
     }
 
     fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -64,19 +69,42 @@ where
     }
 }
 
-/// The forward pass, registered with the backward pass of this module.
-fn tracked<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
+/// The forward pass, registered with the backward pass of this module: of a convolution, if there is a window.
+fn tracked<B: MemAopOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    bias: Bias<Autodiff<B, C>>,
+    window: Option<Window>,
+    layer: AopLayer,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    match bias {
+        Bias::Some(bias) => {
+            let nodes = [input.node(), weight.node(), bias.node()];
+            registered::<B, C, 3>(nodes, input, weight, Some(bias), window, layer)
+        }
+        Bias::None => {
+            let nodes = [input.node(), weight.node()];
+            registered::<B, C, 2>(nodes, input, weight, None, window, layer)
+        }
+    }
+}
+
+fn registered<B: MemAopOps, C: CheckpointStrategy, const N: usize>(
     nodes: [NodeGuard; N],
     input: FloatTensor<Autodiff<B, C>>,
     weight: FloatTensor<Autodiff<B, C>>,
     bias: Option<FloatTensor<Autodiff<B, C>>>,
+    window: Option<Window>,
     mut layer: AopLayer,
 ) -> FloatTensor<Autodiff<B, C>>
 where
-    MemAopLinearBackward: Backward<B, N, State = State<B>>,
+    MemAopBackward: Backward<B, N, State = State<B>>,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    let prep = MemAopLinearBackward.prepare::<C>(nodes).compute_bound();
+    let prep = MemAopBackward.prepare::<C>(nodes).compute_bound();
     let OpsKind::Tracked(mut prep) = prep.stateful() else {
         unreachable!("the weight is tracked");
     };
@@ -85,19 +113,36 @@ where
             None => Kept::Node(prep.checkpoint(&input)),
             Some(bits) => {
                 let input = input.clone().into_primitive();
-                Kept::Packed(packed::<B>(input, bits, &mut layer))
+                Kept::Packed(packed::<B>(rows_to_pack::<B>(input), bits, &mut layer))
             }
         },
         // Only the gradient of the input needs the weight.
         weight: input.is_tracked().then(|| prep.checkpoint(&weight)),
+        window,
         layer,
     };
-    let output = B::linear(
-        input.into_primitive(),
-        weight.into_primitive(),
-        bias.map(|bias| bias.into_primitive()),
-    );
+    let (input, weight) = (input.into_primitive(), weight.into_primitive());
+    let bias = bias.map(|bias| bias.into_primitive());
+    let output = match window {
+        None => B::linear(input, weight, bias),
+        Some(window) => {
+            let bias = bias.map_or(Bias::None, Bias::Some);
+            B::memaop_convolve(input, weight, bias, window)
+        }
+    };
     prep.finish(state, output)
+}
+
+/// A matrix as it is; of images a row for each channel of each.
+fn rows_to_pack<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = input.shape();
+    match shape.num_dims() {
+        2 => input,
+        _ => {
+            let [images, channels, height, width] = shape.dims();
+            B::float_reshape(input, Shape::new([images * channels, height * width]))
+        }
+    }
 }
 
 /// The input in few bits, by the noise of the step to come.
@@ -148,15 +193,17 @@ where
     }
 }
 
-/// The backward pass of a linear layer whose weight is tracked.
+/// The backward pass of a layer whose weight is tracked.
 #[derive(Debug)]
-struct MemAopLinearBackward;
+struct MemAopBackward;
 
 #[derive(Debug, Clone)]
 struct State<B: Backend> {
     input: Kept<B>,
     /// Only when the input is tracked.
     weight: Option<NodeId>,
+    /// Of a convolution.
+    window: Option<Window>,
     layer: AopLayer,
 }
 
@@ -167,7 +214,7 @@ enum Kept<B: Backend> {
     Packed(Packed<B>),
 }
 
-impl<B> Backward<B, 3> for MemAopLinearBackward
+impl<B> Backward<B, 3> for MemAopBackward
 where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
@@ -193,7 +240,7 @@ where
     }
 }
 
-impl<B> Backward<B, 2> for MemAopLinearBackward
+impl<B> Backward<B, 2> for MemAopBackward
 where
     B: MemAopOps,
     DispatchTensor: DispatchKindConversion<B>,
@@ -225,6 +272,7 @@ fn propagate<B>(
     State {
         input,
         weight,
+        window,
         layer,
     }: State<B>,
     order: usize,
@@ -240,8 +288,15 @@ fn propagate<B>(
         Kept::Node(id) => Input::Full(checkpointer.retrieve_node_output::<FloatTensor<B>>(id)),
         Kept::Packed(packed) => Input::Packed(packed),
     };
+    let input = match window {
+        None => Factor::Linear(input),
+        Some(window) => Factor::Convolution(images(input, &grad, &window), window),
+    };
     let weight = weight.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
-    let rows = grad.shape()[0];
+    let rows = match window {
+        None => grad.shape()[0],
+        Some(window) => grad.shape()[0] * window.positions(),
+    };
     let progress = layer.memory.as_ref().map(|memory| memory.lock().progress);
     let step = LayerStep {
         config: &layer.config,
@@ -257,28 +312,50 @@ fn propagate<B>(
     };
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
-        let gradient = match progress {
+        let grad = grad.clone();
+        let gradient = match (&input, progress) {
+            (Factor::Convolution(images, window), _) => {
+                B::memaop_convolve_input_gradient(images.clone(), weight, grad, *window)
+            }
             // As `Linear` computes it, rows of zeros included.
-            None => portable::exact_input_gradient::<B>(grad.clone(), weight),
-            Some(progress) => step.input_gradient::<B>(grad.clone(), weight, progress.step),
+            (_, None) => portable::exact_input_gradient::<B>(grad, weight),
+            (_, Some(progress)) => step.input_gradient::<B>(grad, weight, progress.step),
         };
         grads.register::<B>(node, gradient);
     }
     let sums = match (weight_node, &layer.memory) {
         (None, _) => Bias::None,
-        (Some(node), None) => {
-            grads.register::<B>(node, exact_weight_gradient(input, grad.clone()));
-            Bias::None
-        }
-        (Some(node), Some(memory)) => {
-            let (gradient, sums) = step.weight_gradient::<B>(input, grad.clone(), memory);
+        (Some(node), memory) => {
+            let (gradient, sums) = match memory {
+                None => (input.exact_gradient(grad.clone()), Bias::None),
+                Some(memory) => step.weight_gradient::<B>(input, grad.clone(), memory),
+            };
+            let gradient = match window {
+                None => gradient,
+                Some(window) => B::float_reshape(gradient, Shape::new(window.weight())),
+            };
             grads.register::<B>(node, gradient);
             sums
         }
     };
     if let Some(node) = bias_node {
-        let gradient = sums.into_option();
-        let gradient = gradient.unwrap_or_else(|| B::linear_bias_backward(grad));
+        let gradient = sums.into_option().unwrap_or_else(|| match window {
+            None => B::linear_bias_backward(grad),
+            Some(_) => portable::convolution::bias_gradient::<B>(grad),
+        });
         grads.register::<B>(node, gradient);
+    }
+}
+
+/// The input of a convolution, unpacked.
+fn images<B: MemAopOps>(input: Input<B>, grad: &FloatTensor<B>, window: &Window) -> FloatTensor<B> {
+    match input {
+        Input::Full(input) => input,
+        Input::Packed(packed) => {
+            let ([channels, _], [height, width]) = (window.channels, window.size);
+            let images = grad.shape()[0];
+            let input = B::memaop_unpack(packed, grad.dtype().into());
+            B::float_reshape(input, Shape::new([images, channels, height, width]))
+        }
     }
 }

@@ -10,7 +10,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::FloatDType;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use burn::{
-    backend::{TensorMetadata, tensor::IntTensor},
+    backend::{TensorMetadata, ops::ModuleOps, tensor::IntTensor},
     tensor::DType,
 };
 #[cfg(feature = "flex")]
@@ -30,6 +30,7 @@ use crate::op::MemAopOps;
 use crate::op::{
     cpu::{self, HostTensors},
     portable,
+    step::Bias,
 };
 #[cfg(feature = "cubecl-backend")]
 use crate::op::{cube, fusion};
@@ -38,6 +39,7 @@ use crate::op::{
     noise::StepNoise,
     packing::Packing,
     step::{AopStep, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
+    window::Window,
 };
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
@@ -81,6 +83,77 @@ macro_rules! cpu_backend {
                     DType::F32 => cpu::noise::<Self, f32>(input, grad, gradient, step),
                     DType::F64 => cpu::noise::<Self, f64>(input, grad, gradient, step),
                     _ => portable::noise::<Self>(input, grad, gradient, step),
+                }
+            }
+
+            fn memaop_convolve(
+                input: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                bias: Bias<Self>,
+                window: Window,
+            ) -> FloatTensor<Self> {
+                use cpu::convolution::convolve;
+                let bias = bias.into_option();
+                match TensorMetadata::dtype(&input) {
+                    DType::F32 => convolve::<Self, f32>(input, weight, bias, window),
+                    DType::F64 => convolve::<Self, f64>(input, weight, bias, window),
+                    _ => Self::conv2d(input, weight, bias, window.options()),
+                }
+            }
+
+            fn memaop_convolve_input_gradient(
+                input: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                window: Window,
+            ) -> FloatTensor<Self> {
+                use cpu::convolution::input_gradient;
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => input_gradient::<Self, f32>(input, weight, grad, window),
+                    DType::F64 => input_gradient::<Self, f64>(input, weight, grad, window),
+                    _ => Self::conv2d_x_backward(input, weight, grad, window.options()),
+                }
+            }
+
+            fn memaop_convolve_exact_gradient(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                window: Window,
+            ) -> FloatTensor<Self> {
+                use cpu::convolution::exact_weight_gradient;
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => exact_weight_gradient::<Self, f32>(input, grad, window),
+                    DType::F64 => exact_weight_gradient::<Self, f64>(input, grad, window),
+                    _ => portable::convolution::exact_weight_gradient::<Self>(input, grad, window),
+                }
+            }
+
+            fn memaop_convolve_weight_gradient(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                window: Window,
+                step: AopStep,
+            ) -> WeightGradient<Self> {
+                use cpu::convolution::weight_gradient;
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => weight_gradient::<Self, f32>(input, grad, window, step),
+                    DType::F64 => weight_gradient::<Self, f64>(input, grad, window, step),
+                    _ => portable::convolution::weight_gradient::<Self>(input, grad, window, step),
+                }
+            }
+
+            fn memaop_convolve_noise(
+                input: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                gradient: FloatTensor<Self>,
+                window: Window,
+                step: NoiseStep,
+            ) -> FloatTensor<Self> {
+                use cpu::convolution::noise;
+                match TensorMetadata::dtype(&grad) {
+                    DType::F32 => noise::<Self, f32>(input, grad, gradient, window, step),
+                    DType::F64 => noise::<Self, f64>(input, grad, gradient, window, step),
+                    _ => portable::convolution::noise::<Self>(input, grad, gradient, window, step),
                 }
             }
 
@@ -252,6 +325,25 @@ impl MemAopOps for burn_cubecl::CubeBackend {
         cube::noise(input, grad, gradient, step)
     }
 
+    fn memaop_convolve_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        cube::convolve_weight_gradient(input, grad, window, step)
+    }
+
+    fn memaop_convolve_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        window: Window,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        cube::convolve_noise(input, grad, gradient, window, step)
+    }
+
     fn memaop_pack(
         input: FloatTensor<Self>,
         packing: Packing,
@@ -296,6 +388,25 @@ impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusio
         step: NoiseStep,
     ) -> FloatTensor<Self> {
         fusion::noise::<B>(input, grad, gradient, step)
+    }
+
+    fn memaop_convolve_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        fusion::convolve_weight_gradient::<B>(input, grad, window, step)
+    }
+
+    fn memaop_convolve_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        window: Window,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        fusion::convolve_noise::<B>(input, grad, gradient, window, step)
     }
 
     fn memaop_pack(

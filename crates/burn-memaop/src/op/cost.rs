@@ -16,6 +16,8 @@ pub(crate) struct Pass {
     pub(crate) rows: usize,
     pub(crate) d_input: usize,
     pub(crate) d_output: usize,
+    /// The values of input and gradient for each row: those of both, but for a convolution, whose patches overlap.
+    pub(crate) read: usize,
     pub(crate) dtype: DType,
     /// Whether the gradient of the input is asked for.
     pub(crate) with_input: bool,
@@ -152,7 +154,7 @@ impl Cost {
             false => config.outer_products.first_k(pass.rows),
         };
         let value = self.weight_pass(config);
-        self.saved(k, self.write, pass) > value * (pass.d_input + pass.d_output) as f64
+        self.saved(k, self.write, pass) > value * pass.read as f64
     }
 
     /// A value in the pass for the gradient of the weight.
@@ -169,7 +171,7 @@ impl Cost {
             false => config.input_gradient.fixed_k(pass.rows),
         };
         let saved = self.saved(k, 0.0, pass);
-        pass.with_input && saved > self.input * (pass.d_input + pass.d_output) as f64
+        pass.with_input && saved > self.input * pass.read as f64
     }
 
     /// What a product of `k` of the rows saves per row, if `write` operations a value are paid for any number.
@@ -229,7 +231,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         Class::Other => NOTHING,
     };
     let (n, p) = (pass.d_input as f64, pass.d_output as f64);
-    let rows = pass.rows as f64;
+    let (rows, read) = (pass.rows as f64, pass.read as f64);
     let product = 2.0 * n * p;
     // A value of the weight is shared by the rows.
     let weight = n * p / rows;
@@ -237,7 +239,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     let input = match pass.with_input {
         false => ProductTime::default(),
         true => ProductTime {
-            pass: cost.input * (n + p),
+            pass: cost.input * read,
             product,
         },
     };
@@ -248,11 +250,11 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     StepTime {
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
-            pass: cost.weight_pass(config) * (n + p),
+            pass: cost.weight_pass(config) * read,
             product: product - written,
         },
         input,
-        measure: measures * (cost.read * (n + p + weight) + cost.search),
+        measure: measures * (cost.read * (read + weight) + cost.search),
     }
 }
 
@@ -294,6 +296,7 @@ mod tests {
             rows,
             d_input,
             d_output,
+            read: d_input + d_output,
             dtype: DType::F32,
             with_input: true,
         }

@@ -8,7 +8,9 @@ use burn::backend::{
 };
 use burn::tensor::TensorData;
 
+pub(crate) mod convolution;
 mod gelu;
+mod images;
 mod packed;
 mod rows;
 
@@ -378,13 +380,12 @@ pub(crate) fn noise<B: HostTensors<E>, E: Real>(
     gradient: FloatTensor<B>,
     step: NoiseStep,
 ) -> FloatTensor<B> {
-    let device = grad.device();
     let input = match input {
         Input::Full(input) => input,
         // A norm is its own.
         Input::Packed(packed) => packed.norms,
     };
-    let [input, grad, gradient] = [input, grad, gradient].map(B::contiguous);
+    let [input, grad] = [input, grad].map(B::contiguous);
     let rows = |tensor| {
         let [_, width] = TensorMetadata::shape(tensor).dims();
         Rows::new(B::values(tensor), width)
@@ -398,9 +399,21 @@ pub(crate) fn noise<B: HostTensors<E>, E: Real>(
         scores: &mut scores,
         sum: false,
     });
-    let mut norms = vec![E::zero(); gradient.shape()[0]];
+    figures::<B, E>(scores, gradient, &step)
+}
+
+/// What is measured of a gradient, by the scores of its rows.
+fn figures<B: HostTensors<E>, E: Real>(
+    scores: Vec<E>,
+    gradient: FloatTensor<B>,
+    step: &NoiseStep,
+) -> FloatTensor<B> {
+    let device = gradient.device();
+    let gradient = B::contiguous(gradient);
+    let [rows, width] = gradient.shape().dims();
+    let mut norms = vec![E::zero(); rows];
     in_parallel(Norm {
-        rows: rows(&gradient),
+        rows: Rows::new(B::values(&gradient), width),
         norms: &mut norms,
     });
     let squares = norms.iter().map(|&norm| {
@@ -409,7 +422,7 @@ pub(crate) fn noise<B: HostTensors<E>, E: Real>(
     });
     let norm = squares.sum::<f64>().sqrt();
     let scores = scores.iter().map(|&score| score.into()).collect();
-    let noise = selection::noise(scores, &step);
+    let noise = selection::noise(scores, step);
     let figures: Vec<_> = std::iter::once(norm)
         .chain(noise)
         .map(|root| root as f32)

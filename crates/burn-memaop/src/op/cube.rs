@@ -25,6 +25,7 @@ use cubecl::{
 
 mod fold;
 mod gather;
+mod images;
 mod noise;
 mod packed;
 mod select;
@@ -37,6 +38,7 @@ use crate::{
     op::packing::Packing,
     op::portable::{self, LEAST_DECAY},
     op::step::{AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
+    op::window::Window,
 };
 
 pub(crate) fn weight_gradient(
@@ -144,7 +146,62 @@ pub(crate) fn noise(
         Input::Full(input) => fold::score(&row_major(input), &grad),
         Input::Packed(packed) => packed_scores(&packed, &grad),
     };
-    let noise = select::variances(&scores, &step);
+    figures(scores, gradient, &step)
+}
+
+/// The weight gradient of a convolution, in four launches and a matrix product.
+pub(crate) fn convolve_weight_gradient(
+    input: CubeTensor,
+    grad: CubeTensor,
+    window: Window,
+    step: AopStep,
+) -> WeightGradient<CubeBackend> {
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    let rows = grad.shape()[0] * window.positions();
+    if supported(grad.dtype, rows, units).is_err() {
+        return portable::convolution::weight_gradient::<CubeBackend>(input, grad, window, step);
+    }
+    let bias = match step.bias {
+        true => {
+            let grad = grad.clone();
+            Bias::Some(portable::convolution::bias_gradient::<CubeBackend>(grad))
+        }
+        false => Bias::None,
+    };
+    let [input, grad] = [input, grad].map(images::strided);
+    let scores = images::score(&input, &grad, &window);
+    let chosen = select::choose(&scores, &step);
+    let [patches, grads] = images::gather(&input, &grad, &scores, &chosen, &window);
+    let product = CubeBackend::float_matmul(CubeBackend::float_transpose(grads), patches);
+    let shape = Shape::new([window.channels[1], window.patch()]);
+    WeightGradient {
+        weight: CubeBackend::float_reshape(product, shape),
+        memory: RowMemory::Empty,
+        bias,
+        share: chosen.share,
+    }
+}
+
+/// The noise of the gradient of a convolution, in three launches and the norm.
+pub(crate) fn convolve_noise(
+    input: CubeTensor,
+    grad: CubeTensor,
+    gradient: CubeTensor,
+    window: Window,
+    step: NoiseStep,
+) -> CubeTensor {
+    let units = grad.client.properties().hardware.max_units_per_cube;
+    let rows = grad.shape()[0] * window.positions();
+    if supported(grad.dtype, rows, units).is_err() {
+        return portable::convolution::noise::<CubeBackend>(input, grad, gradient, window, step);
+    }
+    let [input, grad] = [input, grad].map(images::strided);
+    figures(images::score(&input, &grad, &window), gradient, &step)
+}
+
+/// What is measured of a gradient, by the scores of its rows.
+fn figures(scores: CubeTensor, gradient: CubeTensor, step: &NoiseStep) -> CubeTensor {
+    let noise = select::variances(&scores, step);
     let gradient = portable::cast::<CubeBackend>(gradient, FloatDType::F32);
     CubeBackend::float_cat(vec![portable::norm::<CubeBackend>(gradient), noise], 0)
 }

@@ -21,6 +21,7 @@ use crate::{
         step::{
             AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, Share, WeightGradient,
         },
+        window::Window,
     },
 };
 
@@ -48,7 +49,7 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     if let RowMemory::Rows { input, grad, age } = memory {
         inputs.extend([input.into_ir(), grad.into_ir(), age.into_ir()]);
     }
-    // In the order in which they are taken out again below.
+    // In the order of `results`.
     let mut outputs = vec![(Shape::new([d_input, d_output]), dtype)];
     if step.method.memory().decay().is_some() {
         let memory = DType::from(portable::memory_dtype(dtype, &step));
@@ -73,18 +74,30 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
                 age: inputs.float(),
             },
         };
-        let gradient = B::memaop_weight_gradient(input, grad, memory, step);
-        let mut results = vec![gradient.weight];
-        if let RowMemory::Rows { input, grad, age } = gradient.memory {
-            results.extend([input, grad, age]);
-        }
-        results.extend(gradient.bias.into_option());
-        if let Share::Measured(share) = gradient.share {
-            results.push(share);
-        }
-        results.into_iter().map(Value::Float).collect()
+        results::<B>(B::memaop_weight_gradient(input, grad, memory, step))
     };
     let outputs = register::<B>("memaop_weight_gradient", &client, inputs, outputs, run);
+    described::<B>(outputs, &step)
+}
+
+/// The tensors of a weight gradient, in the order in which they are described.
+fn results<B: FusionBackend>(gradient: WeightGradient<B>) -> Vec<Value<B>> {
+    let mut results = vec![gradient.weight];
+    if let RowMemory::Rows { input, grad, age } = gradient.memory {
+        results.extend([input, grad, age]);
+    }
+    results.extend(gradient.bias.into_option());
+    if let Share::Measured(share) = gradient.share {
+        results.push(share);
+    }
+    results.into_iter().map(Value::Float).collect()
+}
+
+/// The weight gradient of a step, of tensors in that order.
+fn described<B: FusionBackend>(
+    outputs: Vec<FusionTensor<B::FusionRuntime>>,
+    step: &AopStep,
+) -> WeightGradient<Fusion<B>> {
     let mut outputs = outputs.into_iter();
     let mut next = || outputs.next().expect("as many outputs as were described");
     WeightGradient {
@@ -144,6 +157,58 @@ pub(crate) fn noise<B: FusionBackend + MemAopOps>(
         vec![Value::Float(B::memaop_noise(input, grad, gradient, step))]
     };
     let outputs = register::<B>("memaop_noise", &client, inputs, vec![output], run);
+    let [noise] = all(outputs);
+    noise
+}
+
+pub(crate) fn convolve_weight_gradient<B: FusionBackend + MemAopOps>(
+    input: FusionTensor<B::FusionRuntime>,
+    grad: FusionTensor<B::FusionRuntime>,
+    window: Window,
+    step: AopStep,
+) -> WeightGradient<Fusion<B>> {
+    let client = grad.client.clone();
+    let (channels, dtype) = (window.channels[1], grad.dtype);
+    let mut outputs = vec![(Shape::new([channels, window.patch()]), dtype)];
+    if step.bias {
+        outputs.push((Shape::new([channels]), dtype));
+    }
+    if step.measure {
+        outputs.push((Shape::new([1]), DType::F32));
+    }
+    let inputs = [input, grad].map(FusionTensor::into_ir).to_vec();
+    let run = move |mut inputs: Values<B>| {
+        let (input, grad) = (inputs.float(), inputs.float());
+        results::<B>(B::memaop_convolve_weight_gradient(
+            input, grad, window, step,
+        ))
+    };
+    let outputs = register::<B>(
+        "memaop_convolve_weight_gradient",
+        &client,
+        inputs,
+        outputs,
+        run,
+    );
+    described::<B>(outputs, &step)
+}
+
+pub(crate) fn convolve_noise<B: FusionBackend + MemAopOps>(
+    input: FusionTensor<B::FusionRuntime>,
+    grad: FusionTensor<B::FusionRuntime>,
+    gradient: FusionTensor<B::FusionRuntime>,
+    window: Window,
+    step: NoiseStep,
+) -> FusionTensor<B::FusionRuntime> {
+    let client = grad.client.clone();
+    let output = (Shape::new([2 + step.ks.len()]), DType::F32);
+    let inputs = [input, grad, gradient].map(FusionTensor::into_ir).to_vec();
+    let run = move |mut inputs: Values<B>| {
+        let (input, grad, gradient) = (inputs.float(), inputs.float(), inputs.float());
+        let noise = B::memaop_convolve_noise(input, grad, gradient, window, step);
+        vec![Value::Float(noise)]
+    };
+    let outputs = register::<B>("memaop_convolve_noise", &client, inputs, vec![output], run);
     let [noise] = all(outputs);
     noise
 }

@@ -3,13 +3,15 @@
 use std::{mem, sync::Arc};
 
 use burn::backend::{
-    BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata, tensor::FloatTensor,
+    Backend, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
+    tensor::FloatTensor,
 };
 use burn::tensor::{Shape, Tensor};
 
 use super::{
     MemAopOps,
-    step::{AopStep, Bias, Input, InputStep, NoiseStep, RowMemory, Share},
+    step::{AopStep, Bias, Input, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
+    window::Window,
 };
 use crate::{
     config::{AopConfig, InputGradient, Memory, OuterProducts},
@@ -24,15 +26,54 @@ use crate::{
     },
 };
 
-pub(super) fn exact_weight_gradient<B: MemAopOps>(
-    input: Input<B>,
-    grad: FloatTensor<B>,
-) -> FloatTensor<B> {
-    let input = match input {
-        Input::Full(input) => input,
-        Input::Packed(packed) => B::memaop_unpack(packed, grad.dtype().into()),
-    };
-    B::linear_weight_backward(input, grad)
+/// What stands beside the gradient of the output in the sum of outer products.
+#[derive(Debug, Clone)]
+pub(super) enum Factor<B: Backend> {
+    Linear(Input<B>),
+    /// Images, whose patches are the rows.
+    Convolution(FloatTensor<B>, Window),
+}
+
+impl<B: MemAopOps> Factor<B> {
+    /// Shape `[d_input, d_output]`; of a convolution `[channels, patch]`.
+    pub(super) fn exact_gradient(self, grad: FloatTensor<B>) -> FloatTensor<B> {
+        let input = match self {
+            Self::Linear(Input::Full(input)) => input,
+            Self::Linear(Input::Packed(packed)) => B::memaop_unpack(packed, grad.dtype().into()),
+            Self::Convolution(images, window) => {
+                return B::memaop_convolve_exact_gradient(images, grad, window);
+            }
+        };
+        B::linear_weight_backward(input, grad)
+    }
+
+    fn gradient(
+        self,
+        grad: FloatTensor<B>,
+        memory: RowMemory<B>,
+        step: AopStep,
+    ) -> WeightGradient<B> {
+        match self {
+            Self::Linear(input) => B::memaop_weight_gradient(input, grad, memory, step),
+            Self::Convolution(images, window) => {
+                B::memaop_convolve_weight_gradient(images, grad, window, step)
+            }
+        }
+    }
+
+    fn noise(
+        self,
+        grad: FloatTensor<B>,
+        gradient: FloatTensor<B>,
+        step: NoiseStep,
+    ) -> FloatTensor<B> {
+        match self {
+            Self::Linear(input) => B::memaop_noise(input, grad, gradient, step),
+            Self::Convolution(images, window) => {
+                B::memaop_convolve_noise(images, grad, gradient, window, step)
+            }
+        }
+    }
 }
 
 /// One backward pass of a layer.
@@ -73,7 +114,7 @@ impl LayerStep<'_> {
     /// take up other work of their owner meanwhile, a backward pass of the same layer too.
     pub(super) fn weight_gradient<B>(
         &self,
-        input: Input<B>,
+        input: Factor<B>,
         grad: FloatTensor<B>,
         memory: &MemoryHandle,
     ) -> (FloatTensor<B>, Bias<B>)
@@ -98,12 +139,12 @@ impl LayerStep<'_> {
         let read = |gradient: &FloatTensor<B>| {
             let (input, grad) = batch?;
             let ks = measured_ks(self.rows, step.k);
-            let noise = B::memaop_noise(input, grad, gradient.clone(), NoiseStep { ks });
+            let noise = input.noise(grad, gradient.clone(), NoiseStep { ks });
             Some(Reading::start(from_primitive::<B, 1>(noise)))
         };
         if step.k >= self.rows {
             drop(state);
-            let gradient = exact_weight_gradient(input, grad);
+            let gradient = input.exact_gradient(grad);
             if let Some(reading) = read(&gradient) {
                 memory.lock().reading = Some(reading);
             }
@@ -113,12 +154,15 @@ impl LayerStep<'_> {
         let rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
         let rates = (mem::replace(&mut state.rate, rate), rate);
         drop(state);
-        let kept = self.memory::<B>(rows, rates, &input, &grad);
+        let kept = match &input {
+            Factor::Linear(input) => self.memory::<B>(rows, rates, input, &grad),
+            Factor::Convolution(..) => RowMemory::Empty,
+        };
 
         let compared = due.is_some_and(|due| due.exact);
         let batch = compared.then(|| (input.clone(), grad.clone()));
-        let gradient = B::memaop_weight_gradient(input, grad, kept, step);
-        let exact = batch.map(|(input, grad)| exact_weight_gradient(input, grad));
+        let gradient = input.gradient(grad, kept, step);
+        let exact = batch.map(|(input, grad)| input.exact_gradient(grad));
 
         let reading = read(&gradient.weight);
         let rows = put_back::<B>(gradient.memory);

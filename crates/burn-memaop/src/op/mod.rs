@@ -28,6 +28,7 @@ mod packing;
 mod portable;
 mod selection;
 pub(crate) mod step;
+pub(crate) mod window;
 
 pub use packed::{Input, PackedRows, pack};
 pub use step::{AopStep, InputStep, NoiseStep, PackStep};
@@ -37,6 +38,7 @@ use self::{
     packed::SharedRows,
     packing::Packing,
     step::{Bias, Input as LayerInput, Packed, RowMemory, Share, WeightGradient},
+    window::Window,
 };
 use crate::{
     config::AopConfig,
@@ -285,6 +287,74 @@ pub(crate) trait MemAopOps: Backend {
         layer: AopLayer,
     ) -> FloatTensor<Self> {
         Self::linear(input, weight, bias.into_option())
+    }
+
+    /// Burn's `conv2d`; under autodiff, with an approximate gradient of the weight.
+    #[allow(unused_variables)]
+    fn memaop_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        window: Window,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        Self::memaop_convolve(input, weight, bias, window)
+    }
+
+    /// The forward pass alone.
+    #[allow(unused_variables)]
+    fn memaop_convolve(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        Self::conv2d(input, weight, bias.into_option(), window.options())
+    }
+
+    /// The gradient of the input of a convolution, of which only the shape counts.
+    #[allow(unused_variables)]
+    fn memaop_convolve_input_gradient(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        Self::conv2d_x_backward(input, weight, grad, window.options())
+    }
+
+    /// The exact gradient of the weight of a convolution, shape `[channels, patch]`.
+    #[allow(unused_variables)]
+    fn memaop_convolve_exact_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        portable::convolution::exact_weight_gradient::<Self>(input, grad, window)
+    }
+
+    /// As [`weight_gradient`], of a convolution, whose rows are the positions of its output: shape `[channels, patch]`.
+    /// There is no memory.
+    #[allow(unused_variables)]
+    fn memaop_convolve_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+        step: AopStep,
+    ) -> WeightGradient<Self> {
+        portable::convolution::weight_gradient::<Self>(input, grad, window, step)
+    }
+
+    /// As [`gradient_noise`], of a convolution.
+    #[allow(unused_variables)]
+    fn memaop_convolve_noise(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        window: Window,
+        step: NoiseStep,
+    ) -> FloatTensor<Self> {
+        portable::convolution::noise::<Self>(input, grad, gradient, window, step)
     }
 
     /// Burn's `relu` of a matrix; under autodiff, with a backward pass that keeps one bit a value.

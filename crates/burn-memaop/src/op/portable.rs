@@ -17,6 +17,8 @@ use crate::{
     },
 };
 
+pub(crate) mod convolution;
+
 /// A memory that shrinks more than this from step to step is left to this body: faster ones read
 /// the chosen rows back from it after it has shrunk.
 #[allow(dead_code)] // Without one of them.
@@ -141,9 +143,17 @@ pub(crate) fn noise<B: Backend>(
         Input::Full(input) => row_norms::<B>(&working(input)),
         Input::Packed(packed) => packed.norms,
     };
-    let scores = scores::<B>(norms, &working(grad));
-    let norm = norm::<B>(working(gradient));
-    let noise = selection::noise(read::<B>(scores.clone()), &step);
+    figures::<B>(scores::<B>(norms, &working(grad)), gradient, &step)
+}
+
+/// What is measured of a gradient, by the scores of its rows.
+fn figures<B: Backend>(
+    scores: FloatTensor<B>,
+    gradient: FloatTensor<B>,
+    step: &NoiseStep,
+) -> FloatTensor<B> {
+    let norm = norm::<B>(cast::<B>(gradient, scores.dtype().into()));
+    let noise = selection::noise(read::<B>(scores.clone()), step);
     let count = noise.len();
     let noise = floats::<B>(noise, [count], &scores);
     B::float_cast(B::float_cat(vec![norm, noise], 0), FloatDType::F32)

@@ -4,8 +4,8 @@ use std::sync::{
 };
 
 use burn::{
-    module::{ModuleMapper, ModuleVisitor, Param},
-    tensor::{Device, Tensor},
+    module::{ModuleMapper, ModuleVisitor},
+    tensor::Device,
 };
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
     watch::Seen,
     workers::Workers,
 };
+use crate::config::AopConfig;
 
 /// The memory of one layer, as a part of its module: `clone`, `fork` and so on are those of Burn's
 /// modules.
@@ -116,13 +117,26 @@ impl LayerMemory {
         *self.workers.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
     }
 
+    /// Forgets what another configuration has no use for.
+    pub(crate) fn reconfigure(&self, before: &AopConfig, after: &AopConfig) {
+        if after.method.memory().decay().is_none() {
+            self.drop_rows();
+        }
+        if after.outer_products != before.outer_products {
+            self.forget_k();
+        }
+        if after.input_gradient != before.input_gradient {
+            self.forget_input_rows();
+        }
+    }
+
     /// Forgets the rows alone.
-    pub(crate) fn drop_rows(&self) {
+    fn drop_rows(&self) {
         self.handle().lock().rows = None;
     }
 
     /// Forgets the K that was found and what it was found by.
-    pub(crate) fn forget_k(&self) {
+    fn forget_k(&self) {
         let mut state = self.handle().lock();
         let MemoryState {
             progress,
@@ -141,7 +155,7 @@ impl LayerMemory {
     }
 
     /// The same of the rows of the gradient of the input.
-    pub(crate) fn forget_input_rows(&self) {
+    fn forget_input_rows(&self) {
         let mut state = self.handle().lock();
         state.progress.input_chosen = None;
         state.noise.input_added = None;
@@ -189,7 +203,8 @@ impl LayerMemory {
         self.copy(self.number)
     }
 
-    pub(crate) fn visit<V: ModuleVisitor>(&self, weight: &Param<Tensor<2>>, visitor: &mut V) {
+    /// Of a layer with so many inputs and outputs.
+    pub(crate) fn visit<V: ModuleVisitor>(&self, widths: [usize; 2], visitor: &mut V) {
         if Purpose::of::<V>() == Purpose::Exchange {
             return;
         }
@@ -199,24 +214,24 @@ impl LayerMemory {
             _ => (Vec::new(), own),
         };
         let shown = Shown {
-            weight: weight.clone(),
+            widths,
             memory: self.handle().clone(),
         };
         self.record.visit(&state, &workers, shown, visitor);
     }
 
-    /// What a mapper makes of the memory of a layer whose weight, mapped before, is `weight`, and has
+    /// What a mapper makes of the memory of a layer with so many inputs and outputs, whose weight, mapped before, has
     /// been `replaced` by another.
     pub(crate) fn map<M: ModuleMapper>(
         mut self,
-        weight: &Param<Tensor<2>>,
+        widths: [usize; 2],
         replaced: bool,
         mapper: &mut M,
     ) -> Self {
         let purpose = Purpose::of::<M>();
         let loaded = match purpose {
             Purpose::Exchange => None,
-            Purpose::Record | Purpose::Other => self.record.map(weight, mapper),
+            Purpose::Record | Purpose::Other => self.record.map(widths, mapper),
         };
         // A loaded memory starts a life of its own.
         if let Some((state, workers)) = loaded {

@@ -4,15 +4,14 @@
 
 use std::{any::type_name, cell::RefCell};
 
-use burn::{module::Param, tensor::Tensor};
-
 use super::memory::MemoryHandle;
 use crate::config::AopConfig;
 
 /// What a layer shows of itself to a visitor.
 #[derive(Clone)]
 pub(crate) struct Shown {
-    pub(crate) weight: Param<Tensor<2>>,
+    /// Inputs and outputs.
+    pub(crate) widths: [usize; 2],
     pub(crate) memory: MemoryHandle,
 }
 

@@ -181,14 +181,14 @@ impl MemoryRecord {
     /// is loading a record.
     pub(crate) fn map<M: ModuleMapper>(
         &self,
-        weight: &Param<Tensor<2>>,
+        widths: [usize; 2],
         mapper: &mut M,
     ) -> Option<(MemoryState, Vec<(usize, MemoryState)>)> {
-        let (state, workers) = self.map_state(weight, mapper)?;
+        let (state, workers) = self.map_state(widths, mapper)?;
         let workers = workers.into_iter().flat_map(|number| {
             let name = worker_name(number);
             mapper.enter_module(&name, CONTAINER);
-            let worker = self.map_state(weight, mapper);
+            let worker = self.map_state(widths, mapper);
             mapper.exit_module(&name, CONTAINER);
             worker.map(|(state, _)| (number, state))
         });
@@ -199,7 +199,7 @@ impl MemoryRecord {
     /// A state, and the numbers of the workers that the record names.
     fn map_state<M: ModuleMapper>(
         &self,
-        weight: &Param<Tensor<2>>,
+        widths: [usize; 2],
         mapper: &mut M,
     ) -> Option<(MemoryState, Vec<usize>)> {
         let header = self.load(mapper, "state", 0, [HEADER])?;
@@ -223,7 +223,7 @@ impl MemoryRecord {
         let rows = match header.rows {
             0 => None,
             _ => {
-                let [d_input, d_output] = weight.shape().dims();
+                let [d_input, d_output] = widths;
                 let input = load("input", 1, d_input);
                 let grad = load("grad", 2, d_output);
                 let age = load("age", 3, 1);

@@ -2,7 +2,9 @@
 
 use burn::tensor::Device;
 
-use crate::{activation, auto, input_gradient, layer, observe, operation, packed, transformer};
+use crate::{
+    activation, auto, convolution, input_gradient, layer, observe, operation, packed, transformer,
+};
 
 macro_rules! checks {
     ($device:expr; $module:ident: $($check:ident),* $(,)?) => {
@@ -79,6 +81,9 @@ macro_rules! suite {
                 );
                 checks!($device.map(Device::autodiff); activation:
                     activations_equal_burns,
+                );
+                checks!($device.map(Device::autodiff); convolution:
+                    convolutions_equal_the_oracle,
                 );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,

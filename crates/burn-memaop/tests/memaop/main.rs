@@ -6,6 +6,7 @@
 mod activation;
 mod auto;
 mod backends;
+mod convolution;
 mod errors;
 mod input_gradient;
 mod layer;

@@ -124,7 +124,7 @@ pub(super) trait RowWork: Sized + Send {
 
 /// Values below which handing work to another core costs more than it saves (Flex splits its own
 /// passes at a like size).
-const GRAIN: usize = 128 * 1024;
+pub(super) const GRAIN: usize = 128 * 1024;
 
 /// Splits work in halves down to the grain. Where it is split depends on nothing but its size, and
 /// so neither does the result.
@@ -485,7 +485,7 @@ impl<E: Real> RowWork for PutBack<'_, E> {
 }
 
 /// Sums that are added up side by side: enough for the widest registers, and several of them.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 #[inline(always)]
 pub(super) fn square_sum<E: Real>(row: &[E]) -> E {
@@ -540,7 +540,7 @@ fn add<E: Real>(kept: &mut [E], new: &[E], scale: E, decay: E) -> E {
 
 /// In halves, so that the lanes stay in registers.
 #[inline(always)]
-fn total<E: Real>(mut sums: [E; LANES]) -> E {
+pub(super) fn total<E: Real>(mut sums: [E; LANES]) -> E {
     let mut width = LANES;
     while width > 1 {
         width /= 2;

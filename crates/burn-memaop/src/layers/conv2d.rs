@@ -1,0 +1,450 @@
+use core::fmt;
+
+use burn::{
+    backend::Dispatch,
+    config::Config,
+    module::{
+        Content, Devices, DisplaySettings, Initializer, Module, ModuleDisplay,
+        ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    },
+    nn::{
+        PaddingConfig2d,
+        conv::{Conv2d, Conv2dConfig},
+    },
+    tensor::{DType, Device, Tensor, module::conv2d},
+};
+
+use super::linear::{is_replaced, is_tracked};
+use crate::{
+    config::{AopConfig, StoredInput},
+    op::{AopLayer, MemAopOps, backends::assert_supported, cost, step::Bias, window::Window},
+    state::{
+        LayerMemory,
+        offer::{self, Purpose},
+    },
+};
+
+/// Configuration to create a [`MemAopConv2d`] layer using the [init function](MemAopConv2dConfig::init): all of
+/// [`Conv2dConfig`], and [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct MemAopConv2dConfig {
+    /// The number of channels, of input and output.
+    pub channels: [usize; 2],
+    /// The size of the kernel.
+    pub kernel_size: [usize; 2],
+    /// The stride of the convolution.
+    #[config(default = "[1, 1]")]
+    pub stride: [usize; 2],
+    /// Spacing between kernel elements.
+    #[config(default = "[1, 1]")]
+    pub dilation: [usize; 2],
+    /// Controls the connections between input and output channels.
+    #[config(default = "1")]
+    pub groups: usize,
+    /// The padding configuration.
+    #[config(default = "PaddingConfig2d::Valid")]
+    pub padding: PaddingConfig2d,
+    /// If bias should be added to the output.
+    #[config(default = true)]
+    pub bias: bool,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// How the weight gradient is approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl MemAopConv2dConfig {
+    /// Initialize a new [`MemAopConv2d`] module, with the same parameters as [`Conv2dConfig::init`] gives from the same
+    /// random state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if `groups` does not divide both numbers of channels, and if `aop` is not one of a convolution, as
+    /// [`MemAopConv2d::from_conv2d`] says.
+    pub fn init(&self, device: &Device) -> MemAopConv2d {
+        let conv2d = Conv2dConfig::new(self.channels, self.kernel_size)
+            .with_stride(self.stride)
+            .with_dilation(self.dilation)
+            .with_groups(self.groups)
+            .with_padding(self.padding.clone())
+            .with_bias(self.bias)
+            .with_initializer(self.initializer.clone())
+            .init(device);
+        MemAopConv2d::from_conv2d(conv2d, self.aop)
+    }
+}
+
+/// Applies a 2D convolution over input tensors, and back-propagates to its weight with K of the M outer products of the
+/// exact gradient.
+///
+/// Should be created with [`MemAopConv2dConfig`], or from a [`Conv2d`] with [`from_conv2d`](Self::from_conv2d).
+///
+/// The weight gradient of a convolution is the same sum as that of a linear layer: a row is a position of the output, its
+/// input the patch of the image that the position sees. M is their number, images times height times width. A position is
+/// drawn by the norms of its patch and its gradient (of several groups, by the root of the sum of the squares of the
+/// products), and only chosen patches are unfolded. The gradients of input and bias are exact, and so is everything where
+/// K >= M or where the [cost rule](AopConfig::cost_rule) finds that nothing is saved: with few channels, mostly. On CPUs
+/// the exact products are this crate's own too, the same as Burn's but for rounding.
+///
+/// There is no [memory](crate::Memory): it would be as large as the unfolded input. What the layer keeps between steps is
+/// their number and what is known of the noise of its gradient; it is part of its record, under `memory`, and of its
+/// clones and forks, as that of [`MemAopLinear`](crate::MemAopLinear) is. A position whose patch or gradient is not
+/// finite is left out of the weight gradient where K < M.
+#[derive(Debug, Clone)]
+pub struct MemAopConv2d {
+    /// Tensor of shape `[channels_out, channels_in / groups, kernel_size_1, kernel_size_2]`, initialized as that of
+    /// [`Conv2d`].
+    pub weight: Param<Tensor<4>>,
+    /// Tensor of shape `[channels_out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Stride of the convolution.
+    pub stride: [usize; 2],
+    /// Size of the kernel.
+    pub kernel_size: [usize; 2],
+    /// Spacing between kernel elements.
+    pub dilation: [usize; 2],
+    /// Controls the connections between input and output channels.
+    pub groups: usize,
+    /// The padding configuration.
+    pub padding: PaddingConfig2d,
+    aop: AopConfig,
+    memory: LayerMemory,
+}
+
+impl MemAopConv2d {
+    /// Takes over the parameters of a [`Conv2d`], with their ids, so that the state of an optimizer stays with them.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate_convolution`] rejects `aop`.
+    pub fn from_conv2d(conv2d: Conv2d, aop: AopConfig) -> Self {
+        let memory = LayerMemory::new(&conv2d.weight.lazy_device());
+        Self {
+            weight: conv2d.weight,
+            bias: conv2d.bias,
+            stride: conv2d.stride,
+            kernel_size: conv2d.kernel_size,
+            dilation: conv2d.dilation,
+            groups: conv2d.groups,
+            padding: conv2d.padding,
+            aop: valid(aop),
+            memory,
+        }
+    }
+
+    /// The same layer, approximated in another way from now on; [`with_aop`](crate::with_aop) does that for all layers of a
+    /// model. The steps that a schedule counts stay, and a K that was chosen, unless it is to be found in another way.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate_convolution`] rejects `aop`.
+    pub fn with_aop(mut self, aop: AopConfig) -> Self {
+        let before = std::mem::replace(&mut self.aop, valid(aop));
+        self.memory.reconfigure(&before, &aop);
+        self
+    }
+
+    /// Gives the parameters back, with their ids.
+    pub fn into_conv2d(self) -> Conv2d {
+        Conv2d {
+            weight: self.weight,
+            bias: self.bias,
+            stride: self.stride,
+            kernel_size: self.kernel_size,
+            dilation: self.dilation,
+            groups: self.groups,
+            padding: self.padding,
+        }
+    }
+
+    /// Applies the forward pass on the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[batch_size, channels_in, height_in, width_in]`
+    /// - output: `[batch_size, channels_out, height_out, width_out]`
+    ///
+    /// # Panics
+    ///
+    /// Panics if the input has other channels or is smaller than the kernel, and if the feature for the backend of `input`
+    /// is not enabled; the message names the feature.
+    pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
+        let device = input.device();
+        assert_supported(device.as_dispatch());
+        let weight = self.weight.val();
+        let [images, channels, height, width] = input.dims();
+        let expected = weight.dims()[1] * self.groups;
+        assert!(
+            channels == expected,
+            "MemAopConv2d: the input must have {expected} channels, but has the shape {:?}",
+            input.dims()
+        );
+        let window = self.window([height, width]);
+        let Some(output) = window.checked_output() else {
+            panic!(
+                "MemAopConv2d: the padded input must be at least as large as the kernel {:?} (dilation {:?}), but the \
+                 input is {height} x {width} and the padding {:?}",
+                self.kernel_size, self.dilation, self.padding
+            );
+        };
+        let bias = self.bias.as_ref().map(Param::val);
+        let tracked = is_tracked(&weight);
+        let rows = images * output[0] * output[1];
+        // A batch without images has gradients of zeros.
+        if rows == 0 || window.patch() == 0 {
+            return conv2d(input, weight, bias, window.options());
+        }
+        let bias = match bias {
+            Some(bias) => Bias::<Dispatch>::Some(bias.into_dispatch()),
+            None => Bias::None,
+        };
+        let (dtype, with_input) = (input.dtype(), is_tracked(&input));
+        let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
+        if !tracked {
+            return Tensor::from_dispatch(Dispatch::memaop_convolve(input, weight, bias, window));
+        }
+
+        let pass = pass(images, &window, dtype, with_input);
+        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
+        // The noise of packed values goes by the steps.
+        let counted = !aop.is_exact(rows, with_input) || aop.stored_input != StoredInput::Full;
+        if !counted {
+            self.memory.note_exact(rows, with_input);
+        }
+        let layer = AopLayer {
+            config: aop,
+            time: cost::step_time(&aop, device.as_dispatch(), pass),
+            memory: counted.then(|| self.memory.in_training()),
+            shared: None,
+        };
+        Tensor::from_dispatch(Dispatch::memaop_conv2d(input, weight, bias, window, layer))
+    }
+
+    /// How the weight gradient is approximated.
+    pub fn aop(&self) -> AopConfig {
+        self.aop
+    }
+
+    /// Whether the weight gradient of a batch of this shape, `[batch_size, channels_in, height_in, width_in]`, on `device`
+    /// is exact at every step: because K >= M, or by the [cost rule](AopConfig::cost_rule). The input is taken to have the
+    /// type of the weight and its gradient to be asked for, as it is in all layers but the first.
+    pub fn is_exact(&self, input: [usize; 4], device: &Device) -> bool {
+        let [images, _, height, width] = input;
+        let window = self.window([height, width]);
+        let Some([height, width]) = window.checked_output() else {
+            return true;
+        };
+        let rows = images * height * width;
+        let pass = pass(images, &window, self.weight.val().dtype(), true);
+        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
+        rows == 0 || aop.is_exact(rows, true)
+    }
+
+    /// Starts counting steps from 0 and forgets a K that was chosen, as at the first step. Clones keep what they have.
+    pub fn reset_memory(&self) {
+        self.memory.reset();
+    }
+
+    fn window(&self, size: [usize; 2]) -> Window {
+        let [channels, of_group, _, _] = self.weight.lazy_shape().dims();
+        Window {
+            channels: [of_group * self.groups, channels],
+            size,
+            kernel: self.kernel_size,
+            stride: self.stride,
+            dilation: self.dilation,
+            padding: self.pairs(size),
+            groups: self.groups,
+        }
+    }
+
+    /// The padding before and after, in height and width. As in Burn, [`PaddingConfig2d::Same`] adds the odd one after.
+    fn pairs(&self, size: [usize; 2]) -> [(usize, usize); 2] {
+        match self.padding {
+            PaddingConfig2d::Valid => [(0, 0); 2],
+            PaddingConfig2d::Explicit(top, left, bottom, right) => [(top, bottom), (left, right)],
+            PaddingConfig2d::Same => std::array::from_fn(|axis| {
+                let stride = self.stride[axis];
+                let last = size[axis].div_ceil(stride).saturating_sub(1) * stride;
+                let padding = (last + self.kernel_size[axis]).saturating_sub(size[axis]);
+                (padding / 2, padding - padding / 2)
+            }),
+        }
+    }
+
+    /// The values of a patch, and the channels of the output.
+    fn widths(&self) -> [usize; 2] {
+        let [channels, of_group, height, width] = self.weight.lazy_shape().dims();
+        [of_group * height * width, channels]
+    }
+}
+
+/// A backward pass, for the cost rule.
+fn pass(images: usize, window: &Window, dtype: DType, with_input: bool) -> cost::Pass {
+    let rows = images * window.positions();
+    let read = images * window.channels[0] * window.size[0] * window.size[1];
+    cost::Pass {
+        rows,
+        d_input: window.patch(),
+        d_output: window.channels[1],
+        read: window.channels[1] + read.div_ceil(rows.max(1)),
+        dtype,
+        with_input,
+    }
+}
+
+fn valid(aop: AopConfig) -> AopConfig {
+    if let Err(error) = aop.validate_convolution() {
+        panic!("{error}");
+    }
+    aop
+}
+
+/// As derived, but that weight and bias are shown as those of a [`Conv2d`], as [`MemAopLinear`](crate::MemAopLinear) does.
+impl Module for MemAopConv2d {
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        visitor.enter_module("weight", CONV2D);
+        self.weight.visit(visitor);
+        visitor.exit_module("weight", CONV2D);
+        visitor.enter_module("bias", CONV2D);
+        self.bias.visit(visitor);
+        visitor.exit_module("bias", CONV2D);
+        visitor.enter_module("memory", LAYER);
+        self.memory.visit(self.widths(), visitor);
+        visitor.exit_module("memory", LAYER);
+    }
+
+    fn map<M: ModuleMapper>(mut self, mapper: &mut M) -> Self {
+        // Another reference to the weight keeps an optimizer from changing it in place.
+        let loading = Purpose::of::<M>() != Purpose::Other;
+        let before = loading.then(|| self.weight.clone());
+
+        mapper.enter_module("weight", CONV2D);
+        self.weight = Module::map(self.weight, mapper);
+        mapper.exit_module("weight", CONV2D);
+        mapper.enter_module("bias", CONV2D);
+        self.bias = Module::map(self.bias, mapper);
+        mapper.exit_module("bias", CONV2D);
+
+        let replaced = before.is_some_and(|before| is_replaced(&before, &self.weight));
+        let widths = self.widths();
+        mapper.enter_module("memory", LAYER);
+        let (aop, memory) = offer::offer(self.aop, || self.memory.map(widths, replaced, mapper));
+        mapper.exit_module("memory", LAYER);
+        let layer = Self { memory, ..self };
+        match aop == layer.aop {
+            true => layer,
+            false => layer.with_aop(aop),
+        }
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        let devices = self.weight.collect_devices(devices);
+        self.bias.collect_devices(devices)
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self {
+            weight: self.weight.to_device(device),
+            bias: self.bias.to_device(device),
+            memory: self.memory.to_device(device),
+            ..self
+        }
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self {
+            weight: self.weight.fork(device),
+            bias: self.bias.fork(device),
+            memory: self.memory.fork(device),
+            ..self
+        }
+    }
+
+    fn valid(&self) -> Self {
+        Self {
+            weight: self.weight.valid(),
+            bias: self.bias.valid(),
+            stride: self.stride,
+            kernel_size: self.kernel_size,
+            dilation: self.dilation,
+            groups: self.groups,
+            padding: self.padding.clone(),
+            aop: self.aop,
+            memory: self.memory.valid(),
+        }
+    }
+
+    fn train(self) -> Self {
+        Self {
+            weight: self.weight.train(),
+            bias: self.bias.train(),
+            ..self
+        }
+    }
+
+    fn materialize(self) -> Self {
+        Self {
+            weight: self.weight.materialize(),
+            bias: self.bias.materialize(),
+            ..self
+        }
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(&self.weight) + Module::num_params(&self.bias)
+    }
+}
+
+const CONV2D: &str = "Struct:Conv2d";
+const LAYER: &str = "Struct:MemAopConv2d";
+
+impl fmt::Display for MemAopConv2d {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", ModuleDisplay::format(self, Default::default()))
+    }
+}
+
+impl ModuleDisplayDefault for MemAopConv2d {
+    fn content(&self, content: Content) -> Option<Content> {
+        content
+            .set_top_level_type("MemAopConv2d")
+            .add("weight", &self.weight)
+            .add("bias", &self.bias)
+            .add_debug_attribute("aop", &self.aop)
+            .optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl ModuleDisplay for MemAopConv2d {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [channels, of_group, _, _] = self.weight.lazy_shape().dims();
+        content
+            .add("ch_in", &(of_group * self.groups))
+            .add("ch_out", &channels)
+            .add_debug_attribute("stride", &self.stride)
+            .add_debug_attribute("kernel_size", &self.kernel_size)
+            .add_debug_attribute("dilation", &self.dilation)
+            .add("groups", &self.groups)
+            .add_debug_attribute("padding", &self.padding)
+            .add_debug_attribute("outer_products", &self.aop.outer_products)
+            .add_debug_attribute("method", &self.aop.method)
+            .add_debug_attribute("schedule", &self.aop.schedule)
+            .add_debug_attribute("stored_input", &self.aop.stored_input)
+            .optional()
+    }
+}

@@ -1,0 +1,636 @@
+//! Convolutions on CPUs. Patches are unfolded a tile at a time, one column a patch, which is multiplied while it is in the
+//! second-level cache.
+
+use std::ops::Range;
+
+use burn::backend::tensor::{Device, FloatTensor};
+
+use super::{
+    HostTensors, from_values,
+    rows::{GRAIN, LANES, Real, RowWork, total},
+};
+use crate::op::window::Window;
+
+/// The columns of a tile.
+const TILE: usize = 256;
+
+/// The images of a batch.
+#[derive(Clone, Copy)]
+pub(super) struct Images<'a, E> {
+    values: &'a [E],
+    window: Window,
+    /// Of the output.
+    height: usize,
+    width: usize,
+}
+
+impl<'a, E: Real> Images<'a, E> {
+    pub(super) fn new(values: &'a [E], window: Window) -> Self {
+        let [height, width] = window.output();
+        Self {
+            values,
+            window,
+            height,
+            width,
+        }
+    }
+
+    fn plane(&self) -> usize {
+        self.window.size.iter().product()
+    }
+
+    fn positions(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// The positions of a batch, of whose output `grad` is the gradient.
+    pub(super) fn rows(&self, grad: &[E]) -> usize {
+        grad.len() / self.window.channels[1]
+    }
+
+    fn split_at(self, image: usize) -> (Self, Self) {
+        let values = self.window.channels[0] * self.plane();
+        let (first, second) = self.values.split_at(image * values);
+        let images = |values| Self { values, ..self };
+        (images(first), images(second))
+    }
+
+    /// All channels of an image.
+    fn image(&self, image: usize) -> &'a [E] {
+        let values = self.window.channels[0] * self.plane();
+        &self.values[image * values..][..values]
+    }
+
+    /// The channels of a group of an image.
+    fn group(&self, image: usize, group: usize) -> &'a [E] {
+        let values = self.window.group()[0] * self.plane();
+        &self.image(image)[group * values..][..values]
+    }
+
+    /// The patches of whole rows of the output, shape `[patch, positions]`.
+    fn unfold(&self, group: usize, tile: &Tile) -> Vec<E> {
+        let plane = self.plane();
+        let [channels, _] = self.window.group();
+        let mut columns = Vec::with_capacity(self.window.patch() * tile.columns(self.width));
+        for channel in 0..channels {
+            for down in 0..self.window.kernel[0] {
+                for right in 0..self.window.kernel[1] {
+                    let run = Run::of(&self.window, 1, right, self.width);
+                    for image in tile.images.clone() {
+                        let plane = &self.group(image, group)[channel * plane..][..plane];
+                        for row in tile.rows.clone() {
+                            let row = self.input_row(plane, down, row);
+                            run.copy(row, self.window.stride[1], &mut columns);
+                        }
+                    }
+                }
+            }
+        }
+        columns
+    }
+
+    /// The row of an input plane that a row of the output sees, `down` rows down in the kernel.
+    fn input_row<'p>(&self, plane: &'p [E], down: usize, row: usize) -> Option<&'p [E]> {
+        let Window {
+            size: [height, width],
+            stride,
+            dilation,
+            padding,
+            ..
+        } = self.window;
+        let row = (row * stride[0] + down * dilation[0]).checked_sub(padding[0].0)?;
+        (row < height).then(|| &plane[row * width..][..width])
+    }
+
+    /// The patches of some positions, shape `[patch, positions]`.
+    fn unfold_at(&self, group: usize, places: &[Place<E>]) -> Vec<E> {
+        let [channels, _] = self.window.group();
+        let (taps, plane) = (self.window.taps(), self.plane());
+        let mut columns = Vec::with_capacity(self.window.patch() * places.len());
+        let indices = self.indices(group, places);
+        for channel in 0..channels {
+            let values = &self.values[channel * plane..];
+            for tap in 0..taps {
+                let indices = &indices[tap * places.len()..][..places.len()];
+                // What is beyond the image is beyond the batch.
+                let seen = indices.iter().map(|&index| values.get(index).copied());
+                columns.extend(seen.map(|value| value.unwrap_or(E::zero())));
+            }
+        }
+        columns
+    }
+
+    /// Where each position sees the first channel of a group, shape `[taps, positions]`.
+    fn indices(&self, group: usize, places: &[Place<E>]) -> Vec<usize> {
+        let window = &self.window;
+        let [channels, _] = window.group();
+        let (taps, plane) = (window.taps(), self.plane());
+        let mut indices = Vec::with_capacity(taps * places.len());
+        for tap in 0..taps {
+            indices.extend(
+                places
+                    .iter()
+                    .map(|place| match window.seen(place.row, tap) {
+                        Some((image, position)) => {
+                            (image * window.groups + group) * channels * plane + position
+                        }
+                        None => usize::MAX,
+                    }),
+            );
+        }
+        indices
+    }
+
+    /// The tiles of some images.
+    fn tiles(&self, images: usize) -> Vec<Tile> {
+        let positions = self.positions();
+        if positions < TILE {
+            let at_once = (TILE / positions.max(1)).max(1);
+            let tile = |first| Tile {
+                images: first..(first + at_once).min(images),
+                rows: 0..self.height,
+            };
+            return (0..images).step_by(at_once).map(tile).collect();
+        }
+        let at_once = (TILE / self.width).max(1);
+        let of_image = |image| {
+            let tile = move |first| Tile {
+                images: image..image + 1,
+                rows: first..(first + at_once).min(self.height),
+            };
+            (0..self.height).step_by(at_once).map(tile)
+        };
+        (0..images).flat_map(of_image).collect()
+    }
+
+    /// What [`RowWork::width`] is to say so that work on images is split down to a tile and no further.
+    fn grain(&self) -> usize {
+        GRAIN.div_ceil((TILE / self.positions().max(1)).max(1))
+    }
+}
+
+/// Whole rows of the output of some images.
+struct Tile {
+    images: Range<usize>,
+    rows: Range<usize>,
+}
+
+impl Tile {
+    fn columns(&self, width: usize) -> usize {
+        self.images.len() * self.rows.len() * width
+    }
+
+    /// The places of the tile in one channel of an output, and the run of columns that belongs to each.
+    fn runs(
+        &self,
+        channels: usize,
+        channel: usize,
+        [height, width]: [usize; 2],
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let (rows, positions) = (self.rows.clone(), height * width);
+        let length = rows.len() * width;
+        self.images.clone().enumerate().map(move |(index, image)| {
+            let from = (image * channels + channel) * positions + rows.start * width;
+            (from..from + length, index * length..(index + 1) * length)
+        })
+    }
+}
+
+/// How a row of patches' values lies in a row of an image: beyond it, in it, beyond it.
+struct Run {
+    before: usize,
+    first: usize,
+    inside: usize,
+    all: usize,
+}
+
+impl Run {
+    /// For the value at `offset` of the kernel on an axis, of `all` positions.
+    fn of(window: &Window, axis: usize, offset: usize, all: usize) -> Self {
+        let (stride, offset) = (window.stride[axis], offset * window.dilation[axis]);
+        let padding = window.padding[axis].0;
+        let before = padding.saturating_sub(offset).div_ceil(stride).min(all);
+        let first = (before * stride + offset).saturating_sub(padding);
+        let inside = window.size[axis].saturating_sub(first).div_ceil(stride);
+        Self {
+            before,
+            first,
+            inside: inside.min(all - before),
+            all,
+        }
+    }
+
+    fn copy<E: Real>(&self, row: Option<&[E]>, stride: usize, to: &mut Vec<E>) {
+        let end = to.len() + self.all;
+        if let Some(row) = row
+            && self.inside > 0
+        {
+            to.resize(to.len() + self.before, E::zero());
+            match stride {
+                1 => to.extend_from_slice(&row[self.first..][..self.inside]),
+                stride => {
+                    let seen = row[self.first..].iter().step_by(stride);
+                    to.extend(seen.take(self.inside));
+                }
+            }
+        }
+        to.resize(end, E::zero());
+    }
+}
+
+/// A chosen position of the batch.
+#[derive(Clone, Copy)]
+pub(super) struct Place<E> {
+    pub(super) row: usize,
+    pub(super) weight: E,
+}
+
+/// The convolution of images, shape `[images, channels, height, width]`.
+pub(super) struct Convolve<'a, B: HostTensors<E>, E> {
+    pub(super) images: Images<'a, E>,
+    /// Of each group, shape `[channels, patch]`.
+    pub(super) weights: &'a [FloatTensor<B>],
+    pub(super) bias: Option<&'a [E]>,
+    pub(super) device: &'a Device<B>,
+    pub(super) output: &'a mut [E],
+}
+
+impl<B: HostTensors<E>, E: Real> Convolve<'_, B, E> {
+    fn values(&self) -> usize {
+        self.images.window.channels[1] * self.images.positions()
+    }
+}
+
+impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, B, E> {
+    type Output = ();
+
+    fn rows(&self) -> usize {
+        self.output.len() / self.values()
+    }
+
+    fn width(&self) -> usize {
+        self.images.grain()
+    }
+
+    fn split_at(self, image: usize) -> (Self, Self) {
+        let at = image * self.values();
+        let images = self.images.split_at(image);
+        let output = self.output.split_at_mut(at);
+        let work = |images, output| Self {
+            images,
+            output,
+            ..self
+        };
+        (work(images.0, output.0), work(images.1, output.1))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        let Images {
+            window,
+            height,
+            width,
+            ..
+        } = self.images;
+        let [channels, of_group] = [window.channels[1], window.group()[1]];
+        for tile in self.images.tiles(self.rows()) {
+            let columns = tile.columns(width);
+            for (group, weight) in self.weights.iter().enumerate() {
+                let patches = self.images.unfold(group, &tile);
+                let shape = [window.patch(), columns];
+                let patches = from_values::<B, E>(patches, shape, self.device);
+                let product = B::contiguous(B::float_matmul(weight.clone(), patches));
+                let product = B::values(&product).chunks_exact(columns);
+                for (channel, product) in (group * of_group..).zip(product) {
+                    let bias = self.bias.map(|bias| bias[channel]);
+                    for (to, from) in tile.runs(channels, channel, [height, width]) {
+                        let (to, from) = (&mut self.output[to], &product[from]);
+                        match bias {
+                            None => to.copy_from_slice(from),
+                            Some(bias) => to.iter_mut().zip(from).for_each(|(to, &value)| {
+                                *to = value + bias;
+                            }),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn join((): (), (): ()) {}
+}
+
+/// The sum of the outer products of all positions, as in [`Sums`].
+pub(super) struct AllProducts<'a, B: HostTensors<E>, E> {
+    pub(super) images: Images<'a, E>,
+    pub(super) grad: &'a [E],
+    pub(super) device: &'a Device<B>,
+}
+
+impl<B: HostTensors<E>, E: Real> AllProducts<'_, B, E> {
+    fn values(&self) -> usize {
+        self.images.window.channels[1] * self.images.positions()
+    }
+}
+
+impl<B: HostTensors<E>, E: Real> RowWork for AllProducts<'_, B, E> {
+    type Output = Vec<E>;
+
+    fn rows(&self) -> usize {
+        self.grad.len() / self.values()
+    }
+
+    fn width(&self) -> usize {
+        self.images.grain()
+    }
+
+    fn split_at(self, image: usize) -> (Self, Self) {
+        let images = self.images.split_at(image);
+        let grad = self.grad.split_at(image * self.values());
+        let work = |images, grad| Self {
+            images,
+            grad,
+            ..self
+        };
+        (work(images.0, grad.0), work(images.1, grad.1))
+    }
+
+    #[inline(always)]
+    fn run(self) -> Vec<E> {
+        let Images {
+            window,
+            height,
+            width,
+            ..
+        } = self.images;
+        let [channels, of_group] = [window.channels[1], window.group()[1]];
+        let mut sums = Sums::of(window);
+        for tile in self.images.tiles(self.rows()) {
+            let columns = tile.columns(width);
+            for group in 0..window.groups {
+                let mut grad = Vec::with_capacity(of_group * columns);
+                for channel in group * of_group..(group + 1) * of_group {
+                    for (from, _) in tile.runs(channels, channel, [height, width]) {
+                        grad.extend_from_slice(&self.grad[from]);
+                    }
+                }
+                let patches = self.images.unfold(group, &tile);
+                sums.add_product::<B>(group, grad, patches, self.device);
+            }
+        }
+        sums.values
+    }
+
+    fn join(first: Vec<E>, second: Vec<E>) -> Vec<E> {
+        added(first, second)
+    }
+}
+
+/// The same of the chosen positions, each times its weight.
+pub(super) struct ChosenProducts<'a, B: HostTensors<E>, E> {
+    pub(super) images: Images<'a, E>,
+    pub(super) grad: &'a [E],
+    pub(super) places: &'a [Place<E>],
+    pub(super) device: &'a Device<B>,
+}
+
+impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
+    type Output = Vec<E>;
+
+    fn rows(&self) -> usize {
+        self.places.len()
+    }
+
+    fn width(&self) -> usize {
+        GRAIN / TILE
+    }
+
+    fn split_at(self, place: usize) -> (Self, Self) {
+        let (first, second) = self.places.split_at(place);
+        let work = |places| Self { places, ..self };
+        (work(first), work(second))
+    }
+
+    #[inline(always)]
+    fn run(self) -> Vec<E> {
+        let window = self.images.window;
+        let [channels, of_group] = [window.channels[1], window.group()[1]];
+        let positions = self.images.positions();
+        let mut sums = Sums::of(window);
+        if self.places.is_empty() {
+            return sums.values;
+        }
+        for group in 0..window.groups {
+            let mut grad = Vec::with_capacity(of_group * self.places.len());
+            for channel in group * of_group..(group + 1) * of_group {
+                grad.extend(self.places.iter().map(|&Place { row, weight }| {
+                    let (image, position) = (row / positions, row % positions);
+                    weight * self.grad[(image * channels + channel) * positions + position]
+                }));
+            }
+            let patches = self.images.unfold_at(group, self.places);
+            sums.add_product::<B>(group, grad, patches, self.device);
+        }
+        sums.values
+    }
+
+    fn join(first: Vec<E>, second: Vec<E>) -> Vec<E> {
+        added(first, second)
+    }
+}
+
+/// The products of all groups, each of shape `[patch, channels]`: the faster way round.
+struct Sums<E> {
+    values: Vec<E>,
+    /// Of a group.
+    channels: usize,
+    patch: usize,
+}
+
+impl<E: Real> Sums<E> {
+    fn of(window: Window) -> Self {
+        Self {
+            values: vec![E::zero(); window.channels[1] * window.patch()],
+            channels: window.group()[1],
+            patch: window.patch(),
+        }
+    }
+
+    /// Adds the product of a gradient, shape `[channels, columns]`, and patches, shape `[patch, columns]`.
+    fn add_product<B: HostTensors<E>>(
+        &mut self,
+        group: usize,
+        grad: Vec<E>,
+        patches: Vec<E>,
+        device: &Device<B>,
+    ) {
+        let columns = patches.len() / self.patch;
+        let grad = from_values::<B, E>(grad, [self.channels, columns], device);
+        let patches = from_values::<B, E>(patches, [self.patch, columns], device);
+        let product = B::float_matmul(patches, B::float_transpose(grad));
+        let product = B::contiguous(product);
+        let sums = self.values[group * self.channels * self.patch..].iter_mut();
+        for (sum, &value) in sums.zip(B::values(&product)) {
+            *sum = *sum + value;
+        }
+    }
+}
+
+fn added<E: Real>(mut first: Vec<E>, second: Vec<E>) -> Vec<E> {
+    for (first, second) in first.iter_mut().zip(second) {
+        *first = *first + second;
+    }
+    first
+}
+
+/// Writes `|x| |g|` of every position; returns the sums of the channels of the gradient, if they are asked for.
+pub(super) struct ScorePositions<'a, E> {
+    pub(super) images: Images<'a, E>,
+    pub(super) grad: &'a [E],
+    pub(super) scores: &'a mut [E],
+    pub(super) sum: bool,
+}
+
+impl<E: Real> RowWork for ScorePositions<'_, E> {
+    type Output = Vec<E>;
+
+    fn rows(&self) -> usize {
+        self.scores.len() / self.images.positions()
+    }
+
+    fn width(&self) -> usize {
+        let [input, output] = self.images.window.channels;
+        input * self.images.plane() + output * self.images.positions()
+    }
+
+    fn split_at(self, image: usize) -> (Self, Self) {
+        let at = image * self.images.positions();
+        let images = self.images.split_at(image);
+        let grad = self.grad.split_at(at * self.images.window.channels[1]);
+        let scores = self.scores.split_at_mut(at);
+        let work = |images, grad, scores| Self {
+            images,
+            grad,
+            scores,
+            sum: self.sum,
+        };
+        (
+            work(images.0, grad.0, scores.0),
+            work(images.1, grad.1, scores.1),
+        )
+    }
+
+    #[inline(always)]
+    fn run(self) -> Vec<E> {
+        let Self { images, grad, .. } = self;
+        let window = images.window;
+        let (plane, positions) = (images.plane(), images.positions());
+        let [channels, of_group] = [window.channels[1], window.group()[1]];
+        let mut sums = vec![E::zero(); if self.sum { channels } else { 0 }];
+        let mut squares = vec![E::zero(); plane];
+        let mut patches = vec![E::zero(); positions];
+        let mut grads = vec![E::zero(); positions];
+        for (image, scores) in self.scores.chunks_exact_mut(positions).enumerate() {
+            for group in 0..window.groups {
+                let first = (image * channels + group * of_group) * positions;
+                let grad = &grad[first..][..of_group * positions];
+                grads.fill(E::zero());
+                add_squares(&mut grads, grad);
+                squares.fill(E::zero());
+                add_squares(&mut squares, images.group(image, group));
+                patches.fill(E::zero());
+                images.add_windows(&mut patches, &squares);
+                let factors = patches.iter().zip(&grads);
+                for (score, (&patch, &grad)) in scores.iter_mut().zip(factors) {
+                    // As of a row of zeros, whatever its patch is.
+                    let size = match grad.is_zero() {
+                        true => E::zero(),
+                        false => patch.sqrt() * grad.sqrt(),
+                    };
+                    *score = match group {
+                        0 => size,
+                        _ => length(*score, size),
+                    };
+                }
+                for (sum, channel) in sums
+                    .iter_mut()
+                    .skip(group * of_group)
+                    .zip(grad.chunks_exact(positions))
+                {
+                    *sum = *sum + add_up(channel);
+                }
+            }
+        }
+        sums
+    }
+
+    fn join(first: Vec<E>, second: Vec<E>) -> Vec<E> {
+        added(first, second)
+    }
+}
+
+impl<E: Real> Images<'_, E> {
+    /// Adds to each position the values of a plane that its patch sees.
+    #[inline(always)]
+    fn add_windows(&self, to: &mut [E], plane: &[E]) {
+        let stride = self.window.stride[1];
+        for right in 0..self.window.kernel[1] {
+            let run = Run::of(&self.window, 1, right, self.width);
+            for (row, to) in to.chunks_exact_mut(self.width).enumerate() {
+                for down in 0..self.window.kernel[0] {
+                    let Some(from) = self.input_row(plane, down, row) else {
+                        continue;
+                    };
+                    let to = &mut to[run.before..][..run.inside];
+                    let from = &from[run.first.min(from.len())..];
+                    match stride {
+                        1 => to.iter_mut().zip(from).for_each(|(to, &value)| {
+                            *to = *to + value;
+                        }),
+                        stride => {
+                            let from = from.iter().step_by(stride);
+                            to.iter_mut().zip(from).for_each(|(to, &value)| {
+                                *to = *to + value;
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the squares of each channel.
+#[inline(always)]
+fn add_squares<E: Real>(to: &mut [E], channels: &[E]) {
+    for channel in channels.chunks_exact(to.len()) {
+        for (to, &value) in to.iter_mut().zip(channel) {
+            *to = *to + value * value;
+        }
+    }
+}
+
+#[inline(always)]
+fn add_up<E: Real>(values: &[E]) -> E {
+    let mut sums = [E::zero(); LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] = sums[lane] + chunk[lane];
+        }
+    }
+    rest.iter().fold(total(sums), |sum, &value| sum + value)
+}
+
+/// The root of the sum of two squares, which could overflow.
+#[inline(always)]
+fn length<E: Real>(first: E, second: E) -> E {
+    let (large, small) = match first > second {
+        true => (first, second),
+        false => (second, first),
+    };
+    match large.is_zero() {
+        true => small,
+        false => large * (E::one() + (small / large) * (small / large)).sqrt(),
+    }
+}

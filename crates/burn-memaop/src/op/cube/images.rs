@@ -1,0 +1,343 @@
+//! Scores the positions of a convolution and gathers the chosen patches: images may lie in memory in any order of axes.
+
+use burn::{backend::TensorMetadata, tensor::DType};
+use burn_cubecl::{cubecl, kernel::into_contiguous, tensor::CubeTensor};
+use cubecl::{calculate_cube_count_elemwise, prelude::*};
+
+use super::{
+    LEAST_UNITS, address_type, cubes, elem_type, empty_without_gaps, select::Chosen,
+    units::is_finite,
+};
+use crate::op::window::Window;
+
+/// How far apart values lie.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Strides {
+    image: usize,
+    channel: usize,
+    row: usize,
+    column: usize,
+}
+
+fn strides(images: &CubeTensor) -> StridesLaunch {
+    let strides = images.meta.strides();
+    StridesLaunch::new(strides[0], strides[1], strides[2], strides[3])
+}
+
+/// The sizes of a convolution.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Sizes {
+    groups: usize,
+    /// Of a group.
+    inputs: usize,
+    outputs: usize,
+    height: usize,
+    width: usize,
+    output_height: usize,
+    output_width: usize,
+    kernel_height: usize,
+    kernel_width: usize,
+    stride_down: usize,
+    stride_right: usize,
+    dilation_down: usize,
+    dilation_right: usize,
+    top: usize,
+    left: usize,
+}
+
+fn sizes(window: &Window) -> SizesLaunch {
+    let ([inputs, outputs], [height, width]) = (window.group(), window.output());
+    SizesLaunch::new(
+        window.groups,
+        inputs,
+        outputs,
+        window.size[0],
+        window.size[1],
+        height,
+        width,
+        window.kernel[0],
+        window.kernel[1],
+        window.stride[0],
+        window.stride[1],
+        window.dilation[0],
+        window.dilation[1],
+        window.padding[0].0,
+        window.padding[1].0,
+    )
+}
+
+#[cube]
+impl Sizes {
+    fn positions(&self) -> usize {
+        self.output_height * self.output_width
+    }
+
+    /// The input row that a row of the output sees; `height` or more beyond the image.
+    fn row(&self, row: usize, down: usize) -> usize {
+        within(
+            row * self.stride_down + down * self.dilation_down,
+            self.top,
+            self.height,
+        )
+    }
+
+    fn column(&self, column: usize, right: usize) -> usize {
+        within(
+            column * self.stride_right + right * self.dilation_right,
+            self.left,
+            self.width,
+        )
+    }
+}
+
+#[cube]
+fn within(place: usize, padding: usize, size: usize) -> usize {
+    let mut within = size;
+    if place >= padding {
+        within = place - padding;
+    }
+    within
+}
+
+/// Images whose strides can be used as they are.
+pub(super) fn strided(images: CubeTensor) -> CubeTensor {
+    match images.meta.is_tiled() {
+        true => into_contiguous(images),
+        false => images,
+    }
+}
+
+/// `|x| |g|` of every position, shape `[positions]`, in single precision, in two launches.
+pub(super) fn score(input: &CubeTensor, grad: &CubeTensor, window: &Window) -> CubeTensor {
+    let images = input.shape()[0];
+    let planes = images * window.groups * window.size[0] * window.size[1];
+    let squares = empty_without_gaps(input, [planes], DType::F32);
+    let scores = empty_without_gaps(input, [images * window.positions()], DType::F32);
+    let units = CubeDim::new_1d(LEAST_UNITS);
+    // SAFETY: every index is one of a value of the images by their strides, or below the number of planes' values.
+    unsafe {
+        square_kernel::launch_unchecked(
+            &input.client,
+            calculate_cube_count_elemwise(&input.client, planes, units),
+            units,
+            address_type(&[input, &squares]),
+            input.clone().into_buffer_arg(),
+            squares.clone().into_buffer_arg(),
+            strides(input),
+            sizes(window),
+            planes,
+            elem_type(input.dtype),
+        );
+    }
+    let rows = scores.shape()[0];
+    // SAFETY: as above.
+    unsafe {
+        score_kernel::launch_unchecked(
+            &input.client,
+            calculate_cube_count_elemwise(&input.client, rows, units),
+            units,
+            address_type(&[grad, &squares]),
+            squares.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            scores.clone().into_buffer_arg(),
+            strides(grad),
+            sizes(window),
+            rows,
+            elem_type(grad.dtype),
+        );
+    }
+    scores
+}
+
+/// The sum of the squares of the channels of a group, of each place of each image.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn square_kernel<T: Float>(
+    images: &[T],
+    squares: &mut [f32],
+    strides: Strides,
+    sizes: Sizes,
+    count: usize,
+    #[define(T)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at >= count {
+        terminate!();
+    }
+    let column = at % sizes.width;
+    let row = at / sizes.width % sizes.height;
+    let group = at / (sizes.width * sizes.height) % sizes.groups;
+    let image = at / (sizes.width * sizes.height * sizes.groups);
+    let first = image * strides.image
+        + group * sizes.inputs * strides.channel
+        + row * strides.row
+        + column * strides.column;
+    let mut sum = 0.0f32;
+    for channel in 0..sizes.inputs {
+        let value = f32::cast_from(images[first + channel * strides.channel]);
+        sum += value * value;
+    }
+    squares[at] = sum;
+}
+
+/// Of several groups the root of the sum of the squares.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn score_kernel<T: Float>(
+    squares: &[f32],
+    grad: &[T],
+    scores: &mut [f32],
+    strides: Strides,
+    sizes: Sizes,
+    rows: usize,
+    #[define(T)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at >= rows {
+        terminate!();
+    }
+    let column = at % sizes.output_width;
+    let row = at / sizes.output_width % sizes.output_height;
+    let image = at / sizes.positions();
+    let mut score = 0.0f32;
+    for group in 0..sizes.groups {
+        let plane = (image * sizes.groups + group) * sizes.height * sizes.width;
+        let mut x = 0.0f32;
+        for down in 0..sizes.kernel_height {
+            let y = sizes.row(row, down);
+            if y < sizes.height {
+                for right in 0..sizes.kernel_width {
+                    let z = sizes.column(column, right);
+                    if z < sizes.width {
+                        x += squares[plane + y * sizes.width + z];
+                    }
+                }
+            }
+        }
+        let first = image * strides.image
+            + group * sizes.outputs * strides.channel
+            + row * strides.row
+            + column * strides.column;
+        let mut g = 0.0f32;
+        for channel in 0..sizes.outputs {
+            let value = f32::cast_from(grad[first + channel * strides.channel]);
+            g += value * value;
+        }
+        let size = x.sqrt() * g.sqrt();
+        // Of numbers up to 1, as the squares could overflow.
+        let large = f32::max(score, size);
+        if large > 0.0 {
+            let (a, b) = (score / large, size / large);
+            score = large * (a * a + b * b).sqrt();
+        } else {
+            // Zero, or not a number.
+            score += size;
+        }
+    }
+    scores[at] = score;
+}
+
+/// The chosen patches, shape `[groups, chosen, patch]`, and gradients, shape `[groups, chosen, channels]`, each times the
+/// root of its weight; zeros in place of those whose score is not finite.
+pub(super) fn gather(
+    input: &CubeTensor,
+    grad: &CubeTensor,
+    scores: &CubeTensor,
+    chosen: &Chosen,
+    window: &Window,
+) -> [CubeTensor; 2] {
+    let k = chosen.rows.meta.shape()[0];
+    let panel = |width: usize| empty_without_gaps(scores, [window.groups, k, width], input.dtype);
+    let [patches, grads] = [window.patch(), window.group()[1]].map(panel);
+    let units = (window.patch() as u32)
+        .next_power_of_two()
+        .clamp(32, LEAST_UNITS);
+    let (count, dim) = cubes(scores, k, units);
+    // SAFETY: every index is one of a value of the images by their strides, or of a panel by its shape; the chosen rows are
+    // below the number of scores.
+    unsafe {
+        gather_kernel::launch_unchecked(
+            &scores.client,
+            count,
+            dim,
+            address_type(&[input, grad, &patches, &grads]),
+            input.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            patches.clone().into_buffer_arg(),
+            grads.clone().into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            scores.clone().into_buffer_arg(),
+            strides(input),
+            strides(grad),
+            sizes(window),
+            k,
+            elem_type(input.dtype),
+        );
+    }
+    [patches, grads]
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn gather_kernel<T: Float>(
+    input: &[T],
+    grad: &[T],
+    patches: &mut [T],
+    grads: &mut [T],
+    chosen: &[u32],
+    roots: &[f32],
+    scores: &[f32],
+    input_strides: Strides,
+    grad_strides: Strides,
+    sizes: Sizes,
+    k: usize,
+    #[define(T)] _dtype: ElemType,
+) {
+    let place = CUBE_POS;
+    if place >= k {
+        terminate!();
+    }
+    let chosen = chosen[place] as usize;
+    let finite = is_finite(scores[chosen]);
+    let root = roots[place];
+    let column = chosen % sizes.output_width;
+    let row = chosen / sizes.output_width % sizes.output_height;
+    let image = chosen / sizes.positions();
+
+    let taps = sizes.kernel_height * sizes.kernel_width;
+    let patch = sizes.inputs * taps;
+    for group in 0..sizes.groups {
+        let panel = (group * k + place) * patch;
+        let mut at = UNIT_POS as usize;
+        while at < patch {
+            let tap = at % taps;
+            let y = sizes.row(row, tap / sizes.kernel_width);
+            let z = sizes.column(column, tap % sizes.kernel_width);
+            let mut value = 0.0f32;
+            if finite && y < sizes.height && z < sizes.width {
+                let channel = group * sizes.inputs + at / taps;
+                let from = image * input_strides.image
+                    + channel * input_strides.channel
+                    + y * input_strides.row
+                    + z * input_strides.column;
+                value = root * f32::cast_from(input[from]);
+            }
+            patches[panel + at] = T::cast_from(value);
+            at += CUBE_DIM as usize;
+        }
+
+        let panel = (group * k + place) * sizes.outputs;
+        let mut at = UNIT_POS as usize;
+        while at < sizes.outputs {
+            let mut value = 0.0f32;
+            if finite {
+                let channel = group * sizes.outputs + at;
+                let from = image * grad_strides.image
+                    + channel * grad_strides.channel
+                    + row * grad_strides.row
+                    + column * grad_strides.column;
+                value = root * f32::cast_from(grad[from]);
+            }
+            grads[panel + at] = T::cast_from(value);
+            at += CUBE_DIM as usize;
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! A convolution as a product of matrices: each position of the output is a row, whose input is a patch of an image.
+
+use burn::backend::ops::ConvOptions;
+
+/// The sizes of a convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Window {
+    /// Of input and output.
+    pub(crate) channels: [usize; 2],
+    /// Height and width of the input.
+    pub(crate) size: [usize; 2],
+    pub(crate) kernel: [usize; 2],
+    pub(crate) stride: [usize; 2],
+    pub(crate) dilation: [usize; 2],
+    /// Before and after, in height and width.
+    pub(crate) padding: [(usize, usize); 2],
+    pub(crate) groups: usize,
+}
+
+impl Window {
+    /// Height and width of the output; none where the kernel does not fit into the input.
+    pub(crate) fn checked_output(&self) -> Option<[usize; 2]> {
+        let size = |axis: usize| {
+            let (before, after) = self.padding[axis];
+            let padded = self.size[axis] + before + after;
+            let places = padded.checked_sub(self.reach(axis) + 1)?;
+            Some(places / self.stride[axis] + 1)
+        };
+        Some([size(0)?, size(1)?])
+    }
+
+    /// Height and width of the output.
+    pub(crate) fn output(&self) -> [usize; 2] {
+        self.checked_output()
+            .expect("the layer has checked that the kernel fits")
+    }
+
+    /// The rows that an image has.
+    pub(crate) fn positions(&self) -> usize {
+        self.output().iter().product()
+    }
+
+    /// Input and output channels of a group.
+    pub(crate) fn group(&self) -> [usize; 2] {
+        self.channels.map(|channels| channels / self.groups)
+    }
+
+    /// The values of a patch, of one group.
+    pub(crate) fn patch(&self) -> usize {
+        self.group()[0] * self.taps()
+    }
+
+    /// The values of a patch in one channel.
+    pub(crate) fn taps(&self) -> usize {
+        self.kernel.iter().product()
+    }
+
+    pub(crate) fn options(&self) -> ConvOptions<2> {
+        ConvOptions::new_with_padding(self.stride, self.padding, self.dilation, self.groups)
+    }
+
+    /// The shape of the weight.
+    pub(crate) fn weight(&self) -> [usize; 4] {
+        [
+            self.channels[1],
+            self.group()[0],
+            self.kernel[0],
+            self.kernel[1],
+        ]
+    }
+
+    /// How far the last value of the kernel is from the first.
+    fn reach(&self, axis: usize) -> usize {
+        self.dilation[axis] * (self.kernel[axis] - 1)
+    }
+
+    /// The image and the place in each of its planes that a position of the batch sees through one value of the kernel; none
+    /// beyond the image.
+    pub(crate) fn seen(&self, row: usize, tap: usize) -> Option<(usize, usize)> {
+        let (positions, [_, width]) = (self.positions(), self.output());
+        let (image, position) = (row / positions, row % positions);
+        let at = |axis: usize, place: usize, offset: usize| {
+            let place = place * self.stride[axis] + offset * self.dilation[axis];
+            let place = place.checked_sub(self.padding[axis].0)?;
+            (place < self.size[axis]).then_some(place)
+        };
+        let row = at(0, position / width, tap / self.kernel[1])?;
+        let column = at(1, position % width, tap % self.kernel[1])?;
+        Some((image, row * self.size[1] + column))
+    }
+
+    /// The convolution of the gradient with the mirrored kernel that is the gradient of the input, where there is one:
+    /// with a stride the gradient would have to be spread out.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    pub(crate) fn mirrored(&self) -> Option<Self> {
+        let [input, output] = self.channels;
+        let padding = |axis: usize| {
+            let (before, after) = self.padding[axis];
+            let reach = self.reach(axis);
+            Some((reach.checked_sub(before)?, reach.checked_sub(after)?))
+        };
+        (self.stride == [1, 1]).then_some(())?;
+        Some(Self {
+            channels: [output, input],
+            size: self.output(),
+            padding: [padding(0)?, padding(1)?],
+            ..*self
+        })
+    }
+}
