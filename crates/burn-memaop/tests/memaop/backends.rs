@@ -84,6 +84,12 @@ macro_rules! suite {
                 );
                 checks!($device.map(Device::autodiff); convolution:
                     convolutions_equal_the_oracle,
+                    convolutions_of_every_type_equal_the_oracle,
+                    images_in_other_orders_are_handled,
+                    broken_and_idle_positions_are_left_out,
+                    exact_convolutions_equal_burns,
+                    a_pointwise_convolution_is_a_linear_layer,
+                    images_in_few_bits_are_unbiased,
                 );
                 checks!($device.map(Device::autodiff); observe:
                     figures_equal_their_definitions,
@@ -102,6 +108,9 @@ macro_rules! suite {
                     layer_equals_the_oracle,
                     k_equal_to_m_is_the_exact_gradient,
                     recomputation_takes_no_step_of_its_own,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); convolution:
+                    images_in_other_orders_are_handled,
                 );
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); packed:
                     layers_with_packed_inputs_equal_the_oracle,

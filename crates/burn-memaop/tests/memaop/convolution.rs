@@ -404,3 +404,554 @@ fn parameters(conv: &Conv2d) -> (Images, Vec<f64>) {
         bias.into_data().iter::<f64>().collect(),
     )
 }
+
+fn batch(random: &mut Random, sizes: &Sizes) -> [Images; 2] {
+    let [height, width] = sizes.output();
+    let (x, g) = (
+        [
+            sizes.images,
+            sizes.channels[0],
+            sizes.size[0],
+            sizes.size[1],
+        ],
+        [sizes.images, sizes.channels[1], height, width],
+    );
+    [Images::random(random, x), Images::random(random, g)]
+}
+
+/// 3 x 3, with everything else in it.
+fn usual() -> Sizes {
+    Sizes {
+        images: 4,
+        channels: [6, 4],
+        size: [7, 9],
+        kernel: [3, 3],
+        stride: [1, 2],
+        dilation: [2, 1],
+        padding: [1, 0, 2, 1],
+        groups: 2,
+    }
+}
+
+/// Half precision takes the default body on CPUs.
+pub fn convolutions_of_every_type_equal_the_oracle(device: &Device) {
+    let mut random = Random(72);
+    for (dtype, tolerance) in [(DType::F64, 1e-6), (DType::F16, 1e-2), (DType::BF16, 6e-2)] {
+        if !device.supports_dtype(dtype) {
+            eprintln!("skipped: {device:?} does not support {dtype:?}");
+            continue;
+        }
+        for (index, policy) in POLICIES.into_iter().enumerate() {
+            let sizes = match index % 2 {
+                0 => usual(),
+                _ => Sizes {
+                    groups: 1,
+                    ..usual()
+                },
+            };
+            let conv = sizes.conv2d(&mut random, device, dtype);
+            let (weight, bias) = parameters(&conv);
+            let [x, g] = batch(&mut random, &sizes)
+                .map(|images| images.tensor(device, dtype))
+                .map(|images| (Images::of(images.clone().inner()), images));
+            let scores = row_sizes(&sizes, &x.0, &g.0);
+            let (m, aop) = (
+                sizes.rows(),
+                count(9).with_method(policy.method(Memory::None)),
+            );
+            for k in [9, m] {
+                let layer = MemAopConv2d::from_conv2d(
+                    conv.clone(),
+                    AopConfig {
+                        outer_products: OuterProducts::Count(k),
+                        ..aop
+                    },
+                );
+                let chosen = match k < m {
+                    true => drawn(policy, &scores, k, 0, 0),
+                    false => (0..m).map(|row| (row, 1.0)).collect(),
+                };
+                let expected = gradients(&sizes, [&x.0, &weight, &g.0], &bias, &chosen);
+                let found = run(&layer, x.1.clone(), g.1.clone());
+                assert_equal(
+                    &found,
+                    &expected,
+                    tolerance,
+                    &format!("{dtype:?} {policy:?} {k}"),
+                );
+            }
+        }
+    }
+}
+
+pub fn images_in_other_orders_are_handled(device: &Device) {
+    let mut random = Random(73);
+    let sizes = usual();
+    let conv = sizes.conv2d(&mut random, device, DType::F32);
+    let (weight, bias) = parameters(&conv);
+    let [x, g] = batch(&mut random, &sizes);
+    let scores = row_sizes(&sizes, &x, &g);
+    let tensors = || [&x, &g].map(|images| images.tensor(device, DType::F32));
+    let last = |images: Tensor<4>| {
+        // As convolutions of some backends leave them.
+        let channels_last = images.permute([0, 2, 3, 1]).mul_scalar(1.0);
+        channels_last.permute([0, 3, 1, 2])
+    };
+    let part = |images: Tensor<4>| {
+        let [n, c, ..] = images.dims();
+        let wider = Tensor::cat(vec![images.zeros_like(), images.clone(), images], 1);
+        wider.narrow(1, c, c).narrow(0, 0, n)
+    };
+    for k in [7, sizes.rows()] {
+        let chosen = match k < sizes.rows() {
+            true => drawn(Policy::Systematic, &scores, k, 0, 0),
+            false => (0..k).map(|row| (row, 1.0)).collect(),
+        };
+        let expected = gradients(&sizes, [&x, &weight, &g], &bias, &chosen);
+        let [a, b] = tensors().map(last);
+        let layer = || MemAopConv2d::from_conv2d(conv.clone(), count(k));
+        assert_equal(
+            &run(&layer(), a.detach(), b),
+            &expected,
+            2e-5,
+            "channels last",
+        );
+        let [a, b] = tensors().map(part);
+        assert_equal(
+            &run(&layer(), a.detach(), b),
+            &expected,
+            2e-5,
+            "some channels",
+        );
+    }
+}
+
+pub fn broken_and_idle_positions_are_left_out(device: &Device) {
+    let mut random = Random(74);
+    let sizes = Sizes {
+        groups: 1,
+        ..usual()
+    };
+    let conv = sizes.conv2d(&mut random, device, DType::F32);
+    let (weight, bias) = parameters(&conv);
+    let [mut x, mut g] = batch(&mut random, &sizes);
+    let [height, width] = sizes.output();
+    // An image without a gradient, whose values then do not matter, and one value of another that breaks all patches with
+    // it.
+    for channel in 0..sizes.channels[1] {
+        for i in 0..height {
+            for j in 0..width {
+                *g.at([1, channel, i, j]) = 0.0;
+            }
+        }
+    }
+    let clean = x.clone();
+    *x.at([2, 3, 4, 4]) = f64::NAN;
+    let mut scores = row_sizes(&sizes, &x, &g);
+    let broken = scores.iter().filter(|score| score.is_nan()).count();
+    assert!(broken > 2 && broken < sizes.rows() / 4, "{broken}");
+    scores.iter_mut().for_each(|score| {
+        if score.is_nan() {
+            *score = 0.0;
+        }
+    });
+    for policy in [Policy::Systematic, Policy::TopK, Policy::ColumnRow] {
+        let aop = count(9).with_method(policy.method(Memory::None));
+        let layer = MemAopConv2d::from_conv2d(conv.clone(), aop);
+        let chosen = drawn(policy, &scores, 9, 0, 0);
+        let expected = gradients(&sizes, [&clean, &weight, &g], &bias, &chosen);
+        let [x, g] = [&x, &g].map(|images| images.tensor(device, DType::F32));
+        let found = run(&layer, x, g);
+        let distance = found.weight.distance(&expected.weight);
+        assert!(distance < 2e-5, "{policy:?}: {distance}");
+    }
+    // Nothing to draw.
+    let [x, g] = [&clean, &g].map(|images| images.tensor(device, DType::F32));
+    let layer = MemAopConv2d::from_conv2d(conv, count(9));
+    let found = run(&layer, x, g.zeros_like());
+    assert!(found.weight.values.iter().all(|value| *value == 0.0));
+}
+
+/// Burn's layer and its gradients, with K = M, and with paddings that Burn works out.
+pub fn exact_convolutions_equal_burns(device: &Device) {
+    let paddings = [
+        PaddingConfig2d::Same,
+        PaddingConfig2d::Valid,
+        PaddingConfig2d::Explicit(2, 1, 0, 3),
+    ];
+    let inner = device.clone().inner();
+    for (index, padding) in paddings.into_iter().enumerate() {
+        for (kernel, stride, groups) in [
+            ([2, 3], [1, 1], 1),
+            ([3, 4], [2, 3], 2),
+            ([1, 1], [1, 1], 4),
+        ] {
+            let conv = Conv2dConfig::new([8, 12], kernel)
+                .with_stride(stride)
+                .with_groups(groups)
+                .with_padding(padding.clone())
+                .with_bias(index != 1)
+                .init(device);
+            let layer = MemAopConv2d::from_conv2d(conv.clone(), count(1 << 20));
+            let x = Images::random(&mut Random(75), [3, 8, 9, 10]);
+            let x = || x.tensor(device, DType::F32).require_grad();
+            let (a, b) = (x(), x());
+            let (expected, found) = (conv.forward(a.clone()), layer.forward(b.clone()));
+            let close = |found: Tensor<4>, expected: Tensor<4>| {
+                let tolerance = Tolerance::<f32>::relative(1e-4).set_absolute(1e-4);
+                found
+                    .into_data()
+                    .assert_approx_eq(&expected.into_data(), tolerance);
+            };
+            close(found.clone(), expected.clone());
+            let (expected, found) = (
+                expected.square().sum().backward(),
+                found.square().sum().backward(),
+            );
+            close(b.grad(&found).unwrap(), a.grad(&expected).unwrap());
+            close(
+                layer.weight.grad(&found).unwrap(),
+                conv.weight.grad(&expected).unwrap(),
+            );
+            // In inference too.
+            let x = x().inner();
+            close(layer.valid().forward(x.clone()), conv.valid().forward(x));
+            assert_eq!(layer.weight.id, conv.weight.id);
+        }
+    }
+    let empty = MemAopConv2dConfig::new([2, 3], [3, 3]).init(device);
+    let output = empty.forward(Tensor::zeros([0, 2, 5, 6], &inner));
+    assert_eq!(output.dims(), [0, 3, 3, 4]);
+}
+
+/// With a weight of 1 x 1 and images of one value it is a linear layer, in what it measures and chooses too.
+pub fn a_pointwise_convolution_is_a_linear_layer(device: &Device) {
+    let (m, inputs, outputs) = (128, 9, 6);
+    let linear = crate::support::linear(&mut Random(3), inputs, outputs, device);
+    let mut conv = Conv2dConfig::new([inputs, outputs], [1, 1]).init(device);
+    let weight = linear.weight.val().transpose();
+    let weight = weight.reshape([outputs, inputs, 1, 1]).detach();
+    conv.weight = Param::from_tensor(weight);
+    conv.bias = Some(Param::from_tensor(Tensor::zeros([outputs], device)));
+    let aop = AopConfig::new().with_cost_rule(false);
+    let conv = MemAopConv2d::from_conv2d(conv, aop);
+    let linear = burn_memaop::MemAopLinear::from_linear(linear, aop);
+    let mut random = Random(76);
+    let observer = AopObserver::new(1).with_exact(1);
+    let (mut noises, mut ks) = (0, Vec::new());
+    for _ in 0..24 {
+        let mut values = |columns: usize| {
+            let values = (0..m * columns).map(|_| 1.0 + 0.2 * random.value());
+            TensorData::new(values.collect::<Vec<f64>>(), [m, columns]).convert::<f32>()
+        };
+        let (x, g) = (values(inputs), values(outputs));
+        let flat = |data: &TensorData| Tensor::<2>::from_data(data.clone(), device);
+        let flat = (linear.forward(flat(&x)) * flat(&g)).sum().backward();
+        // Leaves too, as the draws go by the place in the graph.
+        let deep = |data: TensorData| {
+            let shape = [m, data.shape()[1], 1, 1];
+            Tensor::<4>::from_data(
+                TensorData::new(data.try_into_vec::<f32>().unwrap(), shape),
+                device,
+            )
+        };
+        let deep = (conv.forward(deep(x)) * deep(g)).sum().backward();
+        let expected = linear.weight.grad(&flat).unwrap().transpose();
+        let found = conv.weight.grad(&deep).unwrap().reshape([outputs, inputs]);
+        let tolerance = Tolerance::<f32>::relative(1e-4).set_absolute(1e-3);
+        found
+            .into_data()
+            .assert_approx_eq(&expected.into_data(), tolerance);
+
+        let [expected, found] = [observer.observe(&linear), observer.observe(&conv)]
+            .map(|report| report.layers.into_iter().next().unwrap());
+        assert_eq!(
+            (
+                found.outer_products,
+                found.rows,
+                found.input_rows,
+                found.d_input,
+                found.d_output
+            ),
+            (expected.outer_products, m, None, inputs, outputs)
+        );
+        if let (Some(found), Some(expected)) = (found.noise, expected.noise) {
+            assert!((found / expected - 1.0).abs() < 1e-2, "{found} {expected}");
+            noises += 1;
+        }
+        let measured = [found.measured(), expected.measured()].map(|measured| measured.unwrap());
+        if let [Some(found), Some(expected)] = measured {
+            let shares = [found.share, expected.share].map(Option::unwrap_or_default);
+            assert!((shares[0] - shares[1]).abs() < 1e-4, "{shares:?}");
+            let errors = [found.error, expected.error].map(Option::unwrap_or_default);
+            assert!((errors[0] - errors[1]).abs() < 1e-3, "{errors:?}");
+        }
+        ks.push(found.outer_products);
+    }
+    assert!(
+        noises > 10 && ks[0] == m && *ks.last().unwrap() < m,
+        "{noises} {ks:?}"
+    );
+}
+
+/// Of many draws the mean is the exact gradient, and the variance that of theory: at most that of independent draws.
+#[test]
+fn sampled_positions_are_unbiased() {
+    let device = Device::flex().autodiff();
+    let sizes = Sizes {
+        images: 2,
+        channels: [2, 2],
+        size: [4, 3],
+        padding: [1, 1, 1, 1],
+        stride: [1, 1],
+        dilation: [1, 1],
+        groups: 1,
+        ..usual()
+    };
+    let mut random = Random(77);
+    let conv = sizes.conv2d(&mut random, &device, DType::F32);
+    let (weight, bias) = parameters(&conv);
+    let [x, g] = batch(&mut random, &sizes);
+    let all: Vec<_> = (0..sizes.rows()).map(|row| (row, 1.0)).collect();
+    let exact = gradients(&sizes, [&x, &weight, &g], &bias, &all).weight;
+    let (k, draws) = (6, 4000);
+    let scores = row_sizes(&sizes, &x, &g);
+    let bound: f64 = inclusion_probabilities(&scores, k)
+        .iter()
+        .zip(&scores)
+        .map(|(p, score)| (1.0 / p - 1.0) * score * score)
+        .sum();
+    for method in [
+        Method::Systematic,
+        Method::Baseline(Baseline::Bernoulli),
+        Method::Baseline(Baseline::ColumnRow),
+    ] {
+        let layer = MemAopConv2d::from_conv2d(conv.clone(), count(k).with_method(method));
+        let [x, g] = [&x, &g].map(|images| images.tensor(&device, DType::F32));
+        let (mut mean, mut variance) = (vec![0.0; exact.values.len()], 0.0);
+        for _ in 0..draws {
+            let found = run(&layer, x.clone(), g.clone()).weight;
+            for (mean, (found, exact)) in
+                mean.iter_mut().zip(found.values.iter().zip(&exact.values))
+            {
+                *mean += (found - exact) / draws as f64;
+                variance += (found - exact).powi(2) / draws as f64;
+            }
+        }
+        let distance: f64 = mean.iter().map(|mean| mean * mean).sum();
+        let distance = (distance / (variance / draws as f64)).sqrt();
+        assert!(distance < 2.0, "{method:?}: {distance} standard errors");
+        if method != Method::Baseline(Baseline::ColumnRow) {
+            let ratio = variance / bound;
+            assert!(
+                (0.5..1.1).contains(&ratio),
+                "{method:?}: {ratio} of independent draws"
+            );
+        }
+    }
+}
+
+/// What is kept in few bits changes the gradient of the weight alone, and not its mean.
+pub fn images_in_few_bits_are_unbiased(device: &Device) {
+    let mut random = Random(78);
+    let sizes = usual();
+    let conv = sizes.conv2d(&mut random, device, DType::F32);
+    let (weight, bias) = parameters(&conv);
+    let [x, g] = batch(&mut random, &sizes);
+    let all: Vec<_> = (0..sizes.rows()).map(|row| (row, 1.0)).collect();
+    let expected = gradients(&sizes, [&x, &weight, &g], &bias, &all);
+    let layer =
+        |k| MemAopConv2d::from_conv2d(conv.clone(), count(k).with_stored_input(StoredInput::Int4));
+    let tensors = || [&x, &g].map(|images| images.tensor(device, DType::F32));
+    for k in [8, sizes.rows()] {
+        let layer = layer(k);
+        let draws = 60;
+        let mut mean = Images::zeros(expected.weight.shape);
+        let mut one = 0.0;
+        for _ in 0..draws {
+            let [x, g] = tensors();
+            let found = run(&layer, x, g);
+            assert!(found.output.distance(&expected.output) < 2e-5);
+            assert!(found.input.distance(&expected.input) < 2e-5);
+            one += found.weight.distance(&expected.weight).powi(2) / draws as f64;
+            let values = mean.values.iter_mut().zip(found.weight.values);
+            values.for_each(|(mean, value)| *mean += value / draws as f64);
+        }
+        let (one, mean) = (one.sqrt(), mean.distance(&expected.weight));
+        assert!(one > 1e-3, "nothing was rounded: {one}");
+        assert!(
+            mean < 2.0 * one / f64::sqrt(draws as f64),
+            "{k}: {mean} of {one}"
+        );
+    }
+}
+
+#[derive(Module, Debug)]
+struct Ours {
+    first: MemAopConv2d,
+    second: MemAopConv2d,
+}
+
+#[derive(Module, Debug)]
+struct Burns {
+    first: Conv2d,
+    second: Conv2d,
+}
+
+fn models(device: &Device) -> (Ours, Burns) {
+    let conv = |channels| Conv2dConfig::new(channels, [3, 3]).init(device);
+    let burns = Burns {
+        first: conv([1, 3]),
+        second: conv([3, 2]),
+    };
+    let ours = Ours {
+        first: MemAopConv2d::from_conv2d(burns.first.clone(), count(5)),
+        second: MemAopConv2d::from_conv2d(burns.second.clone(), count(5)),
+    };
+    (ours, burns)
+}
+
+#[test]
+fn records_and_files_are_exchanged_with_burns() {
+    let device = Device::flex().autodiff();
+    let (ours, burns) = models(&device);
+    let x = Images::random(&mut Random(79), [2, 1, 8, 8]).tensor(&device, DType::F32);
+    let forward = |model: &Ours| model.second.forward(model.first.forward(x.clone()));
+    forward(&ours).sum().backward();
+
+    let bytes =
+        |record: ModuleRecord| ModuleRecord::from_bytes(record.into_bytes().unwrap()).unwrap();
+    let other = || models(&device);
+    // Its own: the number of steps is there.
+    let resumed = other().0.load_record(bytes(ours.clone().into_record()));
+    assert_eq!(bits(forward(&resumed)), bits(forward(&ours)));
+    let observer = AopObserver::new(1);
+    let steps = |model: &Ours| {
+        observer.observe(model);
+        forward(model).sum().backward();
+        let layers = observer.observe(model).layers;
+        layers
+            .iter()
+            .map(|layer| (layer.name.clone(), layer.step))
+            .collect::<Vec<_>>()
+    };
+    let expected = [("first".to_string(), 1), ("second".to_string(), 1)];
+    assert_eq!(steps(&resumed), expected);
+
+    let from_burns = other()
+        .0
+        .load_record(bytes(burns.clone().into_record()).allow_partial(true));
+    assert_eq!(
+        bits(from_burns.first.weight.val()),
+        bits(burns.first.weight.val())
+    );
+    let to_burns = other()
+        .1
+        .load_record(bytes(ours.clone().into_record()).allow_unused(true));
+    assert_eq!(
+        bits(to_burns.second.weight.val()),
+        bits(ours.second.weight.val())
+    );
+
+    let file = crate::record::exported(&burns, burn::store::BurnToPyTorchAdapter);
+    assert!(crate::record::exported(&ours, burn::store::BurnToPyTorchAdapter) == file);
+    let mut target = other().0;
+    crate::record::imported(&mut target, file, burn::store::PyTorchToBurnAdapter);
+    assert_eq!(
+        bits(target.second.weight.val()),
+        bits(ours.second.weight.val())
+    );
+
+    let back = ours.clone().first.into_conv2d();
+    assert_eq!(back.weight.id, burns.first.weight.id);
+    assert_eq!(Module::num_params(&ours), Module::num_params(&burns));
+}
+
+#[test]
+fn a_model_is_configured_by_the_names_of_its_layers() {
+    let (ours, _) = models(&Device::flex());
+    let mut names = Vec::new();
+    let ours = burn_memaop::with_aop(ours, |name, aop| {
+        names.push(name.to_string());
+        aop.with_seed(names.len() as u64)
+    });
+    assert_eq!(names, ["first", "second"]);
+    assert_eq!((ours.first.aop().seed, ours.second.aop().seed), (1, 2));
+}
+
+#[test]
+fn what_a_convolution_cannot_do_is_refused() {
+    let memory = Method::TopK(Memory::Balanced { decay: 0.9 });
+    let rows = InputGradient::Sampled {
+        ratio: 0.5,
+        minimum: 1,
+    };
+    let messages = [
+        (
+            AopConfig::new().with_method(memory),
+            "AopConfig.method: in a convolution it must have no memory, but got TopK(Balanced { decay: 0.9 })",
+        ),
+        (
+            AopConfig::new().with_input_gradient(rows),
+            "AopConfig.input_gradient: in a convolution it must be Exact, but got Sampled { ratio: 0.5, minimum: 1 }",
+        ),
+    ];
+    for (aop, message) in messages {
+        assert_eq!(aop.validate(), Ok(()));
+        assert_eq!(aop.validate_convolution().unwrap_err().to_string(), message);
+    }
+    assert_eq!(
+        AopConfig::new()
+            .with_outer_products(OuterProducts::Count(0))
+            .validate_convolution(),
+        Err(AopConfigError::Count(0))
+    );
+}
+
+#[test]
+#[should_panic(expected = "AopConfig.method: in a convolution it must have no memory")]
+fn a_memory_is_refused_at_once() {
+    let aop = AopConfig::new().with_method(Method::TopK(Memory::Published { decay: 1.0 }));
+    MemAopConv2dConfig::new([1, 2], [3, 3])
+        .with_aop(aop)
+        .init(&Device::flex());
+}
+
+#[test]
+#[should_panic(
+    expected = "MemAopConv2d: the input must have 2 channels, but has the shape [1, 3, 5, 5]"
+)]
+fn other_channels_are_refused() {
+    let device = Device::flex();
+    MemAopConv2dConfig::new([2, 2], [3, 3])
+        .init(&device)
+        .forward(Tensor::zeros([1, 3, 5, 5], &device));
+}
+
+#[test]
+#[should_panic(
+    expected = "the padded input must be at least as large as the kernel [3, 3] (dilation [2, 1]), but the \
+                           input is 4 x 3 and the padding Valid"
+)]
+fn an_input_smaller_than_the_kernel_is_refused() {
+    let device = Device::flex();
+    let config = MemAopConv2dConfig::new([2, 2], [3, 3]).with_dilation([2, 1]);
+    config
+        .init(&device)
+        .forward(Tensor::zeros([1, 2, 4, 3], &device));
+}
+
+#[test]
+fn small_convolutions_are_exact_and_large_ones_are_not() {
+    let device = Device::flex();
+    let exact = |channels, kernel, groups, size: [usize; 2]| {
+        let layer = MemAopConv2dConfig::new(channels, [kernel; 2])
+            .with_groups(groups)
+            .init(&device);
+        layer.is_exact([64, channels[0], size[0], size[1]], &device)
+    };
+    assert!(exact([1, 32], 3, 1, [28, 28]));
+    assert!(exact([64, 64], 3, 64, [16, 16]));
+    assert!(!exact([64, 64], 3, 1, [32, 32]));
+    assert!(!exact([128, 128], 3, 1, [16, 16]));
+}

@@ -367,14 +367,14 @@ fn weights_without_a_memory_empty_it() {
     assert_eq!(model.hidden.memory_stats().step, 2);
 }
 
-fn exported(module: &impl Module, adapter: impl ModuleAdapter + 'static) -> Vec<u8> {
+pub fn exported(module: &impl Module, adapter: impl ModuleAdapter + 'static) -> Vec<u8> {
     let store = SafetensorsStore::from_bytes(None).clear_metadata();
     let mut store = store.with_to_adapter(adapter);
     module.save_into(&mut store).unwrap();
     store.get_bytes().unwrap()
 }
 
-fn imported(module: &mut impl Module, file: Vec<u8>, adapter: impl ModuleAdapter + 'static) {
+pub fn imported(module: &mut impl Module, file: Vec<u8>, adapter: impl ModuleAdapter + 'static) {
     let mut store = SafetensorsStore::from_bytes(Some(file)).with_from_adapter(adapter);
     let result = module.load_from(&mut store).unwrap();
     assert!(result.is_success(), "{result:?}");
