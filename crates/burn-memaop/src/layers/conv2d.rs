@@ -292,6 +292,7 @@ fn pass(images: usize, window: &Window, dtype: DType, with_input: bool) -> cost:
         d_input: window.patch(),
         d_output: window.channels[1],
         read: window.channels[1] + read.div_ceil(rows.max(1)),
+        gathered: window.groups * window.patch(),
         dtype,
         with_input,
     }

@@ -270,6 +270,7 @@ impl MemAopLinear {
             d_input,
             d_output,
             read: d_input + d_output,
+            gathered: 0,
             dtype,
             with_input,
         }

@@ -18,6 +18,9 @@ pub(crate) struct Pass {
     pub(crate) d_output: usize,
     /// The values of input and gradient for each row: those of both, but for a convolution, whose patches overlap.
     pub(crate) read: usize,
+    /// The values that are put together for each chosen row of a convolution, one by one; its exact product copies whole
+    /// rows of images.
+    pub(crate) gathered: usize,
     pub(crate) dtype: DType,
     /// Whether the gradient of the input is asked for.
     pub(crate) with_input: bool,
@@ -114,6 +117,8 @@ struct Cost {
     fold_in: f64,
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
+    /// A value of a chosen patch.
+    gather: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
     write: f64,
     /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
@@ -126,6 +131,7 @@ const NARROW: Cost = Cost {
     read: 35.0,
     fold_in: 80.0,
     input: 45.0,
+    gather: 60.0,
     write: 50.0,
     search: 6000.0,
 };
@@ -135,6 +141,7 @@ const WIDE: Cost = Cost {
     read: 65.0,
     fold_in: 150.0,
     input: 50.0,
+    gather: 120.0,
     write: 100.0,
     search: 12000.0,
 };
@@ -153,8 +160,9 @@ impl Cost {
             true => least_k(pass.rows),
             false => config.outer_products.first_k(pass.rows),
         };
-        let value = self.weight_pass(config);
-        self.saved(k, self.write, pass) > value * pass.read as f64
+        let some = k as f64 / pass.rows as f64 * pass.gathered as f64;
+        let passed = self.weight_pass(config) * pass.read as f64 + self.gather * some;
+        self.saved(k, self.write, pass) > passed
     }
 
     /// A value in the pass for the gradient of the weight.
@@ -193,6 +201,7 @@ const GPU: Cost = Cost {
     read: 80.0,
     fold_in: 240.0,
     input: 160.0,
+    gather: 80.0,
     write: 80.0,
     search: 0.0,
 };
@@ -201,6 +210,7 @@ const GPU_HALF: Cost = Cost {
     read: 600.0,
     fold_in: 1800.0,
     input: 1200.0,
+    gather: 600.0,
     write: 600.0,
     search: 0.0,
 };
@@ -214,6 +224,7 @@ const NOTHING: Cost = Cost {
     read: 0.0,
     fold_in: 0.0,
     input: 0.0,
+    gather: 0.0,
     write: 0.0,
     search: 0.0,
 };
@@ -240,6 +251,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         false => ProductTime::default(),
         true => ProductTime {
             pass: cost.input * read,
+            gather: 0.0,
             product,
         },
     };
@@ -251,6 +263,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
             pass: cost.weight_pass(config) * read,
+            gather: cost.gather * pass.gathered as f64,
             product: product - written,
         },
         input,
@@ -297,6 +310,7 @@ mod tests {
             d_input,
             d_output,
             read: d_input + d_output,
+            gathered: 0,
             dtype: DType::F32,
             with_input: true,
         }

@@ -56,8 +56,10 @@ pub(crate) struct StepTime {
 /// The time of a product of some rows.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ProductTime {
-    /// Choosing and gathering rows, where not all are taken.
+    /// Choosing rows, where not all are taken.
     pub(crate) pass: f64,
+    /// Gathering all rows, where that takes more than a product finds in place.
+    pub(crate) gather: f64,
     /// The product of all rows.
     pub(crate) product: f64,
 }
@@ -65,7 +67,7 @@ pub(crate) struct ProductTime {
 impl ProductTime {
     fn at(&self, ratio: f64) -> f64 {
         match ratio < 1.0 {
-            true => self.pass + self.product * ratio,
+            true => self.pass + (self.gather + self.product) * ratio,
             false => self.product,
         }
     }
@@ -294,6 +296,7 @@ mod tests {
     };
     const PART: ProductTime = ProductTime {
         pass: 0.05,
+        gather: 0.0,
         product: 1.0,
     };
 

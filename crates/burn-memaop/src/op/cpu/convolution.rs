@@ -1,7 +1,10 @@
 //! The operations of a convolution, as those of a linear layer in `cpu.rs`.
 
-use burn::backend::{TensorMetadata, tensor::FloatTensor};
-use burn::tensor::TensorData;
+use burn::backend::{
+    TensorMetadata,
+    tensor::{Device, FloatTensor},
+};
+use burn::tensor::{Shape, TensorData};
 
 use super::{
     HostTensors, adds, figures, from_values,
@@ -113,18 +116,20 @@ pub(crate) fn exact_weight_gradient<B: HostTensors<E>, E: Real>(
         grad: B::values(&grad),
         device: &device,
     });
-    let shape = [window.channels[1], window.patch()];
-    from_values::<B, E>(by_channel(&products, &window), shape, &device)
+    by_channel::<B, E>(products, &window, &device)
 }
 
 /// The products, of shape `[patch, channels]` in each group, as a gradient of shape `[channels, patch]`.
-fn by_channel<E: Real>(products: &[E], window: &Window) -> Vec<E> {
+fn by_channel<B: HostTensors<E>, E: Real>(
+    products: Vec<E>,
+    window: &Window,
+    device: &Device<B>,
+) -> FloatTensor<B> {
     let [_, outputs] = window.group();
-    let groups = products.chunks_exact(window.patch() * outputs);
-    let channels = groups.flat_map(|group| {
-        (0..outputs).map(move |channel| group[channel..].iter().step_by(outputs).copied())
-    });
-    channels.flatten().collect()
+    let shape = [window.groups, window.patch(), outputs];
+    let products = B::float_from_data(TensorData::new(products, shape), device);
+    let shape = Shape::new([window.channels[1], window.patch()]);
+    B::float_reshape(B::float_swap_dims(products, 1, 2), shape)
 }
 
 /// The same result as the default body. There is no memory.
@@ -145,28 +150,29 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     };
     let places = selection.rows.iter().enumerate();
     let places = places.filter(|&(_, &row)| adds(scores[row]));
-    let places: Vec<_> = places
+    let mut places: Vec<_> = places
         .map(|(index, &row)| Place {
             row,
             weight: weight(index),
         })
         .collect();
-    let products = in_parallel(ChosenProducts::<B, E> {
-        images,
-        grad: B::values(&grad),
-        places: &places,
-        device: &device,
-    });
+    // Draws with replacement come in any order.
+    places.sort_unstable_by_key(|place| place.row);
+    let products = match places.is_empty() {
+        true => vec![E::zero(); window.channels[1] * window.patch()],
+        false => in_parallel(ChosenProducts::<B, E> {
+            images,
+            grad: B::values(&grad),
+            places: &places,
+            device: &device,
+        }),
+    };
     let vector = |values: Vec<E>| {
         let shape = [values.len()];
         B::float_from_data(TensorData::new(values, shape), &device)
     };
     WeightGradient {
-        weight: from_values::<B, E>(
-            by_channel(&products, &window),
-            [window.channels[1], window.patch()],
-            &device,
-        ),
+        weight: by_channel::<B, E>(products, &window, &device),
         memory: RowMemory::Empty,
         bias: match step.bias {
             true => Bias::Some(vector(sums)),

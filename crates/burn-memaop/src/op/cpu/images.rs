@@ -103,40 +103,50 @@ impl<'a, E: Real> Images<'a, E> {
     }
 
     /// The patches of some positions, shape `[patch, positions]`.
+    #[inline(always)]
     fn unfold_at(&self, group: usize, places: &[Place<E>]) -> Vec<E> {
         let [channels, _] = self.window.group();
-        let (taps, plane) = (self.window.taps(), self.plane());
-        let mut columns = Vec::with_capacity(self.window.patch() * places.len());
-        let indices = self.indices(group, places);
-        for channel in 0..channels {
-            let values = &self.values[channel * plane..];
-            for tap in 0..taps {
-                let indices = &indices[tap * places.len()..][..places.len()];
+        let plane = self.plane();
+        let first = self.window.channels[0] * plane * (places[0].row / self.positions());
+        let indices = self.indices(group, places, first);
+        let mut columns = vec![E::zero(); self.window.patch() * places.len()];
+        let rows = columns.chunks_exact_mut(places.len());
+        let offsets = (0..channels).map(|channel| first + channel * plane);
+        let seen = offsets.flat_map(|offset| {
+            let values = &self.values[offset..];
+            indices
+                .chunks_exact(places.len())
+                .map(move |indices| (values, indices))
+        });
+        for (row, (values, indices)) in rows.zip(seen) {
+            for (to, &index) in row.iter_mut().zip(indices) {
                 // What is beyond the image is beyond the batch.
-                let seen = indices.iter().map(|&index| values.get(index).copied());
-                columns.extend(seen.map(|value| value.unwrap_or(E::zero())));
+                *to = match (index as usize) < values.len() {
+                    true => values[index as usize],
+                    false => E::zero(),
+                };
             }
         }
         columns
     }
 
-    /// Where each position sees the first channel of a group, shape `[taps, positions]`.
-    fn indices(&self, group: usize, places: &[Place<E>]) -> Vec<usize> {
+    /// Where each position sees the first channel of a group, from the value `first` on, shape `[taps, positions]`.
+    fn indices(&self, group: usize, places: &[Place<E>], first: usize) -> Vec<u32> {
         let window = &self.window;
         let [channels, _] = window.group();
         let (taps, plane) = (window.taps(), self.plane());
         let mut indices = Vec::with_capacity(taps * places.len());
         for tap in 0..taps {
-            indices.extend(
-                places
-                    .iter()
-                    .map(|place| match window.seen(place.row, tap) {
-                        Some((image, position)) => {
-                            (image * window.groups + group) * channels * plane + position
-                        }
-                        None => usize::MAX,
-                    }),
-            );
+            indices.extend(places.iter().map(|place| {
+                let seen = window.seen(place.row, tap);
+                let index = seen.map(|(image, position)| {
+                    (image * window.groups + group) * channels * plane + position - first
+                });
+                // A tile spans few images.
+                index
+                    .and_then(|index| u32::try_from(index).ok())
+                    .unwrap_or(u32::MAX)
+            }));
         }
         indices
     }
@@ -402,7 +412,7 @@ impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
     }
 
     fn width(&self) -> usize {
-        GRAIN / TILE
+        2 * GRAIN / TILE
     }
 
     fn split_at(self, place: usize) -> (Self, Self) {
@@ -417,16 +427,19 @@ impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
         let [channels, of_group] = [window.channels[1], window.group()[1]];
         let positions = self.images.positions();
         let mut sums = Sums::of(window);
-        if self.places.is_empty() {
-            return sums.values;
-        }
+        let of_channel_0 = |place: &Place<E>| {
+            let (image, position) = (place.row / positions, place.row % positions);
+            (image * channels * positions + position, place.weight)
+        };
+        let grads: Vec<_> = self.places.iter().map(of_channel_0).collect();
         for group in 0..window.groups {
-            let mut grad = Vec::with_capacity(of_group * self.places.len());
-            for channel in group * of_group..(group + 1) * of_group {
-                grad.extend(self.places.iter().map(|&Place { row, weight }| {
-                    let (image, position) = (row / positions, row % positions);
-                    weight * self.grad[(image * channels + channel) * positions + position]
-                }));
+            let mut grad = vec![E::zero(); of_group * self.places.len()];
+            let rows = grad.chunks_exact_mut(self.places.len());
+            for (channel, row) in (group * of_group..).zip(rows) {
+                let values = &self.grad[channel * positions..];
+                for (to, &(index, weight)) in row.iter_mut().zip(&grads) {
+                    *to = weight * values[index];
+                }
             }
             let patches = self.images.unfold_at(group, self.places);
             sums.add_product::<B>(group, grad, patches, self.device);
@@ -439,7 +452,7 @@ impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
     }
 }
 
-/// The products of all groups, each of shape `[patch, channels]`: the faster way round.
+/// The products of all groups, each of shape `[patch, channels]`: the faster way round. Nothing before the first.
 struct Sums<E> {
     values: Vec<E>,
     /// Of a group.
@@ -450,7 +463,7 @@ struct Sums<E> {
 impl<E: Real> Sums<E> {
     fn of(window: Window) -> Self {
         Self {
-            values: vec![E::zero(); window.channels[1] * window.patch()],
+            values: Vec::with_capacity(window.channels[1] * window.patch()),
             channels: window.group()[1],
             patch: window.patch(),
         }
@@ -469,8 +482,11 @@ impl<E: Real> Sums<E> {
         let patches = from_values::<B, E>(patches, [self.patch, columns], device);
         let product = B::float_matmul(patches, B::float_transpose(grad));
         let product = B::contiguous(product);
-        let sums = self.values[group * self.channels * self.patch..].iter_mut();
-        for (sum, &value) in sums.zip(B::values(&product)) {
+        let (values, first) = (B::values(&product), group * self.channels * self.patch);
+        if self.values.len() == first {
+            return self.values.extend_from_slice(values);
+        }
+        for (sum, &value) in self.values[first..].iter_mut().zip(values) {
             *sum = *sum + value;
         }
     }
