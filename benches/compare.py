@@ -30,6 +30,13 @@ def layer(m, n, p, method):
     return f"layer {m}, {n}, {p}", "layer", [*sizes, "--k", m // 8, *method], ["layer", *sizes]
 
 
+def conv(images, inputs, outputs, size):
+    sizes = ["--size", size, "--kernel", 3]
+    options = ["--images", images, "--channels", f"{inputs},{outputs}", *sizes]
+    torch = ["conv", "--batch", images, "--n", inputs, "--p", outputs, *sizes]
+    return f"convolution 3 x 3, {images} x {inputs}-{outputs}, {size} x {size}", "conv", options, torch
+
+
 def perceptron(dx):
     options = ["--width", 1024, "--m", 1024, "--k-ratio", 0.125, *SYSTEMATIC]
     name = "perceptron 1024-1024-1024-10, M = 1024"
@@ -55,6 +62,9 @@ CASES = [
     layer(128, 128, 128, BALANCED),
     perceptron(False),
     perceptron(True),
+    conv(64, 32, 64, 28),
+    conv(64, 64, 64, 32),
+    conv(32, 128, 128, 16),
     transformer(512, 8, 16, 64, 1),
     transformer(512, 8, 16, 64, 0.125),
 ]
@@ -84,6 +94,7 @@ def ours(binary, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="a Python that has PyTorch")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-avx512", action="store_true", help="products of Flex in 256 bits")
     parser.add_argument("--json", help="keeps every round in this file")
@@ -93,7 +104,7 @@ def main():
 
     rounds = []
     for number in range(options.rounds):
-        for name, bench, arguments, torch in CASES:
+        for name, bench, arguments, torch in (case for case in CASES if case[0].startswith(options.only)):
             theirs = json.loads(run([options.python, HERE / "torch_cpu.py", *torch]))
             for row in ours(binaries[bench], arguments):
                 rounds.append({"round": number, "case": name, "ours": row, "torch": theirs})

@@ -46,21 +46,47 @@ def layer(rows):
     return markdown(head, [cells(row) for row in rows])
 
 
+def sides(row):
+    """K/M, the method, and the times of Burn and of this crate, of a row of a bench."""
+    if "burn_step_ms" in row:
+        burn = row["burn_step_ms"]
+        return [(1, "", burn, row["exact_step_ms"]), (row["k_ratio"], "systematic", burn, row["aop_step_ms"])]
+    burn = row.get("exact_step_ms") or row["exact_ms"]
+    ours = row.get("aop_step_ms") or row["aop_ms"]
+    return [(row.get("k_ratio") or row["k"] / row["m"], method(row), burn, ours)]
+
+
+def conv(rows):
+    """The rows of the bench `conv`."""
+    head = ["images, channels, size", "kernel, stride, groups", "Burn, forward", "ours", "Burn, step", "K = M"]
+    head += ["K = M/8", "K = M to Burn", "K = M/8 to Burn"]
+
+    def cells(row):
+        times = ["burn_forward_ms", "forward_ms", "burn_step_ms", "exact_step_ms", "aop_step_ms"]
+        ratios = [row[name] / row["burn_step_ms"] for name in times[3:]]
+        return [
+            f"{row['images']}, {row['inputs']}-{row['outputs']}, {row['size']}",
+            f"{row['kernel']}, {row['stride']}, {row['groups']}" + (" *" if row["exact_by_rule"] else ""),
+            *(f"{row[name]:.3g}" for name in times),
+            *(f"{ratio:.2f}" for ratio in ratios),
+        ]
+
+    return markdown(head, [cells(row) for row in rows])
+
+
 def compare(results):
     """The rounds of compare.py: medians, ratios of medians, and the least and the largest ratio of a round."""
     cases = {}
     for entry in results["rounds"]:
-        row = entry["ours"]
-        share = row.get("k_ratio") or row["k"] / row["m"]
-        cases.setdefault((entry["case"], share, method(row)), []).append(entry)
+        for share, name, burn, ours in sides(entry["ours"]):
+            entries = cases.setdefault((entry["case"], share, name), [])
+            entries.append((burn, ours, entry["torch"]["step_ms"], entry["ours"].get("dw_ratio")))
 
     head = ["", "K/M", "method", "Burn, ms", "this crate, ms", "PyTorch, ms", "to Burn", "to PyTorch", "dW ratio"]
     rows = []
     for (case, share, name), entries in cases.items():
-        exact = [e["ours"].get("exact_step_ms") or e["ours"]["exact_ms"] for e in entries]
-        aop = [e["ours"].get("aop_step_ms") or e["ours"]["aop_ms"] for e in entries]
-        torch = [e["torch"]["step_ms"] for e in entries]
-        products = [e["ours"]["dw_ratio"] for e in entries if "dw_ratio" in e["ours"]]
+        exact, aop, torch, products = zip(*entries)
+        products = [product for product in products if product is not None]
 
         def ratio(others):
             each = [mine / other for mine, other in zip(aop, others)]
@@ -208,7 +234,7 @@ def parts(rows):
     return markdown(["module", "bytes a row"], cells)
 
 
-TABLES = {"layer": layer, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
+TABLES = {"layer": layer, "conv": conv, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
 
 
 def main():

@@ -1,4 +1,5 @@
-"""PyTorch's exact training on CPUs at the sizes of the benches: one layer, a perceptron, a transformer encoder.
+"""PyTorch's exact training on CPUs at the sizes of the benches: one layer, a convolution, a perceptron, a transformer
+encoder.
 
 Needs PyTorch, in an environment of its own: python3 -m venv torch && torch/bin/pip install torch
 """
@@ -37,6 +38,20 @@ def layer(options):
     with torch.no_grad():
         product = time_ms(lambda: x.t() @ ones, options.repeats)
     return {"dw_ms": product, "step_ms": time_ms(step, options.repeats)}
+
+
+def conv(options):
+    """Forward and backward of nn.Conv2d, padded to the size of the images, the gradient of the input included."""
+    convolution = nn.Conv2d(options.n, options.p, options.kernel, padding=options.kernel // 2)
+    x = torch.randn(options.batch, options.n, options.size, options.size, requires_grad=True)
+    ones = torch.ones(options.batch, options.p, options.size, options.size)
+
+    def step():
+        convolution.zero_grad(set_to_none=True)
+        x.grad = None
+        convolution(x).backward(ones)
+
+    return {"step_ms": time_ms(step, options.repeats)}
 
 
 def training(model, optimizer, loss, repeats):
@@ -85,19 +100,22 @@ def transformer(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=["layer", "perceptron", "transformer"])
+    parser.add_argument("case", choices=["layer", "conv", "perceptron", "transformer"])
     parser.add_argument("--m", type=int, default=1024, help="rows")
-    parser.add_argument("--n", type=int, default=1024, help="inputs, width")
-    parser.add_argument("--p", type=int, default=1024, help="outputs")
+    parser.add_argument("--n", type=int, default=1024, help="inputs, width, channels")
+    parser.add_argument("--p", type=int, default=1024, help="outputs, channels")
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers, blocks")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32, help="height and width of images")
+    parser.add_argument("--kernel", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    case = {"layer": layer, "perceptron": perceptron, "transformer": transformer}[options.case]
+    cases = {"layer": layer, "conv": conv, "perceptron": perceptron, "transformer": transformer}
+    case = cases[options.case]
     print(json.dumps({"torch": torch.__version__, "threads": options.threads, **case(options)}))
 
 

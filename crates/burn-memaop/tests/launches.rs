@@ -11,8 +11,8 @@ use std::sync::{
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
-    StoredInput,
+    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
+    Method, OuterProducts, StoredInput,
     activation::{gelu, relu},
     baseline::Baseline,
     op::{self, AopStep, InputStep, PackStep},
@@ -104,6 +104,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
     host_selection_is_reported(&device);
     layer(&device);
     choosing_layer(&device);
+    convolution(&device);
 }
 
 fn operation(device: &Device) {
@@ -332,4 +333,42 @@ fn layer(device: &Device) {
         let measured = reports[3].layers[0].measured().unwrap();
         assert!(measured.is_some_and(|measured| measured.cosine.is_some()));
     }
+}
+
+/// The squares of the planes, the scores, the selection and the patches, and never a wait, also where K is chosen and
+/// images are kept in few bits.
+fn convolution(device: &Device) {
+    let device = device.clone().autodiff();
+    let images = Tensor::<4>::random([4, 6, 9, 8], Distribution::Normal(0.0, 1.0), &device);
+    let layer = |aop: AopConfig| {
+        MemAopConv2dConfig::new([6, 5], [3, 3])
+            .with_aop(aop.with_cost_rule(false))
+            .init(&device)
+    };
+    let some = layer(AopConfig::new().with_outer_products(OuterProducts::Count(20)));
+    let (kernels, reads) = observe(&device, || {
+        let grads = some.forward(images.clone()).sum().backward();
+        drop(some.weight.grad(&grads));
+    });
+    for name in [
+        "square_kernel",
+        "score_kernel",
+        "systematic",
+        "gather_kernel",
+    ] {
+        let of_this = kernels.iter().filter(|kernel| kernel.contains(name));
+        assert_eq!(of_this.count(), 1, "{name}: {kernels:?}");
+    }
+    assert_eq!(reads, 0, "{kernels:?}");
+
+    let observer = AopObserver::new(1);
+    let choosing = layer(AopConfig::new().with_stored_input(StoredInput::Int8));
+    let (kernels, reads) = observe(&device, || {
+        for _ in 0..30 {
+            choosing.forward(images.clone()).sum().backward();
+            observer.observe(&choosing);
+        }
+    });
+    // At steps 0, 11 and 22.
+    assert_eq!(reads, 3, "{kernels:?}");
 }
