@@ -8,7 +8,7 @@ use super::{
     RowLayout, address_type, cubes, elem_type, empty, layout,
     noise::{self, Noise},
     row_units,
-    units::{cube_sum, is_finite},
+    units::{Four, Pair, cube_sum, cube_sums, is_finite, pair},
     vector_size,
 };
 use crate::{
@@ -137,7 +137,7 @@ fn norm_kernel<T: Float, N: Size>(
     if row >= rows {
         terminate!();
     }
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(units as usize));
     let sum = square_sum::<T, N>(values, row, &layout);
     let sum = cube_sum(sum, &mut shared, units);
     if UNIT_POS == 0 {
@@ -161,13 +161,12 @@ fn score_kernel<T: Float, NX: Size, NG: Size>(
     if row >= rows {
         terminate!();
     }
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut shared = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
     let x = square_sum::<T, NX>(input, row, &input_rows);
-    let x = cube_sum(x, &mut shared, units).sqrt();
     let g = square_sum::<T, NG>(grad, row, &grad_rows);
-    let g = cube_sum(g, &mut shared, units).sqrt();
+    let sums = cube_sums::<Pair>(pair(x, g), &mut shared, units);
     if UNIT_POS == 0 {
-        scores[row] = x * g;
+        scores[row] = sums.extract(0usize).sqrt() * sums.extract(1usize).sqrt();
     }
 }
 
@@ -197,19 +196,27 @@ fn fold_kernel<T: Float, S: Float, NX: Size, NG: Size>(
     if row >= rows {
         terminate!();
     }
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut shared = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
 
     let mut input_scale = 1.0f32;
     let mut grad_scale = 1.0f32;
     if comptime!(balanced) {
-        let x = square_sum::<T, NX>(input, row, &input_rows);
-        let x = cube_sum(x, &mut shared, units).sqrt();
-        let a = square_sum::<S, NX>(&*kept_input, row, &kept_input_rows);
-        let a = cube_sum(a, &mut shared, units).sqrt();
-        let g = square_sum::<T, NG>(grad, row, &grad_rows);
-        let g = cube_sum(g, &mut shared, units).sqrt();
-        let b = square_sum::<S, NG>(&*kept_grad, row, &kept_grad_rows);
-        let b = cube_sum(b, &mut shared, units).sqrt();
+        let mut fours = Shared::<[Vector<f32, Four>]>::new_slice(comptime!(units as usize));
+        let mut squares = Vector::<f32, Four>::new(square_sum::<T, NX>(input, row, &input_rows));
+        squares.insert(
+            1usize,
+            square_sum::<S, NX>(&*kept_input, row, &kept_input_rows),
+        );
+        squares.insert(2usize, square_sum::<T, NG>(grad, row, &grad_rows));
+        squares.insert(
+            3usize,
+            square_sum::<S, NG>(&*kept_grad, row, &kept_grad_rows),
+        );
+        let squares = cube_sums::<Four>(squares, &mut fours, units);
+        let x = squares.extract(0usize).sqrt();
+        let a = squares.extract(1usize).sqrt();
+        let g = squares.extract(2usize).sqrt();
+        let b = squares.extract(3usize).sqrt();
         if x == 0.0 || g == 0.0 {
             input_scale = 0.0f32;
             grad_scale = 0.0f32;
@@ -234,7 +241,6 @@ fn fold_kernel<T: Float, S: Float, NX: Size, NG: Size>(
         input_scale,
         decay,
     );
-    let x = cube_sum(x, &mut shared, units).sqrt();
     let g = add::<T, S, NG>(
         kept_grad,
         &kept_grad_rows,
@@ -244,8 +250,8 @@ fn fold_kernel<T: Float, S: Float, NX: Size, NG: Size>(
         grad_scale,
         decay,
     );
-    let g = cube_sum(g, &mut shared, units).sqrt();
-    let score = x * g;
+    let sums = cube_sums::<Pair>(pair(x, g), &mut shared, units);
+    let score = sums.extract(0usize).sqrt() * sums.extract(1usize).sqrt();
     let finite = is_finite(score);
     if UNIT_POS == 0 {
         scores[row] = score;

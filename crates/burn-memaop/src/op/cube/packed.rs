@@ -202,7 +202,7 @@ fn pack_kernel<T: Float>(
     let unit = UNIT_POS as usize;
     let lane = unit % GROUP;
     let segment = unit - lane;
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut sums = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(units as usize));
     let mut sizes = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut codes = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut key = 0u32;

@@ -1,8 +1,8 @@
-//! Chooses the rows in one launch of one cube, without a wait for the host: the K largest of the
-//! keys by radix selection, or systematic sampling by a prefix sum.
+//! Chooses the rows without a wait for the host: systematic sampling by a prefix sum, in one launch of one cube or, of many
+//! rows, in several of several; or the K largest of the keys by radix selection, in one launch of one cube.
 //!
-//! Each unit looks after a run of consecutive rows, so that no unit reads what another has written
-//! to global memory. The largest come out in ascending order of the rows, sampled ones in that of the draw.
+//! No unit reads what another has written to global memory in the same launch. The largest come out in ascending order of the
+//! rows, sampled ones in that of the draw.
 
 use burn::{
     backend::{
@@ -15,16 +15,17 @@ use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 mod largest;
+mod spread;
 mod systematic;
 mod variance;
 
 use self::{
     largest::{Key, largest},
-    systematic::systematic,
+    systematic::relative,
 };
 use super::{
     LEAST_UNITS, empty,
-    units::{cube_sum, is_finite},
+    units::{Pair, cube_max, cube_sums, is_finite, pair},
 };
 use crate::{
     config::{Baseline, Method},
@@ -98,6 +99,17 @@ pub(super) fn choose_input(sizes: &CubeTensor, step: &InputStep) -> Chosen {
     }
 }
 
+/// The scores that a cube holds in shared memory: with what else it needs there they fit into the 16 KiB that every device
+/// of the WebGPU standard has.
+const STAGED: usize = 2048;
+
+fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
+    match scores.shape()[0] <= STAGED {
+        true => systematic::systematic(scores, draw, input),
+        false => spread::systematic(scores, draw, input),
+    }
+}
+
 /// Reads the scores, and so waits for the device.
 fn on_host(scores: &CubeTensor, step: &AopStep) -> Chosen {
     let rows = scores.shape()[0];
@@ -150,11 +162,44 @@ fn finite_score(score: f32) -> f32 {
 }
 
 #[cube]
-fn write_share(carried: f32, all: f32, share: &mut [f32], #[comptime] units: u32) {
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
-    let carried = cube_sum(carried, &mut shared, units);
-    let all = cube_sum(all, &mut shared, units);
+fn write_share(
+    carried: f32,
+    all: f32,
+    share: &mut [f32],
+    pairs: &mut Shared<[Vector<f32, Pair>]>,
+    #[comptime] units: u32,
+) {
+    let sums = cube_sums::<Pair>(pair(carried, all), pairs, units);
     if UNIT_POS == 0 {
-        share[0] = carried / all;
+        share[0] = sums.extract(0usize) / sums.extract(1usize);
     }
+}
+
+/// The largest score. Scores relative to it have sums and squares that neither overflow nor vanish; where they are staged,
+/// `staged` holds them.
+#[cube]
+fn stage(
+    scores: &[f32],
+    rows: u32,
+    staged: &mut Shared<[f32]>,
+    #[comptime] is_staged: bool,
+    #[comptime] units: u32,
+) -> f32 {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut largest = 0.0f32;
+    let mut row = UNIT_POS;
+    while row < rows {
+        largest = f32::max(largest, finite_score(scores[row as usize]));
+        row += comptime!(units);
+    }
+    let largest = cube_max(largest, &mut shared, units);
+    if comptime!(is_staged) {
+        let mut row = UNIT_POS;
+        while row < rows {
+            staged[row as usize] = relative(scores[row as usize], largest);
+            row += comptime!(units);
+        }
+        sync_cube();
+    }
+    largest
 }

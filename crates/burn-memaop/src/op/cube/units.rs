@@ -3,26 +3,14 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-/// The sum of the values of all units, to each of them.
+/// The sums of the values of all units, lane by lane, to each of them. By halves, so that the order of the sums depends on
+/// nothing but the number of units.
 #[cube]
-pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
-    reduce(value, shared, false, units)
-}
-
-/// The largest of the values of all units, to each of them.
-#[cube]
-pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
-    reduce(value, shared, true, units)
-}
-
-/// By halves, so that the order of the sums depends on nothing but the number of units.
-#[cube]
-fn reduce(
-    value: f32,
-    shared: &mut Shared<[f32]>,
-    #[comptime] largest: bool,
+pub(super) fn cube_sums<N: Size>(
+    value: Vector<f32, N>,
+    shared: &mut Shared<[Vector<f32, N>]>,
     #[comptime] units: u32,
-) -> f32 {
+) -> Vector<f32, N> {
     let unit = UNIT_POS as usize;
     // What an earlier call left there has been read.
     sync_cube();
@@ -32,11 +20,48 @@ fn reduce(
     for level in 1..comptime!(units.ilog2() + 1) {
         let half = comptime!((units >> level) as usize);
         if unit < half {
-            if comptime!(largest) {
-                shared[unit] = f32::max(shared[unit], shared[unit + half]);
-            } else {
-                shared[unit] += shared[unit + half];
-            }
+            let sum = shared[unit] + shared[unit + half];
+            shared[unit] = sum;
+        }
+        sync_cube();
+    }
+    shared[0]
+}
+
+/// One sum.
+#[cube]
+pub(super) fn cube_sum(
+    value: f32,
+    shared: &mut Shared<[Vector<f32, Const<1>>]>,
+    #[comptime] units: u32,
+) -> f32 {
+    cube_sums::<Const<1>>(Vector::new(value), shared, units).extract(0usize)
+}
+
+/// Two sums at once.
+pub(super) type Pair = Const<2>;
+/// Four sums at once.
+pub(super) type Four = Const<4>;
+
+#[cube]
+pub(super) fn pair(first: f32, second: f32) -> Vector<f32, Pair> {
+    let mut pair = Vector::<f32, Pair>::new(first);
+    pair.insert(1usize, second);
+    pair
+}
+
+/// The largest of the values of all units, to each of them.
+#[cube]
+pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    let unit = UNIT_POS as usize;
+    sync_cube();
+    shared[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 1..comptime!(units.ilog2() + 1) {
+        let half = comptime!((units >> level) as usize);
+        if unit < half {
+            shared[unit] = f32::max(shared[unit], shared[unit + half]);
         }
         sync_cube();
     }
@@ -131,6 +156,27 @@ pub(super) fn fixed_prefix_sum(
         sync_cube();
     }
     Fixed::new(whole, fraction)
+}
+
+/// The sum of the fixed-point numbers of all units, to each of them.
+#[cube]
+pub(super) fn fixed_sum(
+    value: &Fixed,
+    wholes: &mut Shared<[u32]>,
+    fractions: &mut Shared<[u32]>,
+    #[comptime] units: u32,
+) -> Fixed {
+    let sum = fixed_prefix_sum(value, wholes, fractions, units);
+    sync_cube();
+    if UNIT_POS == comptime!(units - 1) {
+        wholes[0] = sum.whole;
+        fractions[0] = sum.fraction;
+    }
+    sync_cube();
+    let total = Fixed::new(wholes[0], fractions[0]);
+    // What comes next may write there.
+    sync_cube();
+    total
 }
 
 /// Whether a number is neither infinite nor NaN. By its bits, because a shader compiler may assume

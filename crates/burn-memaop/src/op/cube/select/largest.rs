@@ -8,7 +8,7 @@ use super::{Chosen, Draw, finite_score, output, units, write_share};
 use crate::op::cube::{
     empty,
     noise::{self, Noise, ln},
-    units::{is_finite, prefix_sum},
+    units::{Pair, is_finite, prefix_sum},
 };
 
 /// What makes the key of a row; the rows with the largest keys are chosen.
@@ -141,7 +141,8 @@ fn largest_kernel(
         for row in first..end {
             all += finite_score(scores[row as usize]);
         }
-        write_share(carried, all, share, units);
+        let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
+        write_share(carried, all, share, &mut pairs, units);
     }
 }
 

@@ -1,24 +1,24 @@
-//! Systematic sampling, by a prefix sum.
+//! Systematic sampling in one cube, by a prefix sum: of as many rows as fit into its shared memory.
 
 use burn::backend::TensorMetadata;
 use burn_cubecl::{cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::{Chosen, Draw, finite_score, output, units, write_share};
+use super::{Chosen, Draw, STAGED, finite_score, output, stage, write_share};
 use crate::op::cube::{
+    LEAST_UNITS,
     noise::{self, Noise, Order},
-    units::{Fixed, TWO_32, cube_max, cube_sum, fixed_prefix_sum},
+    units::{Fixed, Pair, TWO_32, cube_sums, fixed_prefix_sum, fixed_sum, pair},
 };
 
 pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
-    let units = units(scores);
     let (chosen, share) = output(scores, draw);
-    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, `k` and 1.
+    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, at most `STAGED`, `k` and 1.
     unsafe {
         systematic_kernel::launch_unchecked(
             &scores.client,
             CubeCount::new_single(),
-            CubeDim::new_1d(units),
+            CubeDim::new_1d(LEAST_UNITS),
             scores.clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
@@ -29,7 +29,7 @@ pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen
             noise::order(draw.noise.permutation(scores.shape()[0])),
             draw.measure,
             input,
-            units,
+            LEAST_UNITS,
         );
     }
     chosen
@@ -52,95 +52,45 @@ fn systematic_kernel(
     #[comptime] input: bool,
     #[comptime] units: u32,
 ) {
-    let run = rows.div_ceil(units);
-    let first = u32::min(UNIT_POS * run, rows);
-    let end = u32::min(first + run, rows);
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut staged = Shared::<[f32]>::new_slice(STAGED);
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
     let mut wholes = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut flag = Shared::<[u32]>::new_slice(1usize);
 
-    // Scores relative to the largest have sums that neither overflow nor vanish.
-    let mut largest = 0.0f32;
-    for row in first..end {
-        largest = f32::max(largest, finite_score(scores[row as usize]));
-    }
-    let largest = cube_max(largest, &mut shared, units);
-
+    let largest = stage(scores, rows, &mut staged, true, units);
     let found = inclusion(
-        scores,
-        first,
-        end,
-        largest,
-        k,
-        &mut shared,
-        &mut flag,
-        units,
+        scores, rows, largest, k, 0.0f32, &staged, &mut pairs, &mut flag, true, units,
     );
     let c = found.c;
-    let certain = found.certain;
-
-    // The p below 1 sum to what the certain rows leave, but for the rounding of c: `correction` is
-    // the relative error that remains.
     let mut sum = Fixed::new(0u32, 0u32);
-    for row in first..end {
-        let p = c * relative(scores[row as usize], largest);
-        if p < 1.0 {
-            let next = sum.plus(&Fixed::new(0u32, fraction(p)));
-            sum.whole = next.whole;
-            sum.fraction = next.fraction;
-        }
+    let mut row = UNIT_POS;
+    while row < rows {
+        add_uncertain(&mut sum, c * staged[row as usize]);
+        row += comptime!(units);
     }
-    let sum = fixed_prefix_sum(&sum, &mut wholes, &mut fractions, units);
-    sync_cube();
-    if UNIT_POS == comptime!(units - 1) {
-        wholes[0] = sum.whole;
-        fractions[0] = sum.fraction;
-    }
-    sync_cube();
-    let total = Fixed::new(wholes[0], fractions[0]);
-    let left = Fixed::new(k - u32::cast_from(certain), 0u32);
-    let mut error = total.minus(&left).float();
-    if total.whole < left.whole {
-        error = -left.minus(&total).float();
-    }
-    let correction = -error / total.float();
-    // Where all rows that are not zero are certain, nothing is to be shared: 0 / 0 above.
-    let correction = select(f32::abs(correction) < 0.001, correction, 0.0f32);
+    let total = fixed_sum(&sum, &mut wholes, &mut fractions, units);
+    let correction = correction(&total, k, found.certain);
 
-    // From here on in the random order: `first..end` are places in it.
+    // From here on in the random order, in which each unit looks after a run of places.
+    let run = rows.div_ceil(units);
+    let first = u32::min(UNIT_POS * run, rows);
+    let end = u32::min(first + run, rows);
     let mut run_sum = Fixed::new(0u32, 0u32);
     for place in first..end {
-        let row = order.row(place);
-        let p = c * relative(scores[row as usize], largest);
-        let next = run_sum.plus(&probability(p, correction));
-        run_sum.whole = next.whole;
-        run_sum.fraction = next.fraction;
+        let p = c * staged[order.row(place) as usize];
+        add(&mut run_sum, &probability(p, correction));
     }
     let up_to = fixed_prefix_sum(&run_sum, &mut wholes, &mut fractions, units);
-    let start = if comptime!(input) {
-        noise.step_word()
-    } else {
-        noise.word(0u32)
-    };
-    let start = Fixed::new(0u32, start);
-    let mut reached = up_to.minus(&run_sum).plus(&start);
+    let mut reached = up_to.minus(&run_sum).plus(&start(&noise, input));
     let mut carried = 0.0f32;
     for place in first..end {
         let row = order.row(place);
-        let score = relative(scores[row as usize], largest);
+        let score = staged[row as usize];
         let p = probability(c * score, correction);
-        let next = reached.plus(&p);
-        if next.whole > reached.whole && reached.whole < k {
-            let at = reached.whole as usize;
-            chosen[at] = row;
-            roots[at] = 1.0 / p.float().sqrt();
-            if comptime!(measure) {
-                carried += score;
-            }
+        if take(&mut reached, &p, row, k, chosen, roots) {
+            carried += score;
         }
-        reached.whole = next.whole;
-        reached.fraction = next.fraction;
     }
 
     // Where fewer rows than K are not zero, the places left get no weight.
@@ -149,18 +99,13 @@ fn systematic_kernel(
         flag[0] = reached.whole;
     }
     sync_cube();
-    let mut place = flag[0] + UNIT_POS;
-    while place < k {
-        chosen[place as usize] = 0u32;
-        roots[place as usize] = 0.0f32;
-        place += comptime!(units);
-    }
+    leave(flag[0], k, chosen, roots, units);
     if comptime!(measure) {
         let mut all = 0.0f32;
         for row in first..end {
-            all += relative(scores[row as usize], largest);
+            all += staged[row as usize];
         }
-        write_share(carried, all, share, units);
+        write_share(carried, all, share, &mut pairs, units);
     }
 }
 
@@ -171,53 +116,157 @@ pub(super) struct Inclusion {
     pub(super) certain: f32,
 }
 
-/// From below: rows that are certain to be chosen take one of the K each, the others share what is left. It grows
-/// until no row is added to the certain ones.
+/// From below, beginning with `c`: rows that are certain to be chosen take one of the K each, the others share what is left.
+/// It grows until no row is added to the certain ones.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn inclusion(
     scores: &[f32],
-    first: u32,
-    end: u32,
+    rows: u32,
     largest: f32,
     k: u32,
-    shared: &mut Shared<[f32]>,
+    c: f32,
+    staged: &Shared<[f32]>,
+    pairs: &mut Shared<[Vector<f32, Pair>]>,
     flag: &mut Shared<[u32]>,
+    #[comptime] is_staged: bool,
     #[comptime] units: u32,
 ) -> Inclusion {
-    let count = f32::cast_from(k);
-    let mut c = 0.0f32;
+    let mut c = c;
     let mut certain = 0.0f32;
     let mut searching = 1u32;
     while searching == 1 {
         let mut ones = 0.0f32;
         let mut rest = 0.0f32;
-        for row in first..end {
-            let score = relative(scores[row as usize], largest);
+        let mut row = UNIT_POS;
+        while row < rows {
+            let score = relative_at(scores, row, largest, staged, is_staged);
             if c * score >= 1.0 {
                 ones += 1.0;
             } else {
                 rest += score;
             }
+            row += comptime!(units);
         }
-        certain = cube_sum(ones, shared, units);
-        let rest = cube_sum(rest, shared, units);
-        let mut next = c;
-        if certain < count && rest > 0.0 {
-            next = (count - certain) / rest;
-        }
+        let sums = cube_sums::<Pair>(pair(ones, rest), pairs, units);
+        certain = sums.extract(0usize);
+        let next = next(c, k, certain, sums.extract(1usize));
         if UNIT_POS == 0 {
             flag[0] = select(next > c, 1u32, 0u32);
         }
         searching = workgroup_uniform_load(&flag[0]);
-        c = f32::max(c, next);
+        c = next;
     }
     Inclusion { c, certain }
+}
+
+/// The c with which the rows that are not certain share what the certain ones leave; it does not fall.
+#[cube]
+pub(super) fn next(c: f32, k: u32, certain: f32, rest: f32) -> f32 {
+    let mut next = c;
+    let count = f32::cast_from(k);
+    if certain < count && rest > 0.0 {
+        next = f32::max(c, (count - certain) / rest);
+    }
+    next
+}
+
+/// A score relative to the largest.
+#[cube]
+pub(super) fn relative_at(
+    scores: &[f32],
+    row: u32,
+    largest: f32,
+    staged: &Shared<[f32]>,
+    #[comptime] is_staged: bool,
+) -> f32 {
+    if comptime!(is_staged) {
+        staged[row as usize]
+    } else {
+        relative(scores[row as usize], largest)
+    }
 }
 
 #[cube]
 pub(super) fn relative(score: f32, largest: f32) -> f32 {
     select(largest > 0.0, finite_score(score) / largest, 0.0f32)
+}
+
+#[cube]
+pub(super) fn add(sum: &mut Fixed, value: &Fixed) {
+    let next = sum.plus(value);
+    sum.whole = next.whole;
+    sum.fraction = next.fraction;
+}
+
+/// Adds a p below 1.
+#[cube]
+pub(super) fn add_uncertain(sum: &mut Fixed, p: f32) {
+    if p < 1.0 {
+        add(sum, &Fixed::new(0u32, fraction(p)));
+    }
+}
+
+/// The p below 1 sum to what the certain rows leave, but for the rounding of c: the relative error that remains.
+#[cube]
+pub(super) fn correction(total: &Fixed, k: u32, certain: f32) -> f32 {
+    let left = Fixed::new(k - u32::cast_from(certain), 0u32);
+    let mut error = total.minus(&left).float();
+    if total.whole < left.whole {
+        error = -left.minus(total).float();
+    }
+    let correction = -error / total.float();
+    // Where all rows that are not zero are certain, nothing is to be shared: 0 / 0 above.
+    select(f32::abs(correction) < 0.001, correction, 0.0f32)
+}
+
+/// Where the sum of the p begins, below 1.
+#[cube]
+pub(super) fn start(noise: &Noise, #[comptime] input: bool) -> Fixed {
+    if comptime!(input) {
+        Fixed::new(0u32, noise.step_word())
+    } else {
+        Fixed::new(0u32, noise.word(0u32))
+    }
+}
+
+/// Adds the p of a row, which is chosen where the sum reaches the next whole number.
+#[cube]
+pub(super) fn take(
+    reached: &mut Fixed,
+    p: &Fixed,
+    row: u32,
+    k: u32,
+    chosen: &mut [u32],
+    roots: &mut [f32],
+) -> bool {
+    let next = reached.plus(p);
+    let take = next.whole > reached.whole && reached.whole < k;
+    if take {
+        let at = reached.whole as usize;
+        chosen[at] = row;
+        roots[at] = 1.0 / p.float().sqrt();
+    }
+    reached.whole = next.whole;
+    reached.fraction = next.fraction;
+    take
+}
+
+/// Fills the places from `first` on with row 0, without weight.
+#[cube]
+pub(super) fn leave(
+    first: u32,
+    k: u32,
+    chosen: &mut [u32],
+    roots: &mut [f32],
+    #[comptime] units: u32,
+) {
+    let mut place = first + UNIT_POS;
+    while place < k {
+        chosen[place as usize] = 0u32;
+        roots[place as usize] = 0.0f32;
+        place += comptime!(units);
+    }
 }
 
 /// `p 2^32` for a p below 1.
@@ -228,7 +277,7 @@ fn fraction(p: f32) -> u32 {
 
 /// A p in fixed point: 1 where it is 1 or more, else times `1 + correction`.
 #[cube]
-fn probability(p: f32, correction: f32) -> Fixed {
+pub(super) fn probability(p: f32, correction: f32) -> Fixed {
     let mut whole = 1u32;
     let mut part = 0u32;
     if p < 1.0 {

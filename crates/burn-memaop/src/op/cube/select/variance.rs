@@ -5,14 +5,14 @@ use burn_cubecl::{cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{
-    finite_score,
-    systematic::{inclusion, relative},
+    STAGED, stage,
+    systematic::{inclusion, relative_at},
     units,
 };
 use crate::op::{
     cube::{
         empty,
-        units::{cube_max, cube_sum},
+        units::{Pair, cube_sums, pair},
     },
     step::NoiseStep,
 };
@@ -22,6 +22,7 @@ use crate::op::{
 pub(in crate::op::cube) fn variances(scores: &CubeTensor, step: &NoiseStep) -> CubeTensor {
     let cubes = 1 + step.ks.len();
     let roots = empty(scores, [cubes], DType::F32);
+    let rows = scores.shape()[0];
     let units = units(scores);
     let [k1, k2, k3, k4, k5, k6] = step.ks.map(|k| k as u32);
     // SAFETY: the kernel reads `rows` scores and writes a root for each cube.
@@ -32,13 +33,14 @@ pub(in crate::op::cube) fn variances(scores: &CubeTensor, step: &NoiseStep) -> C
             CubeDim::new_1d(units),
             scores.clone().into_buffer_arg(),
             roots.clone().into_buffer_arg(),
-            scores.shape()[0] as u32,
+            rows as u32,
             k1,
             k2,
             k3,
             k4,
             k5,
             k6,
+            rows <= STAGED,
             units,
         );
     }
@@ -57,20 +59,14 @@ fn variance_kernel(
     k4: u32,
     k5: u32,
     k6: u32,
+    #[comptime] is_staged: bool,
     #[comptime] units: u32,
 ) {
-    let run = rows.div_ceil(units);
-    let first = u32::min(UNIT_POS * run, rows);
-    let end = u32::min(first + run, rows);
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let staged = comptime!(if is_staged { STAGED } else { 1 });
+    let mut staged = Shared::<[f32]>::new_slice(staged);
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
     let mut flag = Shared::<[u32]>::new_slice(1usize);
-
-    // Scores relative to the largest have squares that neither overflow nor vanish.
-    let mut largest = 0.0f32;
-    for row in first..end {
-        largest = f32::max(largest, finite_score(scores[row as usize]));
-    }
-    let largest = cube_max(largest, &mut shared, units);
+    let largest = stage(scores, rows, &mut staged, is_staged, units);
 
     let mut k = k1;
     if CUBE_POS_X == 2 {
@@ -88,20 +84,14 @@ fn variance_kernel(
     let mut c = 0.0f32;
     if CUBE_POS_X > 0 && k < rows {
         c = inclusion(
-            scores,
-            first,
-            end,
-            largest,
-            k,
-            &mut shared,
-            &mut flag,
-            units,
+            scores, rows, largest, k, 0.0f32, &staged, &mut pairs, &mut flag, is_staged, units,
         )
         .c;
     }
     let mut sum = 0.0f32;
-    for row in first..end {
-        let score = relative(scores[row as usize], largest);
+    let mut row = UNIT_POS;
+    while row < rows {
+        let score = relative_at(scores, row, largest, &staged, is_staged);
         let p = c * score;
         let square = score * score;
         if CUBE_POS_X == 0 {
@@ -109,8 +99,9 @@ fn variance_kernel(
         } else if p < 1.0 && p > 0.0 {
             sum += square / p - square;
         }
+        row += comptime!(units);
     }
-    let sum = cube_sum(sum, &mut shared, units);
+    let sum = cube_sums::<Pair>(pair(sum, 0.0f32), &mut pairs, units).extract(0usize);
     if UNIT_POS == 0 {
         roots[CUBE_POS_X as usize] = largest * sum.sqrt();
     }

@@ -1,0 +1,441 @@
+//! Systematic sampling of more rows than one cube can hold, by several: each looks after a chunk of the rows, and what a
+//! launch leaves of each chunk every cube of the next adds up by itself. The same rows as in one cube, whatever their number,
+//! but where the sums round c to another neighbour.
+
+use burn::{backend::TensorMetadata, tensor::DType};
+use burn_cubecl::{cubecl, tensor::CubeTensor};
+use cubecl::prelude::*;
+
+use super::{
+    Chosen, Draw, finite_score, output,
+    systematic::{
+        add, add_uncertain, correction, inclusion, leave, next, probability, relative, start, take,
+    },
+    write_share,
+};
+use crate::op::cube::{
+    LEAST_UNITS, empty,
+    noise::{self, Noise, Order},
+    units::{Fixed, Pair, cube_max, cube_sums, fixed_prefix_sum, fixed_sum, pair},
+};
+
+/// The launches that search for c. Where these do not find it, each cube goes on by itself.
+const SEARCHES: u32 = 4;
+/// The least rows of a chunk.
+const CHUNK: usize = 1024;
+
+/// What the launches hand on.
+struct Buffers {
+    /// The largest score of each chunk.
+    largest: CubeTensor,
+    /// c before each search.
+    c: CubeTensor,
+    /// Of each search and chunk: how many p are 1, and the sum of the other scores.
+    sums: CubeTensor,
+    /// Of each search and chunk: the sum of the p below 1.
+    uncertain: CubeTensor,
+    /// The largest score, c and the correction of the p.
+    found: CubeTensor,
+    /// The sum of the p of each chunk of places.
+    places: CubeTensor,
+    /// Of each chunk of places: the sums of the chosen scores and of all.
+    shares: CubeTensor,
+}
+
+pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
+    let rows = scores.shape()[0];
+    // As many chunks as a cube has units, at most.
+    let chunk = rows.div_ceil(LEAST_UNITS as usize).max(CHUNK);
+    let cubes = rows.div_ceil(chunk);
+    let searched = SEARCHES as usize * cubes;
+    let buffers = Buffers {
+        largest: empty(scores, [cubes], DType::F32),
+        c: empty(scores, [SEARCHES as usize], DType::F32),
+        sums: empty(scores, [2 * searched], DType::F32),
+        uncertain: empty(scores, [2 * searched], DType::U32),
+        found: empty(scores, [3], DType::F32),
+        places: empty(scores, [2 * cubes], DType::U32),
+        shares: empty(scores, [2 * cubes], DType::F32),
+    };
+    let (chosen, share) = output(scores, draw);
+    let (count, dim) = (
+        CubeCount::new_1d(cubes as u32),
+        CubeDim::new_1d(LEAST_UNITS),
+    );
+    let order = || noise::order(draw.noise.permutation(rows));
+    let (rows, chunk, cubes) = (rows as u32, chunk as u32, cubes as u32);
+    // SAFETY: every index is below a number of rows, of chunks, of chunks of all searches, or K, and the buffers are as long.
+    unsafe {
+        largest_kernel::launch_unchecked(
+            &scores.client,
+            count.clone(),
+            dim,
+            scores.clone().into_buffer_arg(),
+            buffers.largest.clone().into_buffer_arg(),
+            rows,
+            chunk,
+            LEAST_UNITS,
+        );
+        for search in 0..SEARCHES {
+            search_kernel::launch_unchecked(
+                &scores.client,
+                count.clone(),
+                dim,
+                scores.clone().into_buffer_arg(),
+                buffers.largest.clone().into_buffer_arg(),
+                buffers.c.clone().into_buffer_arg(),
+                buffers.sums.clone().into_buffer_arg(),
+                buffers.uncertain.clone().into_buffer_arg(),
+                rows,
+                chunk,
+                cubes,
+                draw.k as u32,
+                search,
+                LEAST_UNITS,
+            );
+        }
+        places_kernel::launch_unchecked(
+            &scores.client,
+            count.clone(),
+            dim,
+            scores.clone().into_buffer_arg(),
+            buffers.largest.into_buffer_arg(),
+            buffers.c.into_buffer_arg(),
+            buffers.sums.into_buffer_arg(),
+            buffers.uncertain.into_buffer_arg(),
+            buffers.found.clone().into_buffer_arg(),
+            buffers.places.clone().into_buffer_arg(),
+            rows,
+            chunk,
+            cubes,
+            draw.k as u32,
+            order(),
+            LEAST_UNITS,
+        );
+        draw_kernel::launch_unchecked(
+            &scores.client,
+            count,
+            dim,
+            scores.clone().into_buffer_arg(),
+            buffers.found.into_buffer_arg(),
+            buffers.places.into_buffer_arg(),
+            chosen.rows.clone().into_buffer_arg(),
+            chosen.roots.clone().into_buffer_arg(),
+            buffers.shares.clone().into_buffer_arg(),
+            rows,
+            chunk,
+            draw.k as u32,
+            noise::arg(draw.noise),
+            order(),
+            draw.measure,
+            input,
+            LEAST_UNITS,
+        );
+        if draw.measure {
+            share_kernel::launch_unchecked(
+                &scores.client,
+                CubeCount::new_single(),
+                dim,
+                buffers.shares.into_buffer_arg(),
+                share.into_buffer_arg(),
+                cubes,
+                LEAST_UNITS,
+            );
+        }
+    }
+    chosen
+}
+
+/// The rows of this cube.
+#[derive(CubeType)]
+struct Chunk {
+    first: u32,
+    end: u32,
+}
+
+#[cube]
+fn of_this_cube(rows: u32, chunk: u32) -> Chunk {
+    let first = u32::min(CUBE_POS_X * chunk, rows);
+    Chunk {
+        first,
+        end: u32::min(first + chunk, rows),
+    }
+}
+
+#[cube(launch_unchecked)]
+fn largest_kernel(
+    scores: &[f32],
+    largest: &mut [f32],
+    rows: u32,
+    chunk: u32,
+    #[comptime] units: u32,
+) {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let chunk = of_this_cube(rows, chunk);
+    let mut most = 0.0f32;
+    let mut row = chunk.first + UNIT_POS;
+    while row < chunk.end {
+        most = f32::max(most, finite_score(scores[row as usize]));
+        row += comptime!(units);
+    }
+    let most = cube_max(most, &mut shared, units);
+    if UNIT_POS == 0 {
+        largest[CUBE_POS_X as usize] = most;
+    }
+}
+
+/// The largest score of all chunks.
+#[cube]
+fn largest_of(largest: &[f32], cubes: u32, #[comptime] units: u32) -> f32 {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut most = 0.0f32;
+    if UNIT_POS < cubes {
+        most = largest[UNIT_POS as usize];
+    }
+    cube_max(most, &mut shared, units)
+}
+
+/// The sums of all chunks in a search.
+#[cube]
+fn sums_of(
+    sums: &[f32],
+    search: u32,
+    cubes: u32,
+    pairs: &mut Shared<[Vector<f32, Pair>]>,
+    #[comptime] units: u32,
+) -> Vector<f32, Pair> {
+    let mut ones = 0.0f32;
+    let mut rest = 0.0f32;
+    if UNIT_POS < cubes {
+        let at = (2 * (search * cubes + UNIT_POS)) as usize;
+        ones = sums[at];
+        rest = sums[at + 1];
+    }
+    cube_sums::<Pair>(pair(ones, rest), pairs, units)
+}
+
+/// One step towards c, of this chunk.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn search_kernel(
+    scores: &[f32],
+    largest: &[f32],
+    cs: &mut [f32],
+    sums: &mut [f32],
+    uncertain: &mut [u32],
+    rows: u32,
+    chunk: u32,
+    cubes: u32,
+    k: u32,
+    #[comptime] search: u32,
+    #[comptime] units: u32,
+) {
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
+    let mut wholes = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let chunk = of_this_cube(rows, chunk);
+    let largest = largest_of(largest, cubes, units);
+    let mut c = 0.0f32;
+    if comptime!(search > 0) {
+        let before = comptime!(search - 1);
+        let found = sums_of(&*sums, before, cubes, &mut pairs, units);
+        let at = cs[comptime!(before as usize)];
+        c = next(at, k, found.extract(0usize), found.extract(1usize));
+    }
+
+    let mut ones = 0.0f32;
+    let mut rest = 0.0f32;
+    let mut sum = Fixed::new(0u32, 0u32);
+    let mut row = chunk.first + UNIT_POS;
+    while row < chunk.end {
+        let score = relative(scores[row as usize], largest);
+        let p = c * score;
+        if p >= 1.0 {
+            ones += 1.0;
+        } else {
+            rest += score;
+        }
+        add_uncertain(&mut sum, p);
+        row += comptime!(units);
+    }
+    let found = cube_sums::<Pair>(pair(ones, rest), &mut pairs, units);
+    let sum = fixed_sum(&sum, &mut wholes, &mut fractions, units);
+    if UNIT_POS == 0 {
+        let at = (2 * (search * cubes + CUBE_POS_X)) as usize;
+        sums[at] = found.extract(0usize);
+        sums[at + 1] = found.extract(1usize);
+        uncertain[at] = sum.whole;
+        uncertain[at + 1] = sum.fraction;
+        if CUBE_POS_X == 0 {
+            cs[comptime!(search as usize)] = c;
+        }
+    }
+}
+
+/// c, and the sum of the p of this chunk of places in the random order.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn places_kernel(
+    scores: &[f32],
+    largest: &[f32],
+    cs: &[f32],
+    sums: &[f32],
+    uncertain: &[u32],
+    found: &mut [f32],
+    places: &mut [u32],
+    rows: u32,
+    chunk: u32,
+    cubes: u32,
+    k: u32,
+    order: Order,
+    #[comptime] units: u32,
+) {
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
+    let mut wholes = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut flag = Shared::<[u32]>::new_slice(1usize);
+    let chunk = of_this_cube(rows, chunk);
+    let largest = largest_of(largest, cubes, units);
+    let last = comptime!(SEARCHES - 1);
+    let last_sums = sums_of(sums, last, cubes, &mut pairs, units);
+    let mut certain = last_sums.extract(0usize);
+    let before = cs[comptime!(last as usize)];
+    let mut c = next(before, k, certain, last_sums.extract(1usize));
+    let mut sum = Fixed::new(0u32, 0u32);
+    if UNIT_POS < cubes {
+        let at = (2 * (last * cubes + UNIT_POS)) as usize;
+        sum.whole = uncertain[at];
+        sum.fraction = uncertain[at + 1];
+    }
+
+    if UNIT_POS == 0 {
+        flag[0] = select(c > before, 1u32, 0u32);
+    }
+    if workgroup_uniform_load(&flag[0]) == 1 {
+        let none = Shared::<[f32]>::new_slice(1usize);
+        let searched = inclusion(
+            scores, rows, largest, k, c, &none, &mut pairs, &mut flag, false, units,
+        );
+        c = searched.c;
+        certain = searched.certain;
+        sum.whole = 0u32;
+        sum.fraction = 0u32;
+        let mut row = UNIT_POS;
+        while row < rows {
+            add_uncertain(&mut sum, c * relative(scores[row as usize], largest));
+            row += comptime!(units);
+        }
+    }
+    let total = fixed_sum(&sum, &mut wholes, &mut fractions, units);
+    let correction = correction(&total, k, certain);
+
+    let mut sum = Fixed::new(0u32, 0u32);
+    let mut place = chunk.first + UNIT_POS;
+    while place < chunk.end {
+        let p = c * relative(scores[order.row(place) as usize], largest);
+        add(&mut sum, &probability(p, correction));
+        place += comptime!(units);
+    }
+    let sum = fixed_sum(&sum, &mut wholes, &mut fractions, units);
+    if UNIT_POS == 0 {
+        let at = (2 * CUBE_POS_X) as usize;
+        places[at] = sum.whole;
+        places[at + 1] = sum.fraction;
+        if CUBE_POS_X == 0 {
+            found[0] = largest;
+            found[1] = c;
+            found[2] = correction;
+        }
+    }
+}
+
+/// The chosen rows of this chunk of places.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn draw_kernel(
+    scores: &[f32],
+    found: &[f32],
+    places: &[u32],
+    chosen: &mut [u32],
+    roots: &mut [f32],
+    shares: &mut [f32],
+    rows: u32,
+    chunk: u32,
+    k: u32,
+    noise: Noise,
+    order: Order,
+    #[comptime] measure: bool,
+    #[comptime] input: bool,
+    #[comptime] units: u32,
+) {
+    let mut wholes = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut flag = Shared::<[u32]>::new_slice(1usize);
+    let chunk = of_this_cube(rows, chunk);
+    let largest = found[0];
+    let c = found[1];
+    let correction = found[2];
+
+    let mut before = Fixed::new(0u32, 0u32);
+    if UNIT_POS < CUBE_POS_X {
+        let at = (2 * UNIT_POS) as usize;
+        before.whole = places[at];
+        before.fraction = places[at + 1];
+    }
+    let before = fixed_sum(&before, &mut wholes, &mut fractions, units);
+
+    // Each unit looks after a run of places.
+    let run = (chunk.end - chunk.first).div_ceil(units);
+    let first = u32::min(chunk.first + UNIT_POS * run, chunk.end);
+    let end = u32::min(first + run, chunk.end);
+    let mut run_sum = Fixed::new(0u32, 0u32);
+    for place in first..end {
+        let p = c * relative(scores[order.row(place) as usize], largest);
+        add(&mut run_sum, &probability(p, correction));
+    }
+    let up_to = fixed_prefix_sum(&run_sum, &mut wholes, &mut fractions, units);
+    let within = up_to.minus(&run_sum).plus(&start(&noise, input));
+    let mut reached = before.plus(&within);
+    let mut carried = 0.0f32;
+    let mut all = 0.0f32;
+    for place in first..end {
+        let row = order.row(place);
+        let score = relative(scores[row as usize], largest);
+        let p = probability(c * score, correction);
+        if take(&mut reached, &p, row, k, chosen, roots) {
+            carried += score;
+        }
+        all += score;
+    }
+
+    // Where fewer rows than K are not zero, the places left get no weight.
+    sync_cube();
+    if UNIT_POS == comptime!(units - 1) {
+        flag[0] = reached.whole;
+    }
+    sync_cube();
+    if chunk.end == rows {
+        leave(flag[0], k, chosen, roots, units);
+    }
+    if comptime!(measure) {
+        let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
+        let sums = cube_sums::<Pair>(pair(carried, all), &mut pairs, units);
+        if UNIT_POS == 0 {
+            let at = (2 * CUBE_POS_X) as usize;
+            shares[at] = sums.extract(0usize);
+            shares[at + 1] = sums.extract(1usize);
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn share_kernel(shares: &[f32], share: &mut [f32], cubes: u32, #[comptime] units: u32) {
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
+    let mut carried = 0.0f32;
+    let mut all = 0.0f32;
+    if UNIT_POS < cubes {
+        carried = shares[(2 * UNIT_POS) as usize];
+        all = shares[(2 * UNIT_POS + 1) as usize];
+    }
+    write_share(carried, all, share, &mut pairs, units);
+}
