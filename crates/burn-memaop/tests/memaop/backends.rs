@@ -28,6 +28,7 @@ macro_rules! suite {
                 operation_equals_the_oracle,
                 batches_of_every_size_equal_the_oracle,
                 large_batches_equal_the_oracle,
+                draws_of_many_rows_equal_the_oracle,
                 ten_steps_leave_the_memory_of_the_oracle,
                 a_memory_in_half_precision_is_close_to_the_oracle,
                 a_change_of_precision_keeps_the_memory,

@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_memaop::{
-    Memory, MemoryPrecision,
+    Memory, MemoryPrecision, Method,
     op::{AopStep, Rows, weight_gradient},
 };
 
@@ -309,6 +309,66 @@ pub fn large_batches_equal_the_oracle(device: &Device) {
             let mut comparison = Comparison::new(device, policy, memory, n, p);
             for _ in 0..steps {
                 comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
+            }
+        }
+    }
+}
+
+/// Scores of many kinds, of as many rows as one block of units takes and of more: with shares, and with places left over.
+pub fn draws_of_many_rows_equal_the_oracle(device: &Device) {
+    let mut random = Random(17);
+    let even = |_: usize| 1.0;
+    // Of which rows become certain one after the other, so that the search for the probabilities takes many rounds.
+    let steep = |row: usize| match row % 50 {
+        7 => 0.8f64.powi((row / 50) as i32),
+        _ => 1e-4,
+    };
+    let few = |row: usize| f64::from(row % 300 == 11);
+    let one = |row: usize| if row == 1234 { 1e4 } else { 1.0 };
+    let kinds: [(&str, &dyn Fn(usize) -> f64); 4] = [
+        ("even", &even),
+        ("steep", &steep),
+        ("few", &few),
+        ("one", &one),
+    ];
+    for (name, size) in kinds {
+        for (m, k) in [
+            (2000, 60),
+            (2048, 301),
+            (2049, 300),
+            (5000, 80),
+            (20_000, 500),
+        ] {
+            let (mut x, mut g) = (random.matrix(m, 2), Matrix::zeros(m, 1));
+            for row in 0..m {
+                let scale = size(row) / x.0[row].iter().map(|v| v * v).sum::<f64>().sqrt();
+                x.0[row]
+                    .iter_mut()
+                    .for_each(|v| *v = f64::from((*v * scale) as f32));
+                g.0[row][0] = 1.0 + 0.5 * random.value();
+            }
+            let seed = random.range(0, 1 << 40) as u64;
+            let mut oracle = Oracle::new(Policy::Systematic, Memory::None, seed, 2, 1);
+            let expected = oracle.step(&x, &g, k);
+            for measure in [false, true] {
+                let step = AopStep {
+                    k,
+                    method: Method::Systematic,
+                    memory_precision: MemoryPrecision::Full,
+                    seed,
+                    step: 0,
+                    bias: false,
+                    measure,
+                };
+                let [x, g] = [&x, &g].map(|matrix| matrix.tensor(device, DType::F32));
+                let found = weight_gradient(x, g, None, step);
+                let error = Matrix::from_tensor(found.weight).relative_error(&expected);
+                assert!(error < 1e-4, "{name} {m} {k}: {error:e}");
+                assert_eq!(found.share.is_some(), measure);
+                if let Some(share) = found.share {
+                    let error = f64::from(share.into_scalar::<f32>()) - oracle.share;
+                    assert!(error.abs() < 1e-4, "{name} {m} {k}: {error:e}");
+                }
             }
         }
     }

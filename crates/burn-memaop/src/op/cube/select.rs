@@ -1,5 +1,5 @@
-//! Chooses the rows without a wait for the host: systematic sampling by a prefix sum, in one launch of one cube or, of many
-//! rows, in several of several; or the K largest of the keys by radix selection, in one launch of one cube.
+//! Chooses the rows without a wait for the host: the K largest of the keys by radix selection, or systematic sampling by a
+//! prefix sum. One cube does it in one launch, from shared memory; of more rows several do, in several launches.
 //!
 //! No unit reads what another has written to global memory in the same launch. The largest come out in ascending order of the
 //! rows, sampled ones in that of the draw.
@@ -15,14 +15,11 @@ use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 mod largest;
-mod spread;
+mod many;
 mod systematic;
 mod variance;
 
-use self::{
-    largest::{Key, largest},
-    systematic::relative,
-};
+use self::{largest::Key, systematic::relative};
 use super::{
     LEAST_UNITS, empty,
     units::{Pair, cube_max, cube_sums, is_finite, pair},
@@ -106,7 +103,14 @@ const STAGED: usize = 2048;
 fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
     match scores.shape()[0] <= STAGED {
         true => systematic::systematic(scores, draw, input),
-        false => spread::systematic(scores, draw, input),
+        false => many::systematic(scores, draw, input),
+    }
+}
+
+fn largest(scores: &CubeTensor, draw: Draw, key: Key, weight: f64) -> Chosen {
+    match scores.shape()[0] <= STAGED {
+        true => largest::largest(scores, draw, key, weight),
+        false => many::largest(scores, draw, key, weight),
     }
 }
 

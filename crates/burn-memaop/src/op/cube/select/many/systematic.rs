@@ -1,29 +1,25 @@
-//! Systematic sampling of more rows than one cube can hold, by several: each looks after a chunk of the rows, and what a
-//! launch leaves of each chunk every cube of the next adds up by itself. The same rows as in one cube, whatever their number,
-//! but where the sums round c to another neighbour.
+//! Systematic sampling: the same rows as in one cube, but where sums in another order round c to a neighbour.
 
-use burn::{backend::TensorMetadata, tensor::DType};
+use burn::tensor::DType;
 use burn_cubecl::{cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::{
-    Chosen, Draw, finite_score, output,
-    systematic::{
-        add, add_uncertain, correction, inclusion, leave, next, probability, relative, start, take,
-    },
-    write_share,
-};
+use super::{Chunks, of_chunk, of_this_cube, share};
 use crate::op::cube::{
     LEAST_UNITS, empty,
     noise::{self, Noise, Order},
+    select::{
+        Chosen, Draw, finite_score, output,
+        systematic::{
+            add, add_uncertain, correction, inclusion, leave, next, probability, relative, start,
+            take,
+        },
+    },
     units::{Fixed, Pair, cube_max, cube_sums, fixed_prefix_sum, fixed_sum, pair},
 };
 
 /// The launches that search for c. Where these do not find it, each cube goes on by itself.
 const SEARCHES: u32 = 4;
-/// The least rows of a chunk.
-const CHUNK: usize = 1024;
-
 /// What the launches hand on.
 struct Buffers {
     /// The largest score of each chunk.
@@ -42,11 +38,13 @@ struct Buffers {
     shares: CubeTensor,
 }
 
-pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen {
-    let rows = scores.shape()[0];
-    // As many chunks as a cube has units, at most.
-    let chunk = rows.div_ceil(LEAST_UNITS as usize).max(CHUNK);
-    let cubes = rows.div_ceil(chunk);
+pub(in crate::op::cube::select) fn systematic(
+    scores: &CubeTensor,
+    draw: Draw,
+    input: bool,
+) -> Chosen {
+    let chunks = Chunks::of(scores);
+    let Chunks { rows, chunk, cubes } = chunks;
     let searched = SEARCHES as usize * cubes;
     let buffers = Buffers {
         largest: empty(scores, [cubes], DType::F32),
@@ -57,11 +55,8 @@ pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen
         places: empty(scores, [2 * cubes], DType::U32),
         shares: empty(scores, [2 * cubes], DType::F32),
     };
-    let (chosen, share) = output(scores, draw);
-    let (count, dim) = (
-        CubeCount::new_1d(cubes as u32),
-        CubeDim::new_1d(LEAST_UNITS),
-    );
+    let (chosen, of_all) = output(scores, draw);
+    let (count, dim) = chunks.launch();
     let order = || noise::order(draw.noise.permutation(rows));
     let (rows, chunk, cubes) = (rows as u32, chunk as u32, cubes as u32);
     // SAFETY: every index is below a number of rows, of chunks, of chunks of all searches, or K, and the buffers are as long.
@@ -131,35 +126,11 @@ pub(super) fn systematic(scores: &CubeTensor, draw: Draw, input: bool) -> Chosen
             input,
             LEAST_UNITS,
         );
-        if draw.measure {
-            share_kernel::launch_unchecked(
-                &scores.client,
-                CubeCount::new_single(),
-                dim,
-                buffers.shares.into_buffer_arg(),
-                share.into_buffer_arg(),
-                cubes,
-                LEAST_UNITS,
-            );
-        }
+    }
+    if draw.measure {
+        share(scores, buffers.shares, of_all, chunks);
     }
     chosen
-}
-
-/// The rows of this cube.
-#[derive(CubeType)]
-struct Chunk {
-    first: u32,
-    end: u32,
-}
-
-#[cube]
-fn of_this_cube(rows: u32, chunk: u32) -> Chunk {
-    let first = u32::min(CUBE_POS_X * chunk, rows);
-    Chunk {
-        first,
-        end: u32::min(first + chunk, rows),
-    }
 }
 
 #[cube(launch_unchecked)]
@@ -204,14 +175,11 @@ fn sums_of(
     pairs: &mut Shared<[Vector<f32, Pair>]>,
     #[comptime] units: u32,
 ) -> Vector<f32, Pair> {
-    let mut ones = 0.0f32;
-    let mut rest = 0.0f32;
+    let mut sum = pair(0.0f32, 0.0f32);
     if UNIT_POS < cubes {
-        let at = (2 * (search * cubes + UNIT_POS)) as usize;
-        ones = sums[at];
-        rest = sums[at + 1];
+        sum = of_chunk(sums, search * cubes + UNIT_POS, (search + 1) * cubes);
     }
-    cube_sums::<Pair>(pair(ones, rest), pairs, units)
+    cube_sums::<Pair>(sum, pairs, units)
 }
 
 /// One step towards c, of this chunk.
@@ -426,16 +394,4 @@ fn draw_kernel(
             shares[at + 1] = sums.extract(1usize);
         }
     }
-}
-
-#[cube(launch_unchecked)]
-fn share_kernel(shares: &[f32], share: &mut [f32], cubes: u32, #[comptime] units: u32) {
-    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
-    let mut carried = 0.0f32;
-    let mut all = 0.0f32;
-    if UNIT_POS < cubes {
-        carried = shares[(2 * UNIT_POS) as usize];
-        all = shares[(2 * UNIT_POS + 1) as usize];
-    }
-    write_share(carried, all, share, &mut pairs, units);
 }
