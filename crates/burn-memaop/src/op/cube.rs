@@ -71,8 +71,8 @@ pub(crate) fn weight_gradient(
             let scores = packed_scores(&packed, &grad);
             let chosen = select::choose(&scores, &step);
             let panels = [
-                packed::gather(&packed, &scores, &chosen, dtype),
-                gather::gather_rows(&grad, &scores, &chosen, By::Root),
+                packed::gather(&packed, &chosen, dtype),
+                gather::gather_rows(&grad, &chosen, By::Root),
             ];
             (chosen, panels, RowMemory::Empty)
         }
@@ -81,7 +81,7 @@ pub(crate) fn weight_gradient(
             let [input, grad] = &batch;
             let scores = fold::score(input, grad);
             let chosen = select::choose(&scores, &step);
-            let panels = gather::gather(&batch, &scores, &chosen, dtype);
+            let panels = gather::gather(&batch, &chosen, dtype);
             (chosen, panels, RowMemory::Empty)
         }
         (input, Some(decay)) => {
@@ -95,7 +95,7 @@ pub(crate) fn weight_gradient(
             let scores = fold::fold_in(&batch, &kept, &step);
             let chosen = select::choose(&scores, &step);
             let scale = (1.0 / decay.sqrt()) as f32;
-            let panels = gather::take_out(&kept, &scores, &chosen, dtype, scale);
+            let panels = gather::take_out(&kept, &chosen, dtype, scale);
             let [input, grad, age] = kept;
             (chosen, panels, RowMemory::Rows { input, grad, age })
         }
@@ -122,11 +122,11 @@ pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputSt
     let grad = row_major(grad);
     let sizes = fold::norms(&grad);
     let chosen = select::choose_input(&sizes, &step);
-    let panel = gather::gather_rows(&grad, &sizes, &chosen, By::Weight);
+    let panel = gather::gather_rows(&grad, &chosen, By::Weight);
     let product = CubeBackend::float_matmul(panel, CubeBackend::float_transpose(weight));
     let shape = Shape::new([rows, d_input]);
     let gradient = CubeBackend::float_zeros(shape, &grad.device(), grad.dtype.into());
-    gather::scatter_rows(&row_major(product), &sizes, &chosen, &gradient);
+    gather::scatter_rows(&row_major(product), &chosen, &gradient);
     gradient
 }
 
@@ -171,7 +171,7 @@ pub(crate) fn convolve_weight_gradient(
     let [input, grad] = [input, grad].map(images::strided);
     let scores = images::score(&input, &grad, &window);
     let chosen = select::choose(&scores, &step);
-    let [patches, grads] = images::gather(&input, &grad, &scores, &chosen, &window);
+    let [patches, grads] = images::gather(&input, &grad, &chosen, &window);
     let product = CubeBackend::float_matmul(CubeBackend::float_transpose(grads), patches);
     let shape = Shape::new([window.channels[1], window.patch()]);
     WeightGradient {

@@ -7,30 +7,25 @@ use cubecl::prelude::*;
 
 use super::{
     RowLayout, address_type, cubes, elem_type, empty, fold::clear, layout, row_units,
-    select::Chosen, units::is_finite, vector_size,
+    select::Chosen, vector_size,
 };
 
 /// The chosen rows of `input` and `grad`, contiguous, each times the root of its weight; zeros in place of one
-/// whose score is not finite.
-pub(super) fn gather(
-    batch: &[CubeTensor; 2],
-    scores: &CubeTensor,
-    chosen: &Chosen,
-    dtype: DType,
-) -> [CubeTensor; 2] {
-    let panels = panels(batch, scores, chosen, dtype);
+/// without weight.
+pub(super) fn gather(batch: &[CubeTensor; 2], chosen: &Chosen, dtype: DType) -> [CubeTensor; 2] {
+    let panels = panels(batch, chosen, dtype);
     let [input, grad] = batch;
     let k = chosen.rows.meta.shape()[0];
     let sizes = [
         vector_size(&[input, &panels[0]]),
         vector_size(&[grad, &panels[1]]),
     ];
-    let (count, dim) = cubes(scores, k, row_units([input, grad], sizes));
+    let (count, dim) = cubes(&chosen.rows, k, row_units([input, grad], sizes));
     // SAFETY: every index is below a count of rows times their stride, within its tensor; the
-    // chosen rows are below the number of scores.
+    // chosen rows are rows of the batch.
     unsafe {
         gather_kernel::launch_unchecked(
-            &scores.client,
+            &chosen.rows.client,
             count,
             dim,
             address_type(&[input, grad, &panels[0], &panels[1]]),
@@ -42,7 +37,6 @@ pub(super) fn gather(
             panels[1].clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
-            scores.clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             layout(&panels[0], sizes[0]),
@@ -57,23 +51,22 @@ pub(super) fn gather(
 /// As [`gather`], from a memory (`m^X`, `m^G`, ages), each times `scale` too; they are zero there afterwards.
 pub(super) fn take_out(
     kept: &[CubeTensor; 3],
-    scores: &CubeTensor,
     chosen: &Chosen,
     dtype: DType,
     scale: f32,
 ) -> [CubeTensor; 2] {
     let [input, grad, age] = kept;
-    let panels = panels([input, grad], scores, chosen, dtype);
+    let panels = panels([input, grad], chosen, dtype);
     let k = chosen.rows.meta.shape()[0];
     let sizes = [
         vector_size(&[input, &panels[0]]),
         vector_size(&[grad, &panels[1]]),
     ];
-    let (count, dim) = cubes(scores, k, row_units([input, grad], sizes));
+    let (count, dim) = cubes(&chosen.rows, k, row_units([input, grad], sizes));
     // SAFETY: as in `gather`; no other tensor shares the buffers of the memory.
     unsafe {
         take_out_kernel::launch_unchecked(
-            &scores.client,
+            &chosen.rows.client,
             count,
             dim,
             address_type(&[input, grad, &panels[0], &panels[1]]),
@@ -85,7 +78,6 @@ pub(super) fn take_out(
             panels[1].clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
-            scores.clone().into_buffer_arg(),
             age.clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
@@ -102,14 +94,13 @@ pub(super) fn take_out(
 
 fn panels<'a>(
     from: impl IntoIterator<Item = &'a CubeTensor>,
-    scores: &CubeTensor,
     chosen: &Chosen,
     dtype: DType,
 ) -> [CubeTensor; 2] {
     let k = chosen.rows.meta.shape()[0];
     let mut panels = from
         .into_iter()
-        .map(|from| empty(scores, [k, from.meta.shape()[1]], dtype));
+        .map(|from| empty(&chosen.rows, [k, from.meta.shape()[1]], dtype));
     [(); 2].map(|()| panels.next().expect("two factors"))
 }
 
@@ -121,45 +112,29 @@ pub(super) enum By {
     Root,
 }
 
-/// The chosen rows of one matrix, contiguous, each times its weight or the root of it; zeros in place of one whose
-/// size is not finite.
-pub(super) fn gather_rows(
-    from: &CubeTensor,
-    sizes: &CubeTensor,
-    chosen: &Chosen,
-    by: By,
-) -> CubeTensor {
+/// The chosen rows of one matrix, contiguous, each times its weight or the root of it; zeros in place of one without
+/// weight.
+pub(super) fn gather_rows(from: &CubeTensor, chosen: &Chosen, by: By) -> CubeTensor {
     let k = chosen.rows.meta.shape()[0];
-    let panel = empty(sizes, [k, from.meta.shape()[1]], from.dtype);
-    move_rows(from, &panel, sizes, chosen, Some(by));
+    let panel = empty(&chosen.rows, [k, from.meta.shape()[1]], from.dtype);
+    move_rows(from, &panel, chosen, Some(by));
     panel
 }
 
 /// Puts the rows of a panel where the chosen ones came from, but for those without weight.
-pub(super) fn scatter_rows(
-    panel: &CubeTensor,
-    sizes: &CubeTensor,
-    chosen: &Chosen,
-    to: &CubeTensor,
-) {
-    move_rows(panel, to, sizes, chosen, None);
+pub(super) fn scatter_rows(panel: &CubeTensor, chosen: &Chosen, to: &CubeTensor) {
+    move_rows(panel, to, chosen, None);
 }
 
-fn move_rows(
-    from: &CubeTensor,
-    to: &CubeTensor,
-    sizes: &CubeTensor,
-    chosen: &Chosen,
-    gather: Option<By>,
-) {
+fn move_rows(from: &CubeTensor, to: &CubeTensor, chosen: &Chosen, gather: Option<By>) {
     let k = chosen.rows.meta.shape()[0];
     let size = vector_size(&[from, to]);
-    let (count, dim) = cubes(sizes, k, row_units([from, from], [size, size]));
+    let (count, dim) = cubes(&chosen.rows, k, row_units([from, from], [size, size]));
     // SAFETY: every index is below a count of rows times their stride, within its tensor; the
-    // chosen rows are below the number of sizes, which is that of the rows of the larger tensor.
+    // chosen rows are below the number of rows of the larger tensor.
     unsafe {
         move_kernel::launch_unchecked(
-            &sizes.client,
+            &chosen.rows.client,
             count,
             dim,
             address_type(&[from, to]),
@@ -168,7 +143,6 @@ fn move_rows(
             to.clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
-            sizes.clone().into_buffer_arg(),
             layout(from, size),
             layout(to, size),
             k,
@@ -185,7 +159,6 @@ fn move_kernel<T: Float, N: Size>(
     to: &mut [Vector<T, N>],
     chosen: &[u32],
     roots: &[f32],
-    sizes: &[f32],
     from_rows: RowLayout,
     to_rows: RowLayout,
     k: usize,
@@ -202,15 +175,14 @@ fn move_kernel<T: Float, N: Size>(
     if comptime!(scatter) {
         // Places that were left over all name row 0.
         if root > 0.0 {
-            copy::<T, T, N>(from, place, &from_rows, to, row, &to_rows, 1.0f32, true);
+            copy::<T, T, N>(from, place, &from_rows, to, row, &to_rows, 1.0f32);
         }
     } else {
-        let finite = is_finite(sizes[row]);
         let mut scale = root;
         if comptime!(!by_root) {
             scale = root * root;
         }
-        copy::<T, T, N>(from, row, &from_rows, to, place, &to_rows, scale, finite);
+        copy::<T, T, N>(from, row, &from_rows, to, place, &to_rows, scale);
     }
 }
 
@@ -223,7 +195,6 @@ fn gather_kernel<T: Float, NX: Size, NG: Size>(
     panel_grad: &mut [Vector<T, NG>],
     chosen: &[u32],
     roots: &[f32],
-    scores: &[f32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
     panel_input_rows: RowLayout,
@@ -236,7 +207,6 @@ fn gather_kernel<T: Float, NX: Size, NG: Size>(
         terminate!();
     }
     let row = chosen[to] as usize;
-    let finite = is_finite(scores[row]);
     let scale = roots[to];
     copy::<T, T, NX>(
         input,
@@ -246,7 +216,6 @@ fn gather_kernel<T: Float, NX: Size, NG: Size>(
         to,
         &panel_input_rows,
         scale,
-        finite,
     );
     copy::<T, T, NG>(
         grad,
@@ -256,7 +225,6 @@ fn gather_kernel<T: Float, NX: Size, NG: Size>(
         to,
         &panel_grad_rows,
         scale,
-        finite,
     );
 }
 
@@ -268,7 +236,6 @@ fn take_out_kernel<S: Float, T: Float, NX: Size, NG: Size>(
     panel_grad: &mut [Vector<T, NG>],
     chosen: &[u32],
     roots: &[f32],
-    scores: &[f32],
     age: &mut [f32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
@@ -284,7 +251,6 @@ fn take_out_kernel<S: Float, T: Float, NX: Size, NG: Size>(
         terminate!();
     }
     let row = chosen[to] as usize;
-    let finite = is_finite(scores[row]);
     let scale = scale * roots[to];
     copy::<S, T, NX>(
         &*input,
@@ -294,7 +260,6 @@ fn take_out_kernel<S: Float, T: Float, NX: Size, NG: Size>(
         to,
         &panel_input_rows,
         scale,
-        finite,
     );
     copy::<S, T, NG>(
         &*grad,
@@ -304,7 +269,6 @@ fn take_out_kernel<S: Float, T: Float, NX: Size, NG: Size>(
         to,
         &panel_grad_rows,
         scale,
-        finite,
     );
     clear::<S, NX>(input, row, &input_rows);
     clear::<S, NG>(grad, row, &grad_rows);
@@ -322,13 +286,13 @@ fn copy<S: Float, T: Float, N: Size>(
     to: usize,
     panel_rows: &RowLayout,
     scale: f32,
-    finite: bool,
 ) {
+    let weighted = scale > 0.0;
     let scale = Vector::<f32, N>::new(scale);
     let mut at = UNIT_POS as usize;
     while at < from_rows.width {
         let mut value = Vector::<f32, N>::new(0.0);
-        if finite {
+        if weighted {
             value = scale * Vector::cast_from(from[row * from_rows.stride + at]);
         }
         panel[to * panel_rows.stride + at] = Vector::cast_from(value);

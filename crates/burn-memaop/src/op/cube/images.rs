@@ -4,10 +4,7 @@ use burn::{backend::TensorMetadata, tensor::DType};
 use burn_cubecl::{cubecl, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
-use super::{
-    LEAST_UNITS, address_type, cubes, elem_type, empty_without_gaps, select::Chosen,
-    units::is_finite,
-};
+use super::{LEAST_UNITS, address_type, cubes, elem_type, empty_without_gaps, select::Chosen};
 use crate::op::window::Window;
 
 /// How far apart values lie.
@@ -236,26 +233,26 @@ fn score_kernel<T: Float>(
 }
 
 /// The chosen patches, shape `[groups, chosen, patch]`, and gradients, shape `[groups, chosen, channels]`, each times the
-/// root of its weight; zeros in place of those whose score is not finite.
+/// root of its weight; zeros in place of those without.
 pub(super) fn gather(
     input: &CubeTensor,
     grad: &CubeTensor,
-    scores: &CubeTensor,
     chosen: &Chosen,
     window: &Window,
 ) -> [CubeTensor; 2] {
     let k = chosen.rows.meta.shape()[0];
-    let panel = |width: usize| empty_without_gaps(scores, [window.groups, k, width], input.dtype);
+    let panel =
+        |width: usize| empty_without_gaps(&chosen.rows, [window.groups, k, width], input.dtype);
     let [patches, grads] = [window.patch(), window.group()[1]].map(panel);
     let units = (window.patch() as u32)
         .next_power_of_two()
         .clamp(32, LEAST_UNITS);
-    let (count, dim) = cubes(scores, k, units);
+    let (count, dim) = cubes(&chosen.rows, k, units);
     // SAFETY: every index is one of a value of the images by their strides, or of a panel by its shape; the chosen rows are
-    // below the number of scores.
+    // positions of the batch.
     unsafe {
         gather_kernel::launch_unchecked(
-            &scores.client,
+            &chosen.rows.client,
             count,
             dim,
             address_type(&[input, grad, &patches, &grads]),
@@ -265,7 +262,6 @@ pub(super) fn gather(
             grads.clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
-            scores.clone().into_buffer_arg(),
             strides(input),
             strides(grad),
             sizes(window),
@@ -284,7 +280,6 @@ fn gather_kernel<T: Float>(
     grads: &mut [T],
     chosen: &[u32],
     roots: &[f32],
-    scores: &[f32],
     input_strides: Strides,
     grad_strides: Strides,
     sizes: Sizes,
@@ -296,7 +291,6 @@ fn gather_kernel<T: Float>(
         terminate!();
     }
     let chosen = chosen[place] as usize;
-    let finite = is_finite(scores[chosen]);
     let root = roots[place];
     let column = chosen % sizes.output_width;
     let row = chosen / sizes.output_width % sizes.output_height;
@@ -312,7 +306,7 @@ fn gather_kernel<T: Float>(
             let y = sizes.row(row, tap / sizes.kernel_width);
             let z = sizes.column(column, tap % sizes.kernel_width);
             let mut value = 0.0f32;
-            if finite && y < sizes.height && z < sizes.width {
+            if root > 0.0 && y < sizes.height && z < sizes.width {
                 let channel = group * sizes.inputs + at / taps;
                 let from = image * input_strides.image
                     + channel * input_strides.channel
@@ -328,7 +322,7 @@ fn gather_kernel<T: Float>(
         let mut at = UNIT_POS as usize;
         while at < sizes.outputs {
             let mut value = 0.0f32;
-            if finite {
+            if root > 0.0 {
                 let channel = group * sizes.outputs + at;
                 let from = image * grad_strides.image
                     + channel * grad_strides.channel

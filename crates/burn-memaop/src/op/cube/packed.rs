@@ -12,7 +12,7 @@ use super::{
     noise::{self, Noise},
     row_major,
     select::Chosen,
-    units::{cube_sum, is_finite},
+    units::cube_sum,
 };
 use crate::op::{
     noise::StepNoise,
@@ -112,21 +112,16 @@ pub(super) fn unpack(packed: &Packed<CubeBackend>, dtype: FloatDType) -> CubeTen
     values
 }
 
-/// The chosen rows, contiguous, each times the root of its weight; zeros in place of one whose score is not finite.
-pub(super) fn gather(
-    packed: &Packed<CubeBackend>,
-    scores: &CubeTensor,
-    chosen: &Chosen,
-    dtype: DType,
-) -> CubeTensor {
+/// The chosen rows, contiguous, each times the root of its weight; zeros in place of one without weight.
+pub(super) fn gather(packed: &Packed<CubeBackend>, chosen: &Chosen, dtype: DType) -> CubeTensor {
     let Packed { words, packing, .. } = packed;
     let k = chosen.rows.meta.shape()[0];
-    let panel = empty(scores, [k, packing.width], dtype);
-    let (count, dim) = cubes(scores, k, row_units(*packing));
-    // SAFETY: as in `pack`; the chosen rows are below the number of scores, which is that of the packed rows.
+    let panel = empty(&chosen.rows, [k, packing.width], dtype);
+    let (count, dim) = cubes(&chosen.rows, k, row_units(*packing));
+    // SAFETY: as in `pack`; the chosen rows are packed rows.
     unsafe {
         gather_packed_kernel::launch_unchecked(
-            &scores.client,
+            &chosen.rows.client,
             count,
             dim,
             address_type(&[words, &panel]),
@@ -134,7 +129,6 @@ pub(super) fn gather(
             panel.clone().into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
-            scores.clone().into_buffer_arg(),
             layout(words, *packing),
             panel.meta.strides()[0],
             k,
@@ -422,7 +416,6 @@ fn gather_packed_kernel<T: Float>(
     panel: &mut [T],
     chosen: &[u32],
     roots: &[f32],
-    scores: &[f32],
     layout: PackedLayout,
     panel_stride: usize,
     k: usize,
@@ -435,12 +428,12 @@ fn gather_packed_kernel<T: Float>(
         terminate!();
     }
     let row = chosen[to] as usize;
-    let finite = is_finite(scores[row]);
+    let root = roots[to];
     let mut column = UNIT_POS as usize;
     while column < layout.width {
         let mut value = 0.0f32;
-        if finite {
-            value = roots[to] * unpacked(words, row, column, &layout, bits, levels);
+        if root > 0.0 {
+            value = root * unpacked(words, row, column, &layout, bits, levels);
         }
         panel[to * panel_stride + column] = T::cast_from(value);
         column += CUBE_DIM as usize;

@@ -38,7 +38,7 @@ pub(super) use self::variance::variances;
 pub(super) struct Chosen {
     /// Shape `[chosen]`.
     pub(super) rows: CubeTensor,
-    /// The root of the weight of each, in single precision.
+    /// The root of the weight of each, in single precision: 0 of one whose score is not finite.
     pub(super) roots: CubeTensor,
     /// In single precision.
     pub(super) share: Share<CubeBackend>,

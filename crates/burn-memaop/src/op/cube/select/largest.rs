@@ -113,7 +113,7 @@ fn largest_kernel(
         }
         if take {
             chosen[at as usize] = row;
-            roots[at as usize] = root;
+            roots[at as usize] = select(is_finite(scores[row as usize]), root, 0.0f32);
             at += 1;
         }
         if comptime!(measure) {

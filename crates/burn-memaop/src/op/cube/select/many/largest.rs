@@ -17,7 +17,7 @@ use crate::op::cube::{
         largest::{DIGITS, Key, Threshold, key, narrow},
         output,
     },
-    units::{Pair, cube_sums, pair, prefix_sum},
+    units::{Pair, cube_sums, is_finite, pair, prefix_sum},
 };
 
 /// The digits of a key.
@@ -264,7 +264,7 @@ fn place_kernel(
         }
         if take {
             chosen[at as usize] = row;
-            roots[at as usize] = root;
+            roots[at as usize] = select(is_finite(scores[row as usize]), root, 0.0f32);
             at += 1;
         }
         if comptime!(measure) {
