@@ -58,8 +58,9 @@ def sides(row):
 
 def conv(rows):
     """The rows of the bench `conv`."""
+    some = f"K = {divisor(rows[0]['k_ratio'])}"
     head = ["images, channels, size", "kernel, stride, groups", "Burn, forward", "ours", "Burn, step", "K = M"]
-    head += ["K = M/8", "K = M to Burn", "K = M/8 to Burn"]
+    head += [some, "K = M to Burn", f"{some} to Burn"]
 
     def cells(row):
         times = ["burn_forward_ms", "forward_ms", "burn_step_ms", "exact_step_ms", "aop_step_ms"]

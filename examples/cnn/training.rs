@@ -62,10 +62,13 @@ pub trait Train {
 
 impl<C: Convolution, D: Dense> Train for Training<C, D> {
     fn step(&mut self, batch: MnistBatch) -> f64 {
+        let device = batch.images.device();
+        device.sync().expect("the device works");
         let start = Instant::now();
         let output = classified(self.model.forward(batch.images), batch.labels);
         let grads = GradientsParams::from_grads(output.loss.backward(), &self.model);
         self.model = self.optimizer.step(self.lr, self.model.clone(), grads);
+        device.sync().expect("the device works");
         start.elapsed().as_secs_f64()
     }
 

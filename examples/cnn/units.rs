@@ -29,7 +29,8 @@ impl Units {
         let last = self.steps.iter().max().copied().unwrap_or(0);
         let train = loader(train, options.batch, Some(options.seed), &autodiff);
         println!("| steps | K / M | positions | images |\n|---|---|---|---|");
-        for (step, batch) in train.iter().take(last + 1).enumerate() {
+        let batches = std::iter::repeat_with(|| train.iter()).flatten();
+        for (step, batch) in batches.take(last + 1).enumerate() {
             let batch = batch?;
             if self.steps.contains(&step) {
                 let [positions, images] = norms(training.model(), batch.clone());

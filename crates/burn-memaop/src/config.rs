@@ -1,10 +1,11 @@
 use burn::config::Config;
 use thiserror::Error;
 
-/// How a [`MemAopLinear`](crate::MemAopLinear) approximates its weight gradient.
+/// How a [`MemAopLinear`](crate::MemAopLinear) or [`MemAopConv2d`](crate::MemAopConv2d) approximates its weight gradient.
 ///
 /// The exact gradient `dW = X^T G` is a sum of M outer products, one for each row of the batch
-/// (all leading dimensions of the input flattened). K of them are evaluated.
+/// (all leading dimensions of the input flattened; of a convolution, one for each position of its output). K of them are
+/// evaluated.
 ///
 /// By default nothing needs to be set: systematic sampling, with a K that the layer chooses for itself
 /// ([`OuterProducts::Auto`]). `docs/choosing.md` says when to set something; `docs/study.md` has the study that the figures

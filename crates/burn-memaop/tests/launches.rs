@@ -346,19 +346,30 @@ fn convolution(device: &Device) {
             .init(&device)
     };
     let some = layer(AopConfig::new().with_outer_products(OuterProducts::Count(20)));
+    let (forward, _) = observe(&device, || drop(some.forward(images.clone())));
     let (kernels, reads) = observe(&device, || {
-        let grads = some.forward(images.clone()).sum().backward();
+        let grads = some.forward(images.clone()).backward();
         drop(some.weight.grad(&grads));
     });
-    for name in [
+    let ours = [
         "square_kernel",
         "score_kernel",
         "systematic",
         "gather_kernel",
-    ] {
+    ];
+    for name in ours {
         let of_this = kernels.iter().filter(|kernel| kernel.contains(name));
         assert_eq!(of_this.count(), 1, "{name}: {kernels:?}");
     }
+    // Besides, the product, the gradient of ones, and the two sums of that of the bias.
+    let others = kernels.len() - forward.len() - ours.len();
+    let products = kernels.iter().filter(|name| name.contains("matmul"));
+    let products_before = forward.iter().filter(|name| name.contains("matmul"));
+    let products = products.count() - products_before.count();
+    assert!(
+        products >= 1 && others - products <= 3,
+        "{forward:?} {kernels:?}"
+    );
     assert_eq!(reads, 0, "{kernels:?}");
 
     let observer = AopObserver::new(1);

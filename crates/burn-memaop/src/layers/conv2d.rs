@@ -87,13 +87,14 @@ impl MemAopConv2dConfig {
 /// input the patch of the image that the position sees. M is their number, images times height times width. A position is
 /// drawn by the norms of its patch and its gradient (of several groups, by the root of the sum of the squares of the
 /// products), and only chosen patches are unfolded. The gradients of input and bias are exact, and so is everything where
-/// K >= M or where the [cost rule](AopConfig::cost_rule) finds that nothing is saved: with few channels, mostly. On CPUs
-/// the exact products are this crate's own too, the same as Burn's but for rounding.
+/// K >= M or where the [cost rule](AopConfig::cost_rule) finds that nothing is saved: on CPUs with few channels, mostly.
+/// In single and double precision on CPUs the products of a training step are this crate's own, K = M included, and the same
+/// as Burn's but for rounding; those of Burn are taken where they are as fast (`docs/convolutions.md`).
 ///
 /// There is no [memory](crate::Memory): it would be as large as the unfolded input. What the layer keeps between steps is
 /// their number and what is known of the noise of its gradient; it is part of its record, under `memory`, and of its
-/// clones and forks, as that of [`MemAopLinear`](crate::MemAopLinear) is. A position whose patch or gradient is not
-/// finite is left out of the weight gradient where K < M.
+/// clones and forks, as that of [`MemAopLinear`](crate::MemAopLinear) is. As there, a position is left out of the weight gradient
+/// where K < M and the norm of its patch or of its gradient is NaN, infinite or above 1.8e19.
 #[derive(Debug, Clone)]
 pub struct MemAopConv2d {
     /// Tensor of shape `[channels_out, channels_in / groups, kernel_size_1, kernel_size_2]`, initialized as that of
@@ -192,17 +193,26 @@ impl MemAopConv2d {
             );
         };
         let bias = self.bias.as_ref().map(Param::val);
-        let tracked = is_tracked(&weight);
         let rows = images * output[0] * output[1];
-        // A batch without images has gradients of zeros.
-        if rows == 0 || window.patch() == 0 {
+        let (dtype, with_input) = (input.dtype(), is_tracked(&input));
+        // Nothing to multiply: the gradients are zeros.
+        let empty = rows * window.patch() * height * width * weight.dims()[0] == 0;
+        // Burn's own function keeps what is quantized.
+        let quantized = |dtype: DType| !dtype.is_float();
+        if empty
+            || quantized(weight.dtype())
+            || bias.as_ref().is_some_and(|bias| quantized(bias.dtype()))
+        {
+            if is_tracked(&weight) {
+                self.memory.note_exact(rows, with_input);
+            }
             return conv2d(input, weight, bias, window.options());
         }
+        let tracked = is_tracked(&weight);
         let bias = match bias {
             Some(bias) => Bias::<Dispatch>::Some(bias.into_dispatch()),
             None => Bias::None,
         };
-        let (dtype, with_input) = (input.dtype(), is_tracked(&input));
         let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
         if !tracked {
             return Tensor::from_dispatch(Dispatch::memaop_convolve(input, weight, bias, window));
@@ -250,11 +260,11 @@ impl MemAopConv2d {
     }
 
     fn window(&self, size: [usize; 2]) -> Window {
-        let [channels, of_group, _, _] = self.weight.lazy_shape().dims();
+        let [channels, of_group, kernel @ ..] = self.weight.lazy_shape().dims::<4>();
         Window {
             channels: [of_group * self.groups, channels],
             size,
-            kernel: self.kernel_size,
+            kernel,
             stride: self.stride,
             dilation: self.dilation,
             padding: self.pairs(size),
@@ -334,7 +344,9 @@ impl Module for MemAopConv2d {
         let replaced = before.is_some_and(|before| is_replaced(&before, &self.weight));
         let widths = self.widths();
         mapper.enter_module("memory", LAYER);
-        let (aop, memory) = offer::offer(self.aop, || self.memory.map(widths, replaced, mapper));
+        let (aop, memory) = offer::offer(self.aop, AopConfig::validate_convolution, || {
+            self.memory.map(widths, replaced, mapper)
+        });
         mapper.exit_module("memory", LAYER);
         let layer = Self { memory, ..self };
         match aop == layer.aop {

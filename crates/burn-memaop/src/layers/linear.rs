@@ -336,7 +336,7 @@ impl Module for MemAopLinear {
 
         let replaced = before.is_some_and(|before| is_replaced(&before, &weight));
         mapper.enter_module("memory", LAYER);
-        let (aop, memory) = offer::offer(self.aop, || {
+        let (aop, memory) = offer::offer(self.aop, AopConfig::validate, || {
             let widths = weight.lazy_shape().dims();
             self.memory.map(widths, replaced, mapper)
         });

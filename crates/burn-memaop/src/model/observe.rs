@@ -11,7 +11,7 @@ use crate::state::{
     watch::Intervals,
 };
 
-/// Collects [reports](AopReport) of all `MemAopLinear` layers of a model.
+/// Collects [reports](AopReport) of all layers of this crate in a model.
 ///
 /// A layer measures once it has been observed: every `interval`-th of its gradients, on the device
 /// and without waiting for it. What takes no measuring (K, outer products) is reported at every
@@ -118,7 +118,7 @@ pub struct LayerReport {
     pub step: u64,
     /// K: the outer products evaluated.
     pub outer_products: usize,
-    /// M: the rows of the batch.
+    /// M: the rows of the batch; of a convolution the positions of its output.
     pub rows: usize,
     /// The rows of the gradient of the input that were computed; none where nothing below the layer asks
     /// for it, as in the first layer of most models.
@@ -127,9 +127,9 @@ pub struct LayerReport {
     /// K: the variance of the gradient of a batch, were its rows independent, against the square of the true gradient.
     /// None where neither K nor the rows of the gradient of the input are chosen, and before the first measurement.
     pub noise: Option<f64>,
-    /// The inputs of the layer.
+    /// The inputs of the layer; of a convolution the values of a patch of one group.
     pub d_input: usize,
-    /// The outputs of the layer.
+    /// The outputs of the layer, or its channels.
     pub d_output: usize,
     measurement: Option<Arc<Measurement>>,
 }

@@ -45,7 +45,8 @@ fn layer(path: &[String]) -> String {
     path[..path.len().saturating_sub(2)].join(".")
 }
 
-/// The model with other configurations for its `MemAopLinear` layers: `config` is given the fields that lead
+/// The model with other configurations for its layers, [`MemAopLinear`](crate::MemAopLinear) and
+/// [`MemAopConv2d`](crate::MemAopConv2d): `config` is given the fields that lead
 /// to a layer, separated by dots, and its present configuration. Layers keep what they hold as
 /// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says.
 ///
@@ -67,7 +68,8 @@ fn layer(path: &[String]) -> String {
 ///
 /// # Panics
 ///
-/// Panics if [`AopConfig::validate`] rejects a configuration.
+/// Panics if [`AopConfig::validate`] rejects a configuration, or that of a convolution
+/// [`AopConfig::validate_convolution`]; the message names the layer.
 pub fn with_aop<M: Module>(model: M, config: impl FnMut(&str, AopConfig) -> AopConfig) -> M {
     let mut exchange = Exchange {
         path: Vec::new(),
@@ -83,7 +85,10 @@ struct Exchange<F> {
 
 impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        offer::exchange(|aop| (self.config)(&layer(&self.path), aop));
+        let layer = layer(&self.path);
+        if let Err(error) = offer::exchange(|aop| (self.config)(&layer, aop)) {
+            panic!("with_aop: the layer {layer:?}: {error}");
+        }
         param
     }
 

@@ -133,16 +133,21 @@ where
     prep.finish(state, output)
 }
 
-/// A matrix as it is; of images a row for each channel of each.
+/// The least values of a packed row of an image: as many as share a scale.
+const LEAST_PACKED: usize = 64;
+
+/// A matrix as it is; of images a row for each channel of each, or for each image where channels are small.
 fn rows_to_pack<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
     let shape = input.shape();
-    match shape.num_dims() {
-        2 => input,
-        _ => {
-            let [images, channels, height, width] = shape.dims();
-            B::float_reshape(input, Shape::new([images * channels, height * width]))
-        }
+    if shape.num_dims() == 2 {
+        return input;
     }
+    let [images, channels, height, width] = shape.dims();
+    let rows = match height * width < LEAST_PACKED {
+        true => [images, channels * height * width],
+        false => [images * channels, height * width],
+    };
+    B::float_reshape(input, Shape::new(rows))
 }
 
 /// The input in few bits, by the noise of the step to come.

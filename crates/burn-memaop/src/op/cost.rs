@@ -10,6 +10,9 @@ use crate::{
     state::noise_scale::{DIVISORS, ProductTime, StepTime, k_of},
 };
 
+/// The most rows that the kernels of `cube.rs` take: they count them in single precision too.
+pub(crate) const MOST_ROWS: usize = 1 << 24;
+
 /// One backward pass of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Pass {
@@ -49,8 +52,8 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     }
     let cost = match device_class(device) {
         Class::Cpu => Some(Cost::of_this_processor()),
-        Class::Cube => None,
-        Class::Other => {
+        Class::Cube if pass.rows <= MOST_ROWS => None,
+        Class::Cube | Class::Other => {
             exact_weight(&mut ruled);
             ruled.input_gradient = InputGradient::Exact;
             return ruled;
@@ -117,8 +120,10 @@ struct Cost {
     fold_in: f64,
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
-    /// A value of a chosen patch.
+    /// A value of a chosen patch of a convolution, and a position among which some are chosen (of which there are many, with
+    /// little to multiply for each): from `cargo bench --bench conv -- --no-cost-rule` with K from M/2 to M/32.
     gather: f64,
+    position: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
     write: f64,
     /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
@@ -132,6 +137,7 @@ const NARROW: Cost = Cost {
     fold_in: 80.0,
     input: 45.0,
     gather: 60.0,
+    position: 500.0,
     write: 50.0,
     search: 6000.0,
 };
@@ -142,6 +148,7 @@ const WIDE: Cost = Cost {
     fold_in: 150.0,
     input: 50.0,
     gather: 120.0,
+    position: 1000.0,
     write: 100.0,
     search: 12000.0,
 };
@@ -161,16 +168,20 @@ impl Cost {
             false => config.outer_products.first_k(pass.rows),
         };
         let some = k as f64 / pass.rows as f64 * pass.gathered as f64;
-        let passed = self.weight_pass(config) * pass.read as f64 + self.gather * some;
-        self.saved(k, self.write, pass) > passed
+        self.saved(k, self.write, pass) > self.weight_pass(config, pass) + self.gather * some
     }
 
-    /// A value in the pass for the gradient of the weight.
-    fn weight_pass(&self, config: &AopConfig) -> f64 {
-        match config.method.memory() {
+    /// Choosing rows for the gradient of the weight, per row.
+    fn weight_pass(&self, config: &AopConfig, pass: Pass) -> f64 {
+        let value = match config.method.memory() {
             Memory::None => self.read,
             Memory::Published { .. } | Memory::Balanced { .. } => self.fold_in,
-        }
+        };
+        let position = match pass.gathered {
+            0 => 0.0,
+            _ => self.position,
+        };
+        value * pass.read as f64 + position
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
@@ -202,6 +213,7 @@ const GPU: Cost = Cost {
     fold_in: 240.0,
     input: 160.0,
     gather: 80.0,
+    position: 0.0,
     write: 80.0,
     search: 0.0,
 };
@@ -211,6 +223,7 @@ const GPU_HALF: Cost = Cost {
     fold_in: 1800.0,
     input: 1200.0,
     gather: 600.0,
+    position: 0.0,
     write: 600.0,
     search: 0.0,
 };
@@ -225,6 +238,7 @@ const NOTHING: Cost = Cost {
     fold_in: 0.0,
     input: 0.0,
     gather: 0.0,
+    position: 0.0,
     write: 0.0,
     search: 0.0,
 };
@@ -262,7 +276,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     StepTime {
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
-            pass: cost.weight_pass(config) * read,
+            pass: cost.weight_pass(config, pass),
             gather: cost.gather * pass.gathered as f64,
             product: product - written,
         },

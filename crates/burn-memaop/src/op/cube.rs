@@ -34,6 +34,7 @@ mod units;
 use self::gather::By;
 use crate::{
     config::Memory,
+    op::cost::MOST_ROWS,
     op::noise::StepNoise,
     op::packing::Packing,
     op::portable::{self, LEAST_DECAY},
@@ -50,13 +51,7 @@ pub(crate) fn weight_gradient(
     let units = grad.client.properties().hardware.max_units_per_cube;
     let supported = supported(grad.dtype, grad.shape()[0], units);
     if let Err(reason) = supported.and_then(|()| supports_decay(step.method.memory())) {
-        static ONCE: Once = Once::new();
-        ONCE.call_once(|| {
-            log::warn!(
-                "burn-memaop: the weight gradient takes primitive operations, which are slower \
-                 than kernels and may wait for the device: {reason}"
-            );
-        });
+        warn(&reason);
         return portable::weight_gradient::<CubeBackend>(input, grad, memory, step);
     }
     let dtype = grad.dtype;
@@ -109,6 +104,17 @@ pub(crate) fn weight_gradient(
     }
 }
 
+/// The first time that kernels cannot be taken.
+fn warn(reason: &str) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::warn!(
+            "burn-memaop: the weight gradient takes primitive operations, which are slower than kernels and may wait for the \
+             device: {reason}"
+        );
+    });
+}
+
 /// The gradient of the input for some of the rows, in five launches and a matrix product.
 pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputStep) -> CubeTensor {
     let (rows, d_input) = (grad.shape()[0], weight.shape()[0]);
@@ -149,7 +155,11 @@ pub(crate) fn noise(
     figures(scores, gradient, &step)
 }
 
-/// The weight gradient of a convolution, in four launches and a matrix product.
+/// The most values of chosen patches that are put together at a time.
+const MOST_GATHERED: usize = 1 << 26;
+
+/// The weight gradient of a convolution: four launches and a matrix product, of very many patches a launch and a product more
+/// for each part of them.
 pub(crate) fn convolve_weight_gradient(
     input: CubeTensor,
     grad: CubeTensor,
@@ -158,7 +168,8 @@ pub(crate) fn convolve_weight_gradient(
 ) -> WeightGradient<CubeBackend> {
     let units = grad.client.properties().hardware.max_units_per_cube;
     let rows = grad.shape()[0] * window.positions();
-    if supported(grad.dtype, rows, units).is_err() {
+    if let Err(reason) = supported(grad.dtype, rows, units) {
+        warn(&reason);
         return portable::convolution::weight_gradient::<CubeBackend>(input, grad, window, step);
     }
     let bias = match step.bias {
@@ -171,8 +182,15 @@ pub(crate) fn convolve_weight_gradient(
     let [input, grad] = [input, grad].map(images::strided);
     let scores = images::score(&input, &grad, &window);
     let chosen = select::choose(&scores, &step);
-    let [patches, grads] = images::gather(&input, &grad, &chosen, &window);
-    let product = CubeBackend::float_matmul(CubeBackend::float_transpose(grads), patches);
+    let k = chosen.rows.shape()[0];
+    let at_once = (MOST_GATHERED / (window.groups * window.patch())).max(1);
+    let products = (0..k).step_by(at_once).map(|first| {
+        let places = first..k.min(first + at_once);
+        let [patches, grads] = images::gather(&input, &grad, &chosen, places, &window);
+        CubeBackend::float_matmul(CubeBackend::float_transpose(grads), patches)
+    });
+    let product = products.reduce(CubeBackend::float_add);
+    let product = product.expect("at least one position is chosen");
     let shape = Shape::new([window.channels[1], window.patch()]);
     WeightGradient {
         weight: CubeBackend::float_reshape(product, shape),
@@ -242,9 +260,6 @@ pub(crate) fn times(packed: Packed<CubeBackend>, values: CubeTensor) -> CubeTens
 
 /// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.
 const LEAST_UNITS: u32 = 256;
-/// The most rows: the kernels count them in single precision too.
-const MOST_ROWS: usize = 1 << 24;
-
 /// Whether the kernels can take so many rows of such a type on a device with so many units in a cube,
 /// or why not.
 fn supported(dtype: DType, rows: usize, units: u32) -> Result<(), String> {

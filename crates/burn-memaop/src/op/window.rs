@@ -74,19 +74,27 @@ impl Window {
         self.dilation[axis] * (self.kernel[axis] - 1)
     }
 
-    /// The image and the place in each of its planes that a position of the batch sees through one value of the kernel; none
-    /// beyond the image.
-    pub(crate) fn seen(&self, row: usize, tap: usize) -> Option<(usize, usize)> {
-        let (positions, [_, width]) = (self.positions(), self.output());
-        let (image, position) = (row / positions, row % positions);
-        let at = |axis: usize, place: usize, offset: usize| {
-            let place = place * self.stride[axis] + offset * self.dilation[axis];
+    /// The image, and height and width in the output, of a position of the batch.
+    pub(crate) fn place(&self, row: usize) -> (usize, [usize; 2]) {
+        let [height, width] = self.output();
+        let (image, position) = (row / (height * width), row % (height * width));
+        (image, [position / width, position % width])
+    }
+
+    /// What a place of the output sees through one value of the kernel, in a plane of its image; none beyond it.
+    pub(crate) fn seen(&self, place: [usize; 2], [down, right]: [usize; 2]) -> Option<usize> {
+        let at = |axis: usize, offset: usize| {
+            let place = place[axis] * self.stride[axis] + offset * self.dilation[axis];
             let place = place.checked_sub(self.padding[axis].0)?;
             (place < self.size[axis]).then_some(place)
         };
-        let row = at(0, position / width, tap / self.kernel[1])?;
-        let column = at(1, position % width, tap % self.kernel[1])?;
-        Some((image, row * self.size[1] + column))
+        Some(at(0, down)? * self.size[1] + at(1, right)?)
+    }
+
+    /// The places of a patch in each channel, row by row.
+    pub(crate) fn offsets(&self) -> impl Iterator<Item = [usize; 2]> + use<> {
+        let [height, width] = self.kernel;
+        (0..height).flat_map(move |down| (0..width).map(move |right| [down, right]))
     }
 
     /// The convolution of the gradient with the mirrored kernel that is the gradient of the input, where there is one:

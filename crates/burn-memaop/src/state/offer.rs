@@ -5,7 +5,7 @@
 use std::{any::type_name, cell::RefCell};
 
 use super::memory::MemoryHandle;
-use crate::config::AopConfig;
+use crate::config::{AopConfig, AopConfigError};
 
 /// What a layer shows of itself to a visitor.
 #[derive(Clone)]
@@ -17,7 +17,7 @@ pub(crate) struct Shown {
 
 thread_local! {
     static SHOWN: RefCell<Option<Shown>> = const { RefCell::new(None) };
-    static CONFIG: RefCell<Option<AopConfig>> = const { RefCell::new(None) };
+    static CONFIG: RefCell<Option<(AopConfig, Rule)>> = const { RefCell::new(None) };
 }
 
 /// Runs the visit of a layer's first tensor with the layer on show.
@@ -32,17 +32,31 @@ pub(crate) fn shown() -> Option<Shown> {
     SHOWN.take()
 }
 
+/// What the configuration of a layer must keep to.
+pub(crate) type Rule = fn(&AopConfig) -> Result<(), AopConfigError>;
+
 /// Runs the mapping of a layer's first tensor with its configuration on offer; returns what became of
 /// both.
-pub(crate) fn offer<T>(config: AopConfig, map: impl FnOnce() -> T) -> (AopConfig, T) {
-    CONFIG.set(Some(config));
+pub(crate) fn offer<T>(config: AopConfig, rule: Rule, map: impl FnOnce() -> T) -> (AopConfig, T) {
+    CONFIG.set(Some((config, rule)));
     let mapped = map();
-    (CONFIG.take().unwrap_or(config), mapped)
+    let (config, _) = CONFIG.take().unwrap_or((config, rule));
+    (config, mapped)
 }
 
 /// Exchanges the configuration of the layer whose first tensor is being mapped.
-pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) {
-    CONFIG.with_borrow_mut(|offered| *offered = offered.take().map(config));
+///
+/// # Errors
+///
+/// A configuration that the layer does not take.
+pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) -> Result<(), AopConfigError> {
+    let Some((before, rule)) = CONFIG.take() else {
+        return Ok(());
+    };
+    let after = config(before);
+    rule(&after)?;
+    CONFIG.set(Some((after, rule)));
+    Ok(())
 }
 
 /// What a visitor or mapper is for, where a layer must know.

@@ -90,6 +90,8 @@ macro_rules! suite {
                     broken_and_idle_positions_are_left_out,
                     exact_convolutions_equal_burns,
                     a_pointwise_convolution_is_a_linear_layer,
+                    the_noise_of_a_convolution_equals_its_definition,
+                    convolutions_without_images_have_gradients_of_zeros,
                     images_in_few_bits_are_unbiased,
                 );
                 checks!($device.map(Device::autodiff); observe:

@@ -1,13 +1,16 @@
 //! Convolutions against plain `f64` loops, and as a drop-in for Burn's.
 
 use burn::{
-    module::{Module, Param},
+    module::{Module, Param, Quantizer},
     nn::{
         PaddingConfig2d,
         conv::{Conv2d, Conv2dConfig},
     },
     store::ModuleRecord,
-    tensor::{DType, Device, Tensor, TensorData, Tolerance},
+    tensor::{
+        DType, Device, Tensor, TensorData, Tolerance,
+        quantization::{Calibration, QuantScheme},
+    },
 };
 use burn_memaop::{
     AopConfig, AopConfigError, AopObserver, InputGradient, MemAopConv2d, MemAopConv2dConfig,
@@ -328,8 +331,8 @@ const POLICIES: [Policy; 8] = [
     Policy::WinnerTakeAll,
 ];
 
-/// Larger than a tile, and many small images in one.
-fn large() -> [Sizes; 3] {
+/// Larger than a tile, many small images in one, parts of rows, and what is scored on several cores.
+fn large() -> [Sizes; 5] {
     let sizes = Sizes {
         images: 3,
         channels: [5, 6],
@@ -346,6 +349,22 @@ fn large() -> [Sizes; 3] {
             channels: [4, 6],
             size: [5, 4],
             groups: 2,
+            ..sizes.clone()
+        },
+        Sizes {
+            images: 2,
+            channels: [3, 2],
+            size: [3, 700],
+            kernel: [2, 9],
+            stride: [1, 1],
+            dilation: [2, 3],
+            padding: [1, 30, 1, 2],
+            ..sizes.clone()
+        },
+        Sizes {
+            images: 4,
+            channels: [16, 16],
+            size: [48, 48],
             ..sizes.clone()
         },
         Sizes {
@@ -527,11 +546,14 @@ pub fn images_in_other_orders_are_handled(device: &Device) {
 }
 
 pub fn broken_and_idle_positions_are_left_out(device: &Device) {
+    for groups in [1, 2] {
+        broken_and_idle(device, groups);
+    }
+}
+
+fn broken_and_idle(device: &Device, groups: usize) {
     let mut random = Random(74);
-    let sizes = Sizes {
-        groups: 1,
-        ..usual()
-    };
+    let sizes = Sizes { groups, ..usual() };
     let conv = sizes.conv2d(&mut random, device, DType::F32);
     let (weight, bias) = parameters(&conv);
     let [mut x, mut g] = batch(&mut random, &sizes);
@@ -545,8 +567,14 @@ pub fn broken_and_idle_positions_are_left_out(device: &Device) {
             }
         }
     }
+    // In some positions the group that will see the broken value has no gradient, and the other has.
+    for channel in 0..sizes.channels[1] / groups {
+        for i in 0..height {
+            *g.at([2, channel, i, 2]) = 0.0;
+        }
+    }
     let clean = x.clone();
-    *x.at([2, 3, 4, 4]) = f64::NAN;
+    *x.at([2, 1, 4, 4]) = f64::NAN;
     let mut scores = row_sizes(&sizes, &x, &g);
     let broken = scores.iter().filter(|score| score.is_nan()).count();
     assert!(broken > 2 && broken < sizes.rows() / 4, "{broken}");
@@ -579,7 +607,6 @@ pub fn exact_convolutions_equal_burns(device: &Device) {
         PaddingConfig2d::Valid,
         PaddingConfig2d::Explicit(2, 1, 0, 3),
     ];
-    let inner = device.clone().inner();
     for (index, padding) in paddings.into_iter().enumerate() {
         for (kernel, stride, groups) in [
             ([2, 3], [1, 1], 1),
@@ -619,9 +646,15 @@ pub fn exact_convolutions_equal_burns(device: &Device) {
             assert_eq!(layer.weight.id, conv.weight.id);
         }
     }
-    let empty = MemAopConv2dConfig::new([2, 3], [3, 3]).init(device);
-    let output = empty.forward(Tensor::zeros([0, 2, 5, 6], &inner));
+}
+
+pub fn convolutions_without_images_have_gradients_of_zeros(device: &Device) {
+    let layer = MemAopConv2dConfig::new([2, 3], [3, 3]).init(device);
+    let observer = AopObserver::new(1);
+    observer.observe(&layer);
+    let output = layer.forward(Tensor::zeros([0, 2, 5, 6], device));
     assert_eq!(output.dims(), [0, 3, 3, 4]);
+    assert_eq!(observer.observe(&layer).layers[0].rows, 0);
 }
 
 /// With a weight of 1 x 1 and images of one value it is a linear layer, in what it measures and chooses too.
@@ -939,6 +972,117 @@ fn an_input_smaller_than_the_kernel_is_refused() {
     config
         .init(&device)
         .forward(Tensor::zeros([1, 2, 4, 3], &device));
+}
+
+#[test]
+#[should_panic(
+    expected = "with_aop: the layer \"second\": AopConfig.input_gradient: in a convolution it must be Exact"
+)]
+fn what_a_layer_of_a_model_cannot_do_is_refused_by_its_name() {
+    let (ours, _) = models(&Device::flex());
+    burn_memaop::with_aop(ours, |name, aop| match name {
+        "second" => aop.with_input_gradient(InputGradient::Auto),
+        _ => aop,
+    });
+}
+
+/// What is trained of a layer, and what is not.
+#[test]
+fn frozen_parameters_get_no_gradient() {
+    let device = Device::flex().autodiff();
+    let sizes = usual();
+    let mut random = Random(80);
+    let conv = sizes.conv2d(&mut random, &device, DType::F32);
+    let [x, g] = batch(&mut random, &sizes).map(|images| images.tensor(&device, DType::F32));
+    let run = |conv: &Conv2d, k| {
+        let layer = MemAopConv2d::from_conv2d(conv.clone(), count(k));
+        let x = x.clone().require_grad();
+        let grads = (layer.forward(x.clone()) * g.clone()).sum().backward();
+        let weight = layer.weight.grad(&grads).map(Images::of);
+        let bias = layer.bias.as_ref().and_then(|bias| bias.grad(&grads));
+        (Images::of(x.grad(&grads).unwrap()), weight, bias)
+    };
+    let (dx, weight, bias) = run(&conv, 9);
+    let (weight, bias) = (weight.unwrap(), bits(bias.unwrap()));
+
+    let mut without_weight = conv.clone();
+    without_weight.weight = without_weight.weight.no_grad();
+    let (found, none, found_bias) = run(&without_weight, 9);
+    assert!(none.is_none() && found.distance(&dx) < 1e-5);
+    let tolerance = Tolerance::<f32>::relative(1e-4).set_absolute(1e-4);
+    let expected = conv.bias.as_ref().unwrap().val().dims();
+    assert_eq!(found_bias.as_ref().unwrap().dims(), expected);
+    let all = run(&conv, sizes.rows()).2.unwrap().into_data();
+    found_bias
+        .unwrap()
+        .into_data()
+        .assert_approx_eq(&all, tolerance);
+
+    let mut without_bias = conv.clone();
+    without_bias.bias = without_bias.bias.map(Param::no_grad);
+    let (found, found_weight, none) = run(&without_bias, 9);
+    assert!(none.is_none() && found.distance(&dx) < 1e-6);
+    assert_eq!(found_weight.unwrap().distance(&weight), 0.0);
+
+    let mut no_bias = conv.clone();
+    no_bias.bias = None;
+    assert_eq!(run(&no_bias, 9).1.unwrap().distance(&weight), 0.0);
+    assert_eq!(bias.len(), sizes.channels[1]);
+}
+
+#[test]
+fn quantized_parameters_are_burns() {
+    let device = Device::flex();
+    let (ours, burns) = models(&device);
+    let quantizer = || Quantizer::new(Calibration::MinMax, QuantScheme::default());
+    let ours = ours.quantize_weights(&mut quantizer());
+    let burns = burns.quantize_weights(&mut quantizer());
+    assert!(!ours.first.weight.val().dtype().is_float());
+    let x = Images::random(&mut Random(81), [2, 1, 8, 8]).tensor(&device, DType::F32);
+    let expected = burns.second.forward(burns.first.forward(x.clone()));
+    let found = ours.second.forward(ours.first.forward(x));
+    assert_eq!(bits(found), bits(expected));
+}
+
+/// The noise by which K is chosen, with patches and groups: of one batch `S / (F - S)`, S being the sum of the squares of
+/// the scores and F the square of the gradient.
+pub fn the_noise_of_a_convolution_equals_its_definition(device: &Device) {
+    let mut random = Random(82);
+    for sizes in [
+        usual(),
+        Sizes {
+            groups: 1,
+            ..usual()
+        },
+    ] {
+        let conv = sizes.conv2d(&mut random, device, DType::F32);
+        let (weight, bias) = parameters(&conv);
+        let [mut x, mut g] = batch(&mut random, &sizes);
+        // Alike, so that there is a signal.
+        let values = x.values.iter_mut().chain(&mut g.values);
+        values.for_each(|value| *value = f64::from((2.0 + 0.1 * *value) as f32));
+        let all: Vec<_> = (0..sizes.rows()).map(|row| (row, 1.0)).collect();
+        let exact = gradients(&sizes, [&x, &weight, &g], &bias, &all).weight;
+        let squares: f64 = exact.values.iter().map(|value| value * value).sum();
+        let scores = row_sizes(&sizes, &x, &g);
+        let of_scores: f64 = scores.iter().map(|score| score * score).sum();
+        let expected = of_scores / (squares - of_scores);
+
+        let layer = MemAopConv2d::from_conv2d(conv, AopConfig::new().with_cost_rule(false));
+        let observer = AopObserver::new(1);
+        let mut noise = None;
+        for _ in 0..12 {
+            let [x, g] = [&x, &g].map(|images| images.tensor(device, DType::F32));
+            run(&layer, x, g);
+            noise = observer
+                .observe(&layer)
+                .layers
+                .pop()
+                .and_then(|layer| layer.noise);
+        }
+        let found = noise.expect("the first measurement has been read");
+        assert!((found / expected - 1.0).abs() < 1e-3, "{found} {expected}");
+    }
 }
 
 #[test]

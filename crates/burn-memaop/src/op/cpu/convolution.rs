@@ -24,7 +24,7 @@ pub(crate) fn convolve<B: HostTensors<E>, E: Real>(
     bias: Option<FloatTensor<B>>,
     window: Window,
 ) -> FloatTensor<B> {
-    if !unfolds(&window) {
+    if !unfolds(&window, input.shape()[0]) {
         return B::conv2d(input, weight, bias, window.options());
     }
     let weight = B::contiguous(weight);
@@ -70,7 +70,7 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
     window: Window,
 ) -> FloatTensor<B> {
     match window.mirrored() {
-        Some(mirrored) if unfolds(&window) => {
+        Some(mirrored) if unfolds(&window, grad.shape()[0]) => {
             let weight = B::contiguous(weight);
             let weights = mirrored_weights(B::values(&weight), &window);
             convolve_by::<B, E>(grad, weights, None, mirrored)
@@ -96,11 +96,19 @@ fn mirrored_weights<E: Real>(weight: &[E], window: &Window) -> Vec<Vec<E>> {
     groups.map(mirrored).collect()
 }
 
-/// Whether patches are unfolded here: a pointwise convolution is a product already, and one with few channels in a group has
-/// loops of its own in Burn.
-fn unfolds(window: &Window) -> bool {
+/// Whether patches are unfolded here. A pointwise convolution is a product already, one with an input channel in each of
+/// several groups has loops of its own in Burn, and images are shared out to the cores, so that there must be one for each.
+fn unfolds(window: &Window, images: usize) -> bool {
     let pointwise = window.taps() == 1 && window.stride == [1, 1];
-    !pointwise && (window.groups == 1 || window.group()[0] > 1)
+    let depthwise = window.groups > 1 && window.group()[0] == 1;
+    !pointwise && !depthwise && images >= cores()
+}
+
+fn cores() -> usize {
+    #[cfg(feature = "rayon")]
+    return rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    1
 }
 
 /// The exact gradient of the weight, shape `[channels, patch]`.
@@ -111,9 +119,11 @@ pub(crate) fn exact_weight_gradient<B: HostTensors<E>, E: Real>(
 ) -> FloatTensor<B> {
     let device = input.device();
     let (input, grad) = (B::contiguous(input), B::contiguous(grad));
+    let images = Images::new(B::values(&input), window);
     let products = in_parallel(AllProducts::<B, E> {
-        images: Images::new(B::values(&input), window),
+        images,
         grad: B::values(&grad),
+        tiles: &images.tiles(input.shape()[0]),
         device: &device,
     });
     by_channel::<B, E>(products, &window, &device)

@@ -67,21 +67,19 @@ impl<'a, E: Real> Images<'a, E> {
         &self.image(image)[group * values..][..values]
     }
 
-    /// The patches of whole rows of the output, shape `[patch, positions]`.
+    /// The patches of a tile, shape `[patch, positions]`.
     fn unfold(&self, group: usize, tile: &Tile) -> Vec<E> {
         let plane = self.plane();
         let [channels, _] = self.window.group();
-        let mut columns = Vec::with_capacity(self.window.patch() * tile.columns(self.width));
+        let mut columns = Vec::with_capacity(self.window.patch() * tile.positions());
         for channel in 0..channels {
-            for down in 0..self.window.kernel[0] {
-                for right in 0..self.window.kernel[1] {
-                    let run = Run::of(&self.window, 1, right, self.width);
-                    for image in tile.images.clone() {
-                        let plane = &self.group(image, group)[channel * plane..][..plane];
-                        for row in tile.rows.clone() {
-                            let row = self.input_row(plane, down, row);
-                            run.copy(row, self.window.stride[1], &mut columns);
-                        }
+            for [down, right] in self.window.offsets() {
+                let run = Run::of(&self.window, right, &tile.columns);
+                for image in tile.images.clone() {
+                    let plane = &self.group(image, group)[channel * plane..][..plane];
+                    for row in tile.rows.clone() {
+                        let row = self.input_row(plane, down, row);
+                        run.copy(row, self.window.stride[1], &mut columns);
                     }
                 }
             }
@@ -102,27 +100,23 @@ impl<'a, E: Real> Images<'a, E> {
         (row < height).then(|| &plane[row * width..][..width])
     }
 
-    /// The patches of some positions, shape `[patch, positions]`.
+    /// The patches of some positions, shape `[patch, positions]`, from what they see of each plane.
     #[inline(always)]
-    fn unfold_at(&self, group: usize, places: &[Place<E>]) -> Vec<E> {
+    fn unfold_at(&self, group: usize, seen: &[usize], places: usize) -> Vec<E> {
         let [channels, _] = self.window.group();
         let plane = self.plane();
-        let first = self.window.channels[0] * plane * (places[0].row / self.positions());
-        let indices = self.indices(group, places, first);
-        let mut columns = vec![E::zero(); self.window.patch() * places.len()];
-        let rows = columns.chunks_exact_mut(places.len());
-        let offsets = (0..channels).map(|channel| first + channel * plane);
-        let seen = offsets.flat_map(|offset| {
-            let values = &self.values[offset..];
-            indices
-                .chunks_exact(places.len())
-                .map(move |indices| (values, indices))
+        let mut columns = vec![E::zero(); self.window.patch() * places];
+        let rows = columns.chunks_exact_mut(places);
+        let channels = group * channels..(group + 1) * channels;
+        let seen = channels.flat_map(|channel| {
+            let values = &self.values[channel * plane..];
+            seen.chunks_exact(places).map(move |seen| (values, seen))
         });
-        for (row, (values, indices)) in rows.zip(seen) {
-            for (to, &index) in row.iter_mut().zip(indices) {
+        for (row, (values, seen)) in rows.zip(seen) {
+            for (to, &index) in row.iter_mut().zip(seen) {
                 // What is beyond the image is beyond the batch.
-                *to = match (index as usize) < values.len() {
-                    true => values[index as usize],
+                *to = match index < values.len() {
+                    true => values[index],
                     false => E::zero(),
                 };
             }
@@ -130,47 +124,46 @@ impl<'a, E: Real> Images<'a, E> {
         columns
     }
 
-    /// Where each position sees the first channel of a group, from the value `first` on, shape `[taps, positions]`.
-    fn indices(&self, group: usize, places: &[Place<E>], first: usize) -> Vec<u32> {
+    /// Where each place sees the first channel of its image, shape `[taps, places]`.
+    fn seen(&self, places: &[Place<E>]) -> Vec<usize> {
         let window = &self.window;
-        let [channels, _] = window.group();
-        let (taps, plane) = (window.taps(), self.plane());
-        let mut indices = Vec::with_capacity(taps * places.len());
-        for tap in 0..taps {
-            indices.extend(places.iter().map(|place| {
-                let seen = window.seen(place.row, tap);
-                let index = seen.map(|(image, position)| {
-                    (image * window.groups + group) * channels * plane + position - first
-                });
-                // A tile spans few images.
-                index
-                    .and_then(|index| u32::try_from(index).ok())
-                    .unwrap_or(u32::MAX)
+        let image_values = window.channels[0] * self.plane();
+        let places: Vec<_> = places.iter().map(|place| window.place(place.row)).collect();
+        let mut seen = Vec::with_capacity(window.taps() * places.len());
+        for offset in window.offsets() {
+            seen.extend(places.iter().map(|&(image, place)| {
+                let position = window.seen(place, offset);
+                position.map_or(usize::MAX, |position| image * image_values + position)
             }));
         }
-        indices
+        seen
     }
 
-    /// The tiles of some images.
-    fn tiles(&self, images: usize) -> Vec<Tile> {
-        let positions = self.positions();
-        if positions < TILE {
-            let at_once = (TILE / positions.max(1)).max(1);
-            let tile = |first| Tile {
-                images: first..(first + at_once).min(images),
-                rows: 0..self.height,
-            };
-            return (0..images).step_by(at_once).map(tile).collect();
-        }
-        let at_once = (TILE / self.width).max(1);
-        let of_image = |image| {
-            let tile = move |first| Tile {
-                images: image..image + 1,
-                rows: first..(first + at_once).min(self.height),
-            };
-            (0..self.height).step_by(at_once).map(tile)
+    /// The tiles of some images: several images, several rows of one, or a part of a row.
+    pub(super) fn tiles(&self, images: usize) -> Vec<Tile> {
+        let (height, width) = (self.height, self.width);
+        let steps = |end: usize, step: usize| {
+            let step = step.max(1);
+            (0..end)
+                .step_by(step)
+                .map(move |first| first..(first + step).min(end))
         };
-        (0..images).flat_map(of_image).collect()
+        let [at_once, rows, columns] = match (self.positions(), width) {
+            (positions, _) if positions < TILE => [TILE / positions.max(1), height, width],
+            (_, width) if width <= 2 * TILE => [1, TILE / width, width],
+            _ => [1, 1, TILE],
+        };
+        let tiles = steps(images, at_once).flat_map(|images| {
+            steps(height, rows).flat_map(move |rows| {
+                let images = images.clone();
+                steps(width, columns).map(move |columns| Tile {
+                    images: images.clone(),
+                    rows: rows.clone(),
+                    columns,
+                })
+            })
+        });
+        tiles.collect()
     }
 
     /// What [`RowWork::width`] is to say so that work on images is split down to a tile and no further.
@@ -179,34 +172,35 @@ impl<'a, E: Real> Images<'a, E> {
     }
 }
 
-/// Whole rows of the output of some images.
-struct Tile {
+/// A part of the output: of one row, or of whole rows, or of whole images.
+pub(super) struct Tile {
     images: Range<usize>,
     rows: Range<usize>,
+    columns: Range<usize>,
 }
 
 impl Tile {
-    fn columns(&self, width: usize) -> usize {
-        self.images.len() * self.rows.len() * width
+    fn positions(&self) -> usize {
+        self.images.len() * self.rows.len() * self.columns.len()
     }
 
-    /// The places of the tile in one channel of an output, and the run of columns that belongs to each.
+    /// The places of the tile in one channel of an output, and the run of positions that belongs to each.
     fn runs(
         &self,
         channels: usize,
         channel: usize,
         [height, width]: [usize; 2],
     ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let (rows, positions) = (self.rows.clone(), height * width);
-        let length = rows.len() * width;
+        let first = self.rows.start * width + self.columns.start;
+        let length = self.rows.len() * self.columns.len();
         self.images.clone().enumerate().map(move |(index, image)| {
-            let from = (image * channels + channel) * positions + rows.start * width;
+            let from = (image * channels + channel) * height * width + first;
             (from..from + length, index * length..(index + 1) * length)
         })
     }
 }
 
-/// How a row of patches' values lies in a row of an image: beyond it, in it, beyond it.
+/// How some columns of a row of the output see a row of an image: beyond it, in it, beyond it.
 struct Run {
     before: usize,
     first: usize,
@@ -215,13 +209,14 @@ struct Run {
 }
 
 impl Run {
-    /// For the value at `offset` of the kernel on an axis, of `all` positions.
-    fn of(window: &Window, axis: usize, offset: usize, all: usize) -> Self {
-        let (stride, offset) = (window.stride[axis], offset * window.dilation[axis]);
-        let padding = window.padding[axis].0;
-        let before = padding.saturating_sub(offset).div_ceil(stride).min(all);
-        let first = (before * stride + offset).saturating_sub(padding);
-        let inside = window.size[axis].saturating_sub(first).div_ceil(stride);
+    /// Through the value `offset` columns from the first of the kernel.
+    fn of(window: &Window, offset: usize, columns: &Range<usize>) -> Self {
+        let (stride, offset) = (window.stride[1], offset * window.dilation[1]);
+        let (padding, all) = (window.padding[1].0, columns.len());
+        let inside = padding.saturating_sub(offset).div_ceil(stride);
+        let before = inside.saturating_sub(columns.start).min(all);
+        let first = ((columns.start + before) * stride + offset).saturating_sub(padding);
+        let inside = window.size[1].saturating_sub(first).div_ceil(stride);
         Self {
             before,
             first,
@@ -304,7 +299,7 @@ impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, B, E> {
         } = self.images;
         let [channels, of_group] = [window.channels[1], window.group()[1]];
         for tile in self.images.tiles(self.rows()) {
-            let columns = tile.columns(width);
+            let columns = tile.positions();
             for (group, weight) in self.weights.iter().enumerate() {
                 let patches = self.images.unfold(group, &tile);
                 let shape = [window.patch(), columns];
@@ -334,35 +329,25 @@ impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, B, E> {
 pub(super) struct AllProducts<'a, B: HostTensors<E>, E> {
     pub(super) images: Images<'a, E>,
     pub(super) grad: &'a [E],
+    pub(super) tiles: &'a [Tile],
     pub(super) device: &'a Device<B>,
-}
-
-impl<B: HostTensors<E>, E: Real> AllProducts<'_, B, E> {
-    fn values(&self) -> usize {
-        self.images.window.channels[1] * self.images.positions()
-    }
 }
 
 impl<B: HostTensors<E>, E: Real> RowWork for AllProducts<'_, B, E> {
     type Output = Vec<E>;
 
     fn rows(&self) -> usize {
-        self.grad.len() / self.values()
+        self.tiles.len()
     }
 
     fn width(&self) -> usize {
-        self.images.grain()
+        GRAIN
     }
 
-    fn split_at(self, image: usize) -> (Self, Self) {
-        let images = self.images.split_at(image);
-        let grad = self.grad.split_at(image * self.values());
-        let work = |images, grad| Self {
-            images,
-            grad,
-            ..self
-        };
-        (work(images.0, grad.0), work(images.1, grad.1))
+    fn split_at(self, tile: usize) -> (Self, Self) {
+        let (first, second) = self.tiles.split_at(tile);
+        let work = |tiles| Self { tiles, ..self };
+        (work(first), work(second))
     }
 
     #[inline(always)]
@@ -375,16 +360,15 @@ impl<B: HostTensors<E>, E: Real> RowWork for AllProducts<'_, B, E> {
         } = self.images;
         let [channels, of_group] = [window.channels[1], window.group()[1]];
         let mut sums = Sums::of(window);
-        for tile in self.images.tiles(self.rows()) {
-            let columns = tile.columns(width);
+        for tile in self.tiles {
             for group in 0..window.groups {
-                let mut grad = Vec::with_capacity(of_group * columns);
+                let mut grad = Vec::with_capacity(of_group * tile.positions());
                 for channel in group * of_group..(group + 1) * of_group {
                     for (from, _) in tile.runs(channels, channel, [height, width]) {
                         grad.extend_from_slice(&self.grad[from]);
                     }
                 }
-                let patches = self.images.unfold(group, &tile);
+                let patches = self.images.unfold(group, tile);
                 sums.add_product::<B>(group, grad, patches, self.device);
             }
         }
@@ -432,6 +416,7 @@ impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
             (image * channels * positions + position, place.weight)
         };
         let grads: Vec<_> = self.places.iter().map(of_channel_0).collect();
+        let seen = self.images.seen(self.places);
         for group in 0..window.groups {
             let mut grad = vec![E::zero(); of_group * self.places.len()];
             let rows = grad.chunks_exact_mut(self.places.len());
@@ -441,7 +426,7 @@ impl<B: HostTensors<E>, E: Real> RowWork for ChosenProducts<'_, B, E> {
                     *to = weight * values[index];
                 }
             }
-            let patches = self.images.unfold_at(group, self.places);
+            let patches = self.images.unfold_at(group, &seen, self.places.len());
             sums.add_product::<B>(group, grad, patches, self.device);
         }
         sums.values
@@ -546,6 +531,7 @@ impl<E: Real> RowWork for ScorePositions<'_, E> {
         let mut squares = vec![E::zero(); plane];
         let mut patches = vec![E::zero(); positions];
         let mut grads = vec![E::zero(); positions];
+        let mut idle = vec![true; positions];
         for (image, scores) in self.scores.chunks_exact_mut(positions).enumerate() {
             for group in 0..window.groups {
                 let first = (image * channels + group * of_group) * positions;
@@ -558,15 +544,14 @@ impl<E: Real> RowWork for ScorePositions<'_, E> {
                 images.add_windows(&mut patches, &squares);
                 let factors = patches.iter().zip(&grads);
                 for (score, (&patch, &grad)) in scores.iter_mut().zip(factors) {
-                    // As of a row of zeros, whatever its patch is.
-                    let size = match grad.is_zero() {
-                        true => E::zero(),
-                        false => patch.sqrt() * grad.sqrt(),
-                    };
+                    let size = patch.sqrt() * grad.sqrt();
                     *score = match group {
                         0 => size,
                         _ => length(*score, size),
                     };
+                }
+                for (idle, grad) in idle.iter_mut().zip(&grads) {
+                    *idle = (group == 0 || *idle) && grad.is_zero();
                 }
                 for (sum, channel) in sums
                     .iter_mut()
@@ -575,6 +560,13 @@ impl<E: Real> RowWork for ScorePositions<'_, E> {
                 {
                     *sum = *sum + add_up(channel);
                 }
+            }
+            // As a row of zeros, such a position adds nothing whatever its patch is.
+            for (score, &idle) in scores.iter_mut().zip(&idle) {
+                *score = match idle {
+                    true => E::zero(),
+                    false => *score,
+                };
             }
         }
         sums
@@ -591,7 +583,7 @@ impl<E: Real> Images<'_, E> {
     fn add_windows(&self, to: &mut [E], plane: &[E]) {
         let stride = self.window.stride[1];
         for right in 0..self.window.kernel[1] {
-            let run = Run::of(&self.window, 1, right, self.width);
+            let run = Run::of(&self.window, right, &(0..self.width));
             for (row, to) in to.chunks_exact_mut(self.width).enumerate() {
                 for down in 0..self.window.kernel[0] {
                     let Some(from) = self.input_row(plane, down, row) else {

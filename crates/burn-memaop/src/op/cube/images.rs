@@ -1,5 +1,7 @@
 //! Scores the positions of a convolution and gathers the chosen patches: images may lie in memory in any order of axes.
 
+use std::ops::Range;
+
 use burn::{backend::TensorMetadata, tensor::DType};
 use burn_cubecl::{cubecl, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
@@ -232,15 +234,16 @@ fn score_kernel<T: Float>(
     scores[at] = score;
 }
 
-/// The chosen patches, shape `[groups, chosen, patch]`, and gradients, shape `[groups, chosen, channels]`, each times the
+/// Some of the chosen patches, shape `[groups, chosen, patch]`, and gradients, shape `[groups, chosen, channels]`, each times the
 /// root of its weight; zeros in place of those without.
 pub(super) fn gather(
     input: &CubeTensor,
     grad: &CubeTensor,
     chosen: &Chosen,
+    places: Range<usize>,
     window: &Window,
 ) -> [CubeTensor; 2] {
-    let k = chosen.rows.meta.shape()[0];
+    let k = places.len();
     let panel =
         |width: usize| empty_without_gaps(&chosen.rows, [window.groups, k, width], input.dtype);
     let [patches, grads] = [window.patch(), window.group()[1]].map(panel);
@@ -265,6 +268,7 @@ pub(super) fn gather(
             strides(input),
             strides(grad),
             sizes(window),
+            places.start,
             k,
             elem_type(input.dtype),
         );
@@ -283,6 +287,7 @@ fn gather_kernel<T: Float>(
     input_strides: Strides,
     grad_strides: Strides,
     sizes: Sizes,
+    first: usize,
     k: usize,
     #[define(T)] _dtype: ElemType,
 ) {
@@ -290,8 +295,8 @@ fn gather_kernel<T: Float>(
     if place >= k {
         terminate!();
     }
-    let chosen = chosen[place] as usize;
-    let root = roots[place];
+    let root = roots[first + place];
+    let chosen = chosen[first + place] as usize;
     let column = chosen % sizes.output_width;
     let row = chosen / sizes.output_width % sizes.output_height;
     let image = chosen / sizes.positions();

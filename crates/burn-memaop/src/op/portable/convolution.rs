@@ -196,18 +196,20 @@ fn product<B: Backend>(
 /// Where the patches of a group lie among the values of all images, one after the other; one index beyond them where they
 /// reach beyond their image.
 fn indices(rows: &[usize], group: usize, images: usize, window: &Window) -> Vec<i64> {
-    let [height, width] = window.size;
-    let beyond = images * window.channels[0] * height * width;
+    let plane: usize = window.size.iter().product();
+    let beyond = images * window.channels[0] * plane;
     let inputs = window.group()[0];
     let mut indices = Vec::with_capacity(rows.len() * window.patch());
     for &row in rows {
+        let (image, place) = window.place(row);
+        let first = image * window.channels[0] * plane;
+        let seen = window.offsets().map(|offset| window.seen(place, offset));
+        let seen: Vec<_> = seen.collect();
         for channel in group * inputs..(group + 1) * inputs {
-            for tap in 0..window.taps() {
-                let index = window.seen(row, tap).map(|(image, position)| {
-                    (image * window.channels[0] + channel) * height * width + position
-                });
-                indices.push(index.unwrap_or(beyond) as i64);
-            }
+            indices.extend(seen.iter().map(|seen| match seen {
+                Some(position) => (first + channel * plane + position) as i64,
+                None => beyond as i64,
+            }));
         }
     }
     indices
