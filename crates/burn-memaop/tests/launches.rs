@@ -254,6 +254,7 @@ fn packed(device: &Device) {
     let device = device.clone().autodiff();
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(9))
+        .with_cost_rule(false)
         .with_stored_input(StoredInput::Int8);
     let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
     let input = random([70, 20], &device, DType::F32).require_grad();
@@ -316,6 +317,7 @@ fn layer(device: &Device) {
     ] {
         let aop = AopConfig::new()
             .with_outer_products(OuterProducts::Count(9))
+            .with_cost_rule(false)
             .with_method(method);
         let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
         let input = random([70, 20], &device, DType::F32);

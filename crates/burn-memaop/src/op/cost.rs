@@ -37,7 +37,9 @@ pub(crate) struct Pass {
 /// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares
 /// the two per row, by the measured cost of a value in the pass in operations of the product. Where only the
 /// default bodies could compute an approximate gradient, which are slower than what they save, it is exact, and where only
-/// they could pack an input, by way of the host, or with gradient checkpointing, it is kept as it is. On other devices the approximation is always taken.
+/// they could pack an input, by way of the host, or with gradient checkpointing, it is kept as it is. On GPUs, where nothing has
+/// been measured, the costs are those of a model of a fast one (`docs/gpu.md`): there launches decide, and a slower GPU would
+/// gain from smaller layers too.
 pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
     let mut ruled = *config;
     // As wide already.
@@ -50,23 +52,20 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     if !packs(device, pass.dtype) {
         ruled.stored_input = StoredInput::Full;
     }
-    let cost = match device_class(device) {
-        Class::Cpu => Some(Cost::of_this_processor()),
-        Class::Cube if pass.rows <= MOST_ROWS => None,
+    let cpu = match device_class(device) {
+        Class::Cpu => true,
+        Class::Cube if pass.rows <= MOST_ROWS => false,
         Class::Cube | Class::Other => {
             exact_weight(&mut ruled);
             ruled.input_gradient = InputGradient::Exact;
             return ruled;
         }
     };
-    if !has_fast_weight(config, pass.dtype, cost.is_some())
-        || cost.is_some_and(|cost| !cost.weight_pays(config, pass))
-    {
+    let cost = Cost::of(cpu, pass.dtype);
+    if !has_fast_weight(config, pass.dtype, cpu) || !cost.weight_pays(config, pass) {
         exact_weight(&mut ruled);
     }
-    if !has_fast_scores(pass.dtype, cost.is_some())
-        || cost.is_some_and(|cost| !cost.input_pays(config, pass))
-    {
+    if !has_fast_scores(pass.dtype, cpu) || !cost.input_pays(config, pass) {
         ruled.input_gradient = InputGradient::Exact;
     }
     ruled
@@ -126,6 +125,8 @@ struct Cost {
     position: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
     write: f64,
+    /// The launches beside the product, of the whole batch.
+    launches: f64,
     /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
     /// overestimated at every size of the bench (its `measure`).
     search: f64,
@@ -139,6 +140,7 @@ const NARROW: Cost = Cost {
     gather: 60.0,
     position: 500.0,
     write: 50.0,
+    launches: 0.0,
     search: 6000.0,
 };
 /// With products in registers of 512 bits, which take less time, so that the passes weigh more.
@@ -150,10 +152,19 @@ const WIDE: Cost = Cost {
     gather: 120.0,
     position: 1000.0,
     write: 100.0,
+    launches: 0.0,
     search: 12000.0,
 };
 
 impl Cost {
+    fn of(cpu: bool, dtype: DType) -> Self {
+        match (cpu, dtype) {
+            (true, _) => Self::of_this_processor(),
+            (false, DType::F16 | DType::BF16) => GPU_HALF,
+            (false, _) => GPU,
+        }
+    }
+
     fn of_this_processor() -> Self {
         #[cfg(all(feature = "avx512", target_arch = "x86_64"))]
         if std::is_x86_feature_detected!("avx512f") {
@@ -181,7 +192,7 @@ impl Cost {
             0 => 0.0,
             _ => self.position,
         };
-        value * pass.read as f64 + position
+        value * pass.read as f64 + position + self.launches / pass.rows as f64
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
@@ -190,7 +201,11 @@ impl Cost {
             false => config.input_gradient.fixed_k(pass.rows),
         };
         let saved = self.saved(k, 0.0, pass);
-        pass.with_input && saved > self.input * pass.read as f64
+        pass.with_input && saved > self.input_pass(pass)
+    }
+
+    fn input_pass(&self, pass: Pass) -> f64 {
+        self.input * pass.read as f64 + self.launches / pass.rows as f64
     }
 
     /// What a product of `k` of the rows saves per row, if `write` operations a value are paid for any number.
@@ -206,8 +221,8 @@ fn least_k(rows: usize) -> usize {
     k_of(1.0 / DIVISORS[DIVISORS.len() - 1] as f64, rows)
 }
 
-/// On a GPU, from bytes alone: values of four bytes, at 20 operations of a product for each byte of memory traffic
-/// (an H100 in `f32` has 67e12 / 3.35e12). Not measured.
+/// On a GPU, by a model of a fast one (`docs/gpu.md`), not measured: values of four bytes, at 20 operations of a product for each
+/// byte of memory traffic (an H100 in `f32` has 67e12 / 3.35e12), and nine launches of 3 microseconds at 50e12 operations a second.
 const GPU: Cost = Cost {
     read: 80.0,
     fold_in: 240.0,
@@ -215,9 +230,10 @@ const GPU: Cost = Cost {
     gather: 80.0,
     position: 0.0,
     write: 80.0,
+    launches: 1.3e9,
     search: 0.0,
 };
-/// In half precision values have half of the bytes, and products of matrix units take a fifteenth of the time.
+/// In half precision values have half of the bytes, and products of matrix units take a fourteenth of the time.
 const GPU_HALF: Cost = Cost {
     read: 600.0,
     fold_in: 1800.0,
@@ -225,6 +241,7 @@ const GPU_HALF: Cost = Cost {
     gather: 600.0,
     position: 0.0,
     write: 600.0,
+    launches: 1.9e10,
     search: 0.0,
 };
 
@@ -240,18 +257,17 @@ const NOTHING: Cost = Cost {
     gather: 0.0,
     position: 0.0,
     write: 0.0,
+    launches: 0.0,
     search: 0.0,
 };
 
 /// The time of a training step in operations of a matrix product per row, for the choice of K; without the cost
 /// rule, of the products alone.
 pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> StepTime {
-    let half = matches!(pass.dtype, DType::F16 | DType::BF16);
     let cost = match device_class(device) {
         _ if !config.cost_rule => NOTHING,
-        Class::Cpu => Cost::of_this_processor(),
-        Class::Cube if half => GPU_HALF,
-        Class::Cube => GPU,
+        Class::Cpu => Cost::of(true, pass.dtype),
+        Class::Cube => Cost::of(false, pass.dtype),
         // Exact by the cost rule.
         Class::Other => NOTHING,
     };
@@ -264,7 +280,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     let input = match pass.with_input {
         false => ProductTime::default(),
         true => ProductTime {
-            pass: cost.input * read,
+            pass: cost.input_pass(pass),
             gather: 0.0,
             product,
         },
