@@ -52,16 +52,14 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     if !packs(device, pass.dtype) {
         ruled.stored_input = StoredInput::Full;
     }
-    let cpu = match device_class(device) {
-        Class::Cpu => true,
-        Class::Cube if pass.rows <= MOST_ROWS => false,
-        Class::Cube | Class::Other => {
-            exact_weight(&mut ruled);
-            ruled.input_gradient = InputGradient::Exact;
-            return ruled;
-        }
-    };
-    let cost = Cost::of(cpu, pass.dtype);
+    let class = device_class(device);
+    let cpu = class == Class::Cpu;
+    if class == Class::Other || !cpu && pass.rows > MOST_ROWS {
+        exact_weight(&mut ruled);
+        ruled.input_gradient = InputGradient::Exact;
+        return ruled;
+    }
+    let cost = Cost::of(class, pass.dtype);
     if !has_fast_weight(config, pass.dtype, cpu) || !cost.weight_pays(config, pass) {
         exact_weight(&mut ruled);
     }
@@ -82,7 +80,7 @@ pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
     }
     match device_class(device) {
         Class::Cpu => has_fast_scores(dtype, true),
-        Class::Cube => has_fast_scores(dtype, false),
+        Class::Cube | Class::Cuda => has_fast_scores(dtype, false),
         Class::Other => false,
     }
 }
@@ -157,11 +155,14 @@ const WIDE: Cost = Cost {
 };
 
 impl Cost {
-    fn of(cpu: bool, dtype: DType) -> Self {
-        match (cpu, dtype) {
-            (true, _) => Self::of_this_processor(),
-            (false, DType::F16 | DType::BF16) => GPU_HALF,
-            (false, _) => GPU,
+    fn of(class: Class, dtype: DType) -> Self {
+        match (class, dtype) {
+            (Class::Cpu, _) => Self::of_this_processor(),
+            (Class::Cube | Class::Cuda, DType::F16 | DType::BF16) => GPU_HALF,
+            (Class::Cube, _) => GPU,
+            (Class::Cuda, _) => GPU_TF32,
+            // Exact by the rule.
+            (Class::Other, _) => NOTHING,
         }
     }
 
@@ -233,6 +234,17 @@ const GPU: Cost = Cost {
     launches: 1.3e9,
     search: 0.0,
 };
+/// On CUDA products of single precision take tensor cores, in TF32: a seventh of the time.
+const GPU_TF32: Cost = Cost {
+    read: 500.0,
+    fold_in: 1500.0,
+    input: 1000.0,
+    gather: 500.0,
+    position: 0.0,
+    write: 500.0,
+    launches: 9.3e9,
+    search: 0.0,
+};
 /// In half precision values have half of the bytes, and products of matrix units take a fourteenth of the time.
 const GPU_HALF: Cost = Cost {
     read: 600.0,
@@ -264,12 +276,9 @@ const NOTHING: Cost = Cost {
 /// The time of a training step in operations of a matrix product per row, for the choice of K; without the cost
 /// rule, of the products alone.
 pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> StepTime {
-    let cost = match device_class(device) {
-        _ if !config.cost_rule => NOTHING,
-        Class::Cpu => Cost::of(true, pass.dtype),
-        Class::Cube => Cost::of(false, pass.dtype),
-        // Exact by the cost rule.
-        Class::Other => NOTHING,
+    let cost = match config.cost_rule {
+        true => Cost::of(device_class(device), pass.dtype),
+        false => NOTHING,
     };
     let (n, p) = (pass.d_input as f64, pass.d_output as f64);
     let (rows, read) = (pass.rows as f64, pass.read as f64);
@@ -302,11 +311,14 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
 }
 
 #[allow(dead_code)] // Not all backends are always there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     /// With the code of `cpu.rs`.
     Cpu,
     /// With the kernels of `cube.rs`.
     Cube,
+    /// The same, with products of single precision in TF32.
+    Cuda,
     /// With the default bodies alone.
     Other,
 }
@@ -320,6 +332,8 @@ fn device_class(device: &DispatchDevice) -> Class {
         // Its cubes are too small for the kernels.
         #[cfg(feature = "cubecl-backend")]
         DispatchDevice::Cube(burn_cubecl::cubecl::Device::Cpu(_)) => Class::Other,
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(burn_cubecl::cubecl::Device::Cuda(_)) => Class::Cuda,
         #[cfg(feature = "cubecl-backend")]
         DispatchDevice::Cube(_) => Class::Cube,
         #[cfg(feature = "autodiff")]
@@ -378,6 +392,28 @@ mod tests {
                 assert_eq!(found, expected, "{cost:?} {rows} {k} {d_input} {d_output}");
             }
         }
+    }
+
+    #[test]
+    fn on_gpus_launches_decide() {
+        for (rows, d_input, d_output, single, tf32, half) in [
+            (1024, 512, 512, false, false, false),
+            (4096, 1024, 1024, true, false, false),
+            (16_384, 1024, 4096, true, true, true),
+            (8192, 4096, 4096, true, true, true),
+        ] {
+            let pays = |cost: Cost| {
+                let config = config(Memory::None, rows / 8);
+                cost.weight_pays(&config, pass(rows, d_input, d_output))
+            };
+            let expected = [single, tf32, half];
+            let found = [GPU, GPU_TF32, GPU_HALF].map(pays);
+            assert_eq!(found, expected, "{rows} {d_input} {d_output}");
+        }
+        assert_eq!(
+            Cost::of(Class::Cuda, DType::BF16).launches,
+            GPU_HALF.launches
+        );
     }
 
     #[test]
