@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# The GPU tables of docs/benchmarks.md, wherever there is a GPU:
+# The GPU tables of docs/gpu.md, wherever there is a GPU:
 #
-#     benches/gpu.sh cuda              # or vulkan, wgpu, metal, rocm
+#     benches/gpu.sh vulkan            # nothing but a driver; or wgpu, metal, cuda, rocm
 #     benches/gpu.sh vulkan f32 f16    # these types only
 #
 # Writes OUT/BENCHMARK-TYPE.json (OUT is target/gpu-BACKEND unless set) for each benchmark, and with
-# PyTorch on the same card OUT/torch-TYPE.json.
+# PyTorch on the same card OUT/torch-TYPE.json. GPU="H100" prints what was measured beside the model of that name.
+#
+# BUILD=only builds the benches into target/gpu and stops; BENCHES=DIR runs those in a folder, on a machine without a
+# compiler or a network. REPEATS is how often each side is timed, PROFILE another profile of cargo, OPTIONS more of the benches'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,19 +19,44 @@ case "$backend" in
     *) types=(f32 f16) ;;
 esac
 [ $# -eq 0 ] || types=("$@")
+benches=(layer conv step input transformer)
+
+bin=${BENCHES:-target/gpu}
+if [ -z "${BENCHES:-}" ]; then
+    mkdir -p "$bin"
+    cargo bench -p memaop-benches --features "$backend,autotune,fusion" --profile "${PROFILE:-bench}" --no-run \
+        --message-format json | python3 -c '
+import json, shutil, sys
+for line in sys.stdin:
+    artifact = json.loads(line)
+    if artifact.get("executable") and artifact["target"]["kind"] == ["bench"]:
+        shutil.copy(artifact["executable"], sys.argv[1] + "/" + artifact["target"]["name"])
+' "$bin"
+fi
+[ "${BUILD:-}" != only ] || exit 0
+
 out=${OUT:-target/gpu-$backend}
 mkdir -p "$out"
-out=$(cd "$out" && pwd)
-
-bench=(cargo bench -p memaop-benches --features "$backend,autotune,fusion")
 for type in "${types[@]}"; do
-    options=(--backend "$backend" --dtype "$type")
-    "${bench[@]}" --bench layer -- "${options[@]}" --json "$out/layer-$type.json"
-    "${bench[@]}" --bench step -- "${options[@]}" --width 4096 --m 8192 --json "$out/step-$type.json"
-    "${bench[@]}" --bench input -- "${options[@]}" --json "$out/input-$type.json"
-    "${bench[@]}" --bench transformer -- "${options[@]}" --width 1024 --heads 16 --batch 64 --length 128 \
-        --json "$out/transformer-$type.json"
+    common=(--bench --backend "$backend" --dtype "$type" --repeats "${REPEATS:-15}")
+    for bench in "${benches[@]}"; do
+        case "$bench" in
+            step) options=(--width 4096 --m 8192) ;;
+            transformer) options=(--width 1024 --heads 16 --batch 64 --length 128) ;;
+            *) options=() ;;
+        esac
+        printf '\n== %s %s (%s s)\n' "$bench" "$type" "$SECONDS"
+        # shellcheck disable=SC2086
+        "$bin/$bench" "${common[@]}" "${options[@]}" ${OPTIONS:-} --json "$out/$bench-$type.json"
+    done
     if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
         python3 benches/torch_linear.py --dtype "$type" --json "$out/torch-$type.json"
     fi
+    if [ -n "${GPU:-}" ]; then
+        kind=$type
+        [ "$type" != f16 ] || kind=bf16
+        [ "$backend-$type" != cuda-f32 ] || kind=tf32
+        python3 benches/gpu_model.py "$out/layer-$type.json" "$GPU" "$kind"
+    fi
 done
+printf '\n== done (%s s)\n' "$SECONDS"

@@ -12,7 +12,8 @@
 //!
 //! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: the same parameters, the same
 //! forward pass, the same exact gradients of input and bias, and an approximate gradient of the
-//! weight, as [`AopConfig`] says. [`transformer`] has counterparts of Burn's transformer modules.
+//! weight, as [`AopConfig`] says. [`MemAopConv2d`] does so in the place of [`burn::nn::conv::Conv2d`], and [`transformer`] has
+//! counterparts of Burn's transformer modules.
 //!
 //! ```
 //! use burn::nn::Relu;
@@ -194,6 +195,10 @@ mod documents {
     struct Compare;
     #[doc = include_str!("../../../docs/contributing.md")]
     struct Contributing;
+    #[doc = include_str!("../../../docs/convolutions.md")]
+    struct Convolutions;
+    #[doc = include_str!("../../../docs/gpu.md")]
+    struct Gpu;
     #[doc = include_str!("../../../docs/memory.md")]
     struct Memory;
     #[doc = include_str!("../../../docs/study.md")]
