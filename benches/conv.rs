@@ -27,7 +27,7 @@ struct Options {
     #[arg(long, requires_all = ["channels", "size"])]
     images: Option<usize>,
     /// Of input and output
-    #[arg(long, value_delimiter = ',', requires = "images", num_args = 2)]
+    #[arg(long, value_delimiter = ',', requires = "images")]
     channels: Vec<usize>,
     /// Height and width of the images
     #[arg(long, requires = "images")]
@@ -101,6 +101,11 @@ fn main() -> Result<()> {
         options.k_ratio > 0.0 && options.k_ratio <= 1.0,
         "--k-ratio must be in (0, 1], but got {}",
         options.k_ratio
+    );
+    ensure!(
+        options.channels.is_empty() || options.channels.len() == 2,
+        "--channels must be two numbers, of input and output, but got {:?}",
+        options.channels
     );
     let sizes = match (options.images, &options.channels[..], options.size) {
         (Some(images), &[inputs, outputs], Some(size)) => vec![Sizes {

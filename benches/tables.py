@@ -1,4 +1,5 @@
-"""Writes the tables of docs/benchmarks.md, docs/choosing.md and docs/memory.md anew from the raw results in benches/results.
+"""Writes the tables of docs/benchmarks.md, docs/choosing.md, docs/convolutions.md and docs/memory.md
+anew from the raw results in benches/results.
 
 A table stands between the lines `<!-- begin NAME FILE -->` and `<!-- end NAME -->`.
 """
@@ -9,7 +10,7 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks.md", "choosing.md", "memory.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks.md", "choosing.md", "convolutions.md", "memory.md")]
 # The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
@@ -73,6 +74,33 @@ def conv(rows):
         ]
 
     return markdown(head, [cells(row) for row in rows])
+
+
+def cnn(courses, target=0.985):
+    """The race of `cargo cnn`: the mean accuracy of the second half of the tests, all times to those of Burn's modules."""
+    names = list(dict.fromkeys(course["name"] for course in courses))
+    seeds = sorted({course["seed"] for course in courses})
+    of = {(course["name"], course["seed"]): course for course in courses}
+
+    def accuracy(course):
+        half = course["accuracy"][len(course["accuracy"]) // 2 :]
+        return 100 * statistics.mean(half)
+
+    rows = []
+    for name in names:
+        pairs = [(of[name, seed], of[names[0], seed]) for seed in seeds]
+        cells = [f"{statistics.mean(accuracy(mine) for mine, _ in pairs):.2f}"]
+        finishes = [[finish(course, course["accuracy"], target)[0] for course in pair] for pair in pairs]
+        seconds = statistics.mean(mine for mine, _ in finishes)
+        if name == names[0]:
+            cells += ["", "", f"{seconds:.0f}", ""]
+        else:
+            cells.append(interval([accuracy(mine) - accuracy(burn) for mine, burn in pairs], "+"))
+            cells.append(interval([mine["seconds"][-1] / burn["seconds"][-1] for mine, burn in pairs]))
+            cells += [f"{seconds:.0f}", interval([mine / burn for mine, burn in finishes])]
+        rows.append([name, *cells])
+    head = ["", "accuracy, %", "to Burn's, points", "time to Burn's", f"seconds to {100 * target} %", "to Burn's"]
+    return markdown(head, rows)
 
 
 def compare(results):
@@ -235,7 +263,7 @@ def parts(rows):
     return markdown(["module", "bytes a row"], cells)
 
 
-TABLES = {"layer": layer, "conv": conv, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
+TABLES = {"layer": layer, "cnn": cnn, "conv": conv, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
 
 
 def main():
