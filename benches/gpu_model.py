@@ -28,8 +28,8 @@ def product(device, kind, m, n, p):
 
 
 def selection_launches(m):
-    """Systematic sampling: one cube up to 2048 rows, else the largest score, four searches, the places and the draw."""
-    return 1 if m <= 2048 else 7
+    """Systematic sampling: one cube up to 2048 rows, else the largest score, six searches, the places and the draw."""
+    return 1 if m <= 2048 else 9
 
 
 def gradient(device, kind, m, n, p, k):

@@ -124,6 +124,32 @@ fn operation(device: &Device) {
             random([200, 40], device, dtype),
             random([200, 24], device, dtype),
         );
+        // More rows than one cube takes.
+        let many = (
+            random([3000, 8], device, dtype),
+            random([3000, 8], device, dtype),
+        );
+        for (method, more) in [(Method::Systematic, 8), (Method::TopK(Memory::None), 6)] {
+            let settings = AopStep {
+                k: 25,
+                method,
+                memory_precision: MemoryPrecision::Full,
+                seed: 1,
+                step: 0,
+                bias: false,
+                measure: false,
+            };
+            let (kernels, reads) = observe(device, || {
+                op::weight_gradient(many.0.clone(), many.1.clone(), None, settings);
+            });
+            let products = kernels.iter().filter(|name| name.contains("matmul"));
+            assert_eq!(
+                kernels.len() - products.count(),
+                3 + more,
+                "{method:?}: {kernels:?}"
+            );
+            assert_eq!(reads, 0, "{method:?}: {kernels:?}");
+        }
         for method in methods {
             let mut kept = None;
             let mut step = 0;

@@ -123,8 +123,8 @@ struct Cost {
     position: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
     write: f64,
-    /// The launches beside the product, of the whole batch.
-    launches: f64,
+    /// A launch.
+    launch: f64,
     /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
     /// overestimated at every size of the bench (its `measure`).
     search: f64,
@@ -138,7 +138,7 @@ const NARROW: Cost = Cost {
     gather: 60.0,
     position: 500.0,
     write: 50.0,
-    launches: 0.0,
+    launch: 0.0,
     search: 6000.0,
 };
 /// With products in registers of 512 bits, which take less time, so that the passes weigh more.
@@ -150,7 +150,7 @@ const WIDE: Cost = Cost {
     gather: 120.0,
     position: 1000.0,
     write: 100.0,
-    launches: 0.0,
+    launch: 0.0,
     search: 12000.0,
 };
 
@@ -193,7 +193,9 @@ impl Cost {
             0 => 0.0,
             _ => self.position,
         };
-        value * pass.read as f64 + position + self.launches / pass.rows as f64
+        // Scores, selection and gather; of a convolution squares besides.
+        let launches = 2 + selection_launches(pass.rows) + usize::from(pass.gathered > 0);
+        value * pass.read as f64 + position + self.launches(launches, pass)
     }
 
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
@@ -206,7 +208,14 @@ impl Cost {
     }
 
     fn input_pass(&self, pass: Pass) -> f64 {
-        self.input * pass.read as f64 + self.launches / pass.rows as f64
+        // Sizes, selection, gather, zeros and scatter.
+        let launches = 4 + selection_launches(pass.rows);
+        self.input * pass.read as f64 + self.launches(launches, pass)
+    }
+
+    /// So many launches, per row.
+    fn launches(&self, count: usize, pass: Pass) -> f64 {
+        self.launch * count as f64 / pass.rows as f64
     }
 
     /// What a product of `k` of the rows saves per row, if `write` operations a value are paid for any number.
@@ -217,44 +226,53 @@ impl Cost {
     }
 }
 
+/// What systematic sampling takes on a GPU (`cube/select.rs`).
+fn selection_launches(rows: usize) -> usize {
+    match rows <= 2048 {
+        true => 1,
+        false => 9,
+    }
+}
+
 /// The least that a layer chooses.
 fn least_k(rows: usize) -> usize {
     k_of(1.0 / DIVISORS[DIVISORS.len() - 1] as f64, rows)
 }
 
 /// On a GPU, by a model of a fast one (`docs/gpu.md`), not measured: values of four bytes, at 20 operations of a product for each
-/// byte of memory traffic (an H100 in `f32` has 67e12 / 3.35e12), and nine launches of 3 microseconds at 50e12 operations a second.
+/// byte of memory traffic (an H100 in `f32` has 67e12 / 3.35e12), a quarter more for gathering an eighth of the rows, and launches of 3
+/// microseconds at 50e12 operations a second. The search is of one multiprocessor for each K.
 const GPU: Cost = Cost {
-    read: 80.0,
+    read: 100.0,
     fold_in: 240.0,
     input: 160.0,
     gather: 80.0,
     position: 0.0,
     write: 80.0,
-    launches: 1.3e9,
-    search: 0.0,
+    launch: 1.5e8,
+    search: 2e5,
 };
 /// On CUDA products of single precision take tensor cores, in TF32: a seventh of the time.
 const GPU_TF32: Cost = Cost {
-    read: 500.0,
-    fold_in: 1500.0,
-    input: 1000.0,
-    gather: 500.0,
+    read: 700.0,
+    fold_in: 1700.0,
+    input: 1100.0,
+    gather: 560.0,
     position: 0.0,
-    write: 500.0,
-    launches: 9.3e9,
-    search: 0.0,
+    write: 560.0,
+    launch: 1.05e9,
+    search: 1.4e6,
 };
 /// In half precision values have half of the bytes, and products of matrix units take a fourteenth of the time.
 const GPU_HALF: Cost = Cost {
-    read: 600.0,
-    fold_in: 1800.0,
-    input: 1200.0,
-    gather: 600.0,
+    read: 700.0,
+    fold_in: 1700.0,
+    input: 1100.0,
+    gather: 560.0,
     position: 0.0,
-    write: 600.0,
-    launches: 1.9e10,
-    search: 0.0,
+    write: 560.0,
+    launch: 2.1e9,
+    search: 2.8e6,
 };
 
 /// What passes through memory beside the products, in values: an optimizer reads weight and gradient and writes the
@@ -269,7 +287,7 @@ const NOTHING: Cost = Cost {
     gather: 0.0,
     position: 0.0,
     write: 0.0,
-    launches: 0.0,
+    launch: 0.0,
     search: 0.0,
 };
 
@@ -306,7 +324,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
             product: product - written,
         },
         input,
-        measure: measures * (cost.read * (read + weight) + cost.search),
+        measure: measures * (cost.read * (read + weight) + cost.search + cost.launches(9, pass)),
     }
 }
 
@@ -410,10 +428,7 @@ mod tests {
             let found = [GPU, GPU_TF32, GPU_HALF].map(pays);
             assert_eq!(found, expected, "{rows} {d_input} {d_output}");
         }
-        assert_eq!(
-            Cost::of(Class::Cuda, DType::BF16).launches,
-            GPU_HALF.launches
-        );
+        assert_eq!(Cost::of(Class::Cuda, DType::BF16).launch, GPU_HALF.launch);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The approximate weight gradient on CubeCL backends: the same result as the default body of
-//! `portable.rs`, in three launches (of packed rows five) and a matrix product, none of which waits for the host.
+//! `portable.rs`, in three launches (of packed rows five; of many rows the selection takes several) and a matrix product, none
+//! of which waits for the host.
 
 use std::sync::Once;
 
@@ -115,7 +116,7 @@ fn warn(reason: &str) {
     });
 }
 
-/// The gradient of the input for some of the rows, in five launches and a matrix product.
+/// The gradient of the input for some of the rows: scores, selection, gather, zeros and scatter, and a matrix product.
 pub(crate) fn input_gradient(grad: CubeTensor, weight: CubeTensor, step: InputStep) -> CubeTensor {
     let (rows, d_input) = (grad.shape()[0], weight.shape()[0]);
     if step.k >= rows {
@@ -155,8 +156,9 @@ pub(crate) fn noise(
     figures(scores, gradient, &step)
 }
 
-/// The most values of chosen patches that are put together at a time.
-const MOST_GATHERED: usize = 1 << 26;
+/// The most values of chosen patches, or of their gradients, that are put together at a time: 64 MiB in single precision, half
+/// of what every device of the WebGPU standard can bind.
+const MOST_GATHERED: usize = 1 << 24;
 
 /// The weight gradient of a convolution: four launches and a matrix product, of very many patches a launch and a product more
 /// for each part of them.
@@ -183,7 +185,8 @@ pub(crate) fn convolve_weight_gradient(
     let scores = images::score(&input, &grad, &window);
     let chosen = select::choose(&scores, &step);
     let k = chosen.rows.shape()[0];
-    let at_once = (MOST_GATHERED / (window.groups * window.patch())).max(1);
+    let widest = (window.groups * window.patch()).max(window.channels[1]);
+    let at_once = (MOST_GATHERED / widest).max(1);
     let products = (0..k).step_by(at_once).map(|first| {
         let places = first..k.min(first + at_once);
         let [patches, grads] = images::gather(&input, &grad, &chosen, places, &window);

@@ -245,7 +245,8 @@ fn winners(scores: &[f64], k: usize) -> Vec<usize> {
     let mut rest: f64 = scores.iter().sum();
     let mut least = (rest / k as f64, 0);
     for count in 1..k {
-        rest -= scores[best[count - 1]];
+        // Below zero by rounding it would make winners of rows that add nothing.
+        rest = (rest - scores[best[count - 1]]).max(0.0);
         let factor = rest / (k - count) as f64;
         if factor < least.0 {
             least = (factor, count);

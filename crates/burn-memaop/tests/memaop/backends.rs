@@ -29,6 +29,8 @@ macro_rules! suite {
                 batches_of_every_size_equal_the_oracle,
                 large_batches_equal_the_oracle,
                 draws_of_many_rows_equal_the_oracle,
+                the_largest_of_many_rows_equal_the_oracle,
+                unbiased_draws_leave_broken_rows_out,
                 ten_steps_leave_the_memory_of_the_oracle,
                 a_memory_in_half_precision_is_close_to_the_oracle,
                 a_change_of_precision_keeps_the_memory,

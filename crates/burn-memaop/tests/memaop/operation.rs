@@ -374,6 +374,73 @@ pub fn draws_of_many_rows_equal_the_oracle(device: &Device) {
     }
 }
 
+/// The largest, with their share, and rows that are not finite among them.
+pub fn the_largest_of_many_rows_equal_the_oracle(device: &Device) {
+    let mut random = Random(18);
+    for (m, k) in [(2048, 300), (2049, 300), (20_000, 2500)] {
+        for policy in [Policy::TopK, Policy::RandK, Policy::WeightedK] {
+            let (mut x, g) = (random.matrix(m, 3), random.matrix(m, 2));
+            let mut oracle = Oracle::new(policy, Memory::None, 5, 3, 2);
+            let broken = |row: usize| policy == Policy::TopK && row % 500 == 77;
+            for row in (0..m).filter(|&row| broken(row)) {
+                x.0[row] = vec![0.0; 3];
+            }
+            let expected = oracle.step(&x, &g, k);
+            for row in (0..m).filter(|&row| broken(row)) {
+                x.0[row][1] = f64::NAN;
+            }
+            let step = AopStep {
+                k,
+                method: policy.method(Memory::None),
+                memory_precision: MemoryPrecision::Full,
+                seed: 5,
+                step: 0,
+                bias: false,
+                measure: true,
+            };
+            let [x, g] = [&x, &g].map(|matrix| matrix.tensor(device, DType::F32));
+            let found = weight_gradient(x, g, None, step);
+            let error = Matrix::from_tensor(found.weight).relative_error(&expected);
+            assert!(error < 1e-4, "{policy:?} {m} {k}: {error:e}");
+            let share = f64::from(found.share.unwrap().into_scalar::<f32>());
+            assert!(
+                (share - oracle.share).abs() < 1e-4,
+                "{policy:?} {m} {k}: {share}"
+            );
+        }
+    }
+}
+
+/// Broken rows, and more places than there are others that add something.
+pub fn unbiased_draws_leave_broken_rows_out(device: &Device) {
+    let mut random = Random(19);
+    for policy in UNBIASED {
+        for m in [40, 2500] {
+            let (mut x, g) = (random.matrix(m, 3), random.matrix(m, 2));
+            for row in 0..m {
+                if row % 2 == 0 {
+                    x.0[row] = vec![0.0; 3];
+                }
+            }
+            x.0[4][0] = f64::INFINITY;
+            x.0[7][2] = f64::NAN;
+            let step = AopStep {
+                k: 3 * m / 4,
+                method: policy.method(Memory::None),
+                memory_precision: MemoryPrecision::Full,
+                seed: 5,
+                step: 0,
+                bias: false,
+                measure: false,
+            };
+            let [x, g] = [&x, &g].map(|matrix| matrix.tensor(device, DType::F32));
+            let found = Matrix::from_tensor(weight_gradient(x, g, None, step).weight);
+            let finite = found.0.iter().flatten().all(|value| value.is_finite());
+            assert!(finite, "{policy:?} {m}: {found:?}");
+        }
+    }
+}
+
 pub fn ten_steps_leave_the_memory_of_the_oracle(device: &Device) {
     let mut random = Random(13);
     let (m, n, p, k) = (130, 33, 20, 17);

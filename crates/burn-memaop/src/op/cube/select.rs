@@ -21,7 +21,7 @@ mod variance;
 
 use self::{largest::Key, systematic::relative};
 use super::{
-    LEAST_UNITS, empty,
+    empty,
     units::{Pair, cube_max, cube_sums, is_finite, pair},
 };
 use crate::{
@@ -116,15 +116,18 @@ fn largest(scores: &CubeTensor, draw: Draw, key: Key, weight: f64) -> Chosen {
 
 /// Reads the scores, and so waits for the device.
 fn on_host(scores: &CubeTensor, step: &AopStep) -> Chosen {
-    let rows = scores.shape()[0];
-    let read = || portable::read::<CubeBackend>(scores.clone());
-    let selection = selection::select(rows, step, read);
+    let sizes = portable::read::<CubeBackend>(scores.clone());
+    let selection = selection::select(sizes.len(), step, || sizes.clone());
     let count = selection.rows.len();
+    let weights = selection.weights.unwrap_or_else(|| vec![1.0; count]);
+    let roots = selection.rows.iter().zip(weights);
+    let roots: Vec<_> = roots
+        .map(|(&row, weight)| match sizes[row].is_finite() {
+            true => weight.sqrt() as f32,
+            false => 0.0,
+        })
+        .collect();
     let chosen: Vec<_> = selection.rows.iter().map(|&row| row as u32).collect();
-    let roots: Vec<_> = match selection.weights {
-        None => vec![1.0; count],
-        Some(weights) => weights.iter().map(|weight| weight.sqrt() as f32).collect(),
-    };
     let device = scores.device();
     let chosen = CubeBackend::int_from_data(TensorData::new(chosen, [count]), &device);
     let share = match step.measure {
@@ -135,15 +138,6 @@ fn on_host(scores: &CubeTensor, step: &AopStep) -> Chosen {
         rows: chosen,
         roots: CubeBackend::float_from_data(TensorData::new(roots, [count]), &device),
         share,
-    }
-}
-
-/// The units of the one cube: more of them where there is more to do.
-fn units(scores: &CubeTensor) -> u32 {
-    let most = scores.client.properties().hardware.max_units_per_cube;
-    match scores.shape()[0] > 4096 && most >= 1024 {
-        true => 1024,
-        false => LEAST_UNITS,
     }
 }
 

@@ -166,7 +166,8 @@ pub(super) fn next(c: f32, k: u32, certain: f32, rest: f32) -> f32 {
     let mut next = c;
     let count = f32::cast_from(k);
     if certain < count && rest > 0.0 {
-        next = f32::max(c, (count - certain) / rest);
+        // An infinite c would make numbers that are none of rows of zeros.
+        next = f32::max(c, f32::min((count - certain) / rest, 1e38f32));
     }
     next
 }
@@ -215,9 +216,13 @@ pub(super) fn correction(total: &Fixed, k: u32, certain: f32) -> f32 {
     if total.whole < left.whole {
         error = -left.minus(total).float();
     }
-    let correction = -error / total.float();
-    // Where all rows that are not zero are certain, nothing is to be shared: 0 / 0 above.
-    select(f32::abs(correction) < 0.001, correction, 0.0f32)
+    // Where all rows that are not zero are certain, nothing is to be shared.
+    let mut correction = 0.0f32;
+    if total.whole > 0 || total.fraction > 0 {
+        let relative = -error / total.float();
+        correction = select(f32::abs(relative) < 0.001, relative, 0.0f32);
+    }
+    correction
 }
 
 /// Where the sum of the p begins, below 1.
@@ -273,6 +278,22 @@ pub(super) fn leave(
 #[cube]
 fn fraction(p: f32) -> u32 {
     u32::cast_from(p * TWO_32)
+}
+
+/// A p in one word: that of 1 is the largest, and that of any other is below it.
+#[cube]
+pub(super) fn encoded(p: &Fixed) -> u32 {
+    select(
+        p.whole == 1,
+        0xFFFF_FFFFu32,
+        u32::min(p.fraction, 0xFFFF_FFFEu32),
+    )
+}
+
+#[cube]
+pub(super) fn decoded(p: u32) -> Fixed {
+    let one = p == 0xFFFF_FFFFu32;
+    Fixed::new(select(one, 1u32, 0u32), select(one, 0u32, p))
 }
 
 /// A p in fixed point: 1 where it is 1 or more, else times `1 + correction`.

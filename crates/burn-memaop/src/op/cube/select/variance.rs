@@ -7,11 +7,10 @@ use cubecl::prelude::*;
 use super::{
     STAGED, stage,
     systematic::{inclusion, relative_at},
-    units,
 };
 use crate::op::{
     cube::{
-        empty,
+        LEAST_UNITS, empty,
         units::{Pair, cube_sums, pair},
     },
     step::NoiseStep,
@@ -23,7 +22,7 @@ pub(in crate::op::cube) fn variances(scores: &CubeTensor, step: &NoiseStep) -> C
     let cubes = 1 + step.ks.len();
     let roots = empty(scores, [cubes], DType::F32);
     let rows = scores.shape()[0];
-    let units = units(scores);
+    let units = LEAST_UNITS;
     let [k1, k2, k3, k4, k5, k6] = step.ks.map(|k| k as u32);
     // SAFETY: the kernel reads `rows` scores and writes a root for each cube.
     unsafe {

@@ -11,18 +11,19 @@ use crate::op::cube::{
     select::{
         Chosen, Draw, finite_score, output,
         systematic::{
-            add, add_uncertain, correction, inclusion, leave, next, probability, relative, start,
-            take,
+            add, add_uncertain, correction, decoded, encoded, inclusion, leave, next, probability,
+            relative, start, take,
         },
     },
     units::{Fixed, Pair, cube_max, cube_sums, fixed_prefix_sum, fixed_sum, pair},
 };
 
-/// The launches that search for c. Where these do not find it, each cube goes on by itself.
-const SEARCHES: u32 = 4;
+/// The launches that search for c, of which the first begins with the sum of all scores. Where these do not find it, as they do for
+/// all but the most uneven scores, each cube goes on by itself.
+const SEARCHES: u32 = 6;
 /// What the launches hand on.
 struct Buffers {
-    /// The largest score of each chunk.
+    /// Of each chunk: the largest score, and the sum of the scores relative to it.
     largest: CubeTensor,
     /// c before each search.
     c: CubeTensor,
@@ -30,9 +31,8 @@ struct Buffers {
     sums: CubeTensor,
     /// Of each search and chunk: the sum of the p below 1.
     uncertain: CubeTensor,
-    /// The largest score, c and the correction of the p.
-    found: CubeTensor,
-    /// The sum of the p of each chunk of places.
+    /// The p of the row at each place, and their sum of each chunk of places.
+    ps: CubeTensor,
     places: CubeTensor,
     /// Of each chunk of places: the sums of the chosen scores and of all.
     shares: CubeTensor,
@@ -47,11 +47,11 @@ pub(in crate::op::cube::select) fn systematic(
     let Chunks { rows, chunk, cubes } = chunks;
     let searched = SEARCHES as usize * cubes;
     let buffers = Buffers {
-        largest: empty(scores, [cubes], DType::F32),
+        largest: empty(scores, [2 * cubes], DType::F32),
         c: empty(scores, [SEARCHES as usize], DType::F32),
         sums: empty(scores, [2 * searched], DType::F32),
         uncertain: empty(scores, [2 * searched], DType::U32),
-        found: empty(scores, [3], DType::F32),
+        ps: empty(scores, [rows], DType::U32),
         places: empty(scores, [2 * cubes], DType::U32),
         shares: empty(scores, [2 * cubes], DType::F32),
     };
@@ -98,7 +98,7 @@ pub(in crate::op::cube::select) fn systematic(
             buffers.c.into_buffer_arg(),
             buffers.sums.into_buffer_arg(),
             buffers.uncertain.into_buffer_arg(),
-            buffers.found.clone().into_buffer_arg(),
+            buffers.ps.clone().into_buffer_arg(),
             buffers.places.clone().into_buffer_arg(),
             rows,
             chunk,
@@ -112,7 +112,7 @@ pub(in crate::op::cube::select) fn systematic(
             count,
             dim,
             scores.clone().into_buffer_arg(),
-            buffers.found.into_buffer_arg(),
+            buffers.ps.into_buffer_arg(),
             buffers.places.into_buffer_arg(),
             chosen.rows.clone().into_buffer_arg(),
             chosen.roots.clone().into_buffer_arg(),
@@ -142,6 +142,7 @@ fn largest_kernel(
     #[comptime] units: u32,
 ) {
     let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut pairs = Shared::<[Vector<f32, Pair>]>::new_slice(comptime!(units as usize));
     let chunk = of_this_cube(rows, chunk);
     let mut most = 0.0f32;
     let mut row = chunk.first + UNIT_POS;
@@ -150,8 +151,17 @@ fn largest_kernel(
         row += comptime!(units);
     }
     let most = cube_max(most, &mut shared, units);
+    let mut sum = 0.0f32;
+    let mut row = chunk.first + UNIT_POS;
+    while row < chunk.end {
+        sum += relative(scores[row as usize], most);
+        row += comptime!(units);
+    }
+    let sum = cube_sums::<Pair>(pair(sum, 0.0f32), &mut pairs, units).extract(0usize);
     if UNIT_POS == 0 {
-        largest[CUBE_POS_X as usize] = most;
+        let at = (2 * CUBE_POS_X) as usize;
+        largest[at] = most;
+        largest[at + 1] = sum;
     }
 }
 
@@ -159,11 +169,22 @@ fn largest_kernel(
 #[cube]
 fn largest_of(largest: &[f32], cubes: u32, #[comptime] units: u32) -> f32 {
     let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
-    let mut most = 0.0f32;
-    if UNIT_POS < cubes {
-        most = largest[UNIT_POS as usize];
-    }
+    let most = of_chunk(largest, UNIT_POS, cubes).extract(0usize);
     cube_max(most, &mut shared, units)
+}
+
+/// The sum of all scores, relative to the largest.
+#[cube]
+fn sum_of_all(
+    largest: &[f32],
+    most: f32,
+    cubes: u32,
+    pairs: &mut Shared<[Vector<f32, Pair>]>,
+    #[comptime] units: u32,
+) -> f32 {
+    let chunk = of_chunk(largest, UNIT_POS, cubes);
+    let sum = chunk.extract(1usize) * relative(chunk.extract(0usize), most);
+    cube_sums::<Pair>(pair(sum, 0.0f32), pairs, units).extract(0usize)
 }
 
 /// The sums of all chunks in a search.
@@ -175,11 +196,8 @@ fn sums_of(
     pairs: &mut Shared<[Vector<f32, Pair>]>,
     #[comptime] units: u32,
 ) -> Vector<f32, Pair> {
-    let mut sum = pair(0.0f32, 0.0f32);
-    if UNIT_POS < cubes {
-        sum = of_chunk(sums, search * cubes + UNIT_POS, (search + 1) * cubes);
-    }
-    cube_sums::<Pair>(sum, pairs, units)
+    let end = (search + 1) * cubes;
+    cube_sums::<Pair>(of_chunk(sums, search * cubes + UNIT_POS, end), pairs, units)
 }
 
 /// One step towards c, of this chunk.
@@ -187,7 +205,7 @@ fn sums_of(
 #[allow(clippy::too_many_arguments)]
 fn search_kernel(
     scores: &[f32],
-    largest: &[f32],
+    largests: &[f32],
     cs: &mut [f32],
     sums: &mut [f32],
     uncertain: &mut [u32],
@@ -202,14 +220,20 @@ fn search_kernel(
     let mut wholes = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let chunk = of_this_cube(rows, chunk);
-    let largest = largest_of(largest, cubes, units);
-    let mut c = 0.0f32;
-    if comptime!(search > 0) {
+    let largest = largest_of(largests, cubes, units);
+    let mut at = 0.0f32;
+    let mut certain = 0.0f32;
+    let mut left = 0.0f32;
+    if comptime!(search == 0) {
+        left += sum_of_all(largests, largest, cubes, &mut pairs, units);
+    } else {
         let before = comptime!(search - 1);
         let found = sums_of(&*sums, before, cubes, &mut pairs, units);
-        let at = cs[comptime!(before as usize)];
-        c = next(at, k, found.extract(0usize), found.extract(1usize));
+        at += cs[comptime!(before as usize)];
+        certain += found.extract(0usize);
+        left += found.extract(1usize);
     }
+    let c = next(at, k, certain, left);
 
     let mut ones = 0.0f32;
     let mut rest = 0.0f32;
@@ -249,7 +273,7 @@ fn places_kernel(
     cs: &[f32],
     sums: &[f32],
     uncertain: &[u32],
-    found: &mut [f32],
+    ps: &mut [u32],
     places: &mut [u32],
     rows: u32,
     chunk: u32,
@@ -301,7 +325,9 @@ fn places_kernel(
     let mut place = chunk.first + UNIT_POS;
     while place < chunk.end {
         let p = c * relative(scores[order.row(place) as usize], largest);
-        add(&mut sum, &probability(p, correction));
+        let p = encoded(&probability(p, correction));
+        ps[place as usize] = p;
+        add(&mut sum, &decoded(p));
         place += comptime!(units);
     }
     let sum = fixed_sum(&sum, &mut wholes, &mut fractions, units);
@@ -309,20 +335,16 @@ fn places_kernel(
         let at = (2 * CUBE_POS_X) as usize;
         places[at] = sum.whole;
         places[at + 1] = sum.fraction;
-        if CUBE_POS_X == 0 {
-            found[0] = largest;
-            found[1] = c;
-            found[2] = correction;
-        }
     }
 }
 
-/// The chosen rows of this chunk of places.
+/// The chosen rows of this chunk of places. The p are read, not computed again: were their sum another by a bit, two cubes could
+/// take one place, or none.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn draw_kernel(
     scores: &[f32],
-    found: &[f32],
+    ps: &[u32],
     places: &[u32],
     chosen: &mut [u32],
     roots: &mut [f32],
@@ -340,10 +362,6 @@ fn draw_kernel(
     let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut flag = Shared::<[u32]>::new_slice(1usize);
     let chunk = of_this_cube(rows, chunk);
-    let largest = found[0];
-    let c = found[1];
-    let correction = found[2];
-
     let mut before = Fixed::new(0u32, 0u32);
     if UNIT_POS < CUBE_POS_X {
         let at = (2 * UNIT_POS) as usize;
@@ -358,8 +376,7 @@ fn draw_kernel(
     let end = u32::min(first + run, chunk.end);
     let mut run_sum = Fixed::new(0u32, 0u32);
     for place in first..end {
-        let p = c * relative(scores[order.row(place) as usize], largest);
-        add(&mut run_sum, &probability(p, correction));
+        add(&mut run_sum, &decoded(ps[place as usize]));
     }
     let up_to = fixed_prefix_sum(&run_sum, &mut wholes, &mut fractions, units);
     let within = up_to.minus(&run_sum).plus(&start(&noise, input));
@@ -368,12 +385,13 @@ fn draw_kernel(
     let mut all = 0.0f32;
     for place in first..end {
         let row = order.row(place);
-        let score = relative(scores[row as usize], largest);
-        let p = probability(c * score, correction);
-        if take(&mut reached, &p, row, k, chosen, roots) {
-            carried += score;
+        let p = decoded(ps[place as usize]);
+        let taken = take(&mut reached, &p, row, k, chosen, roots);
+        if comptime!(measure) {
+            let score = finite_score(scores[row as usize]);
+            carried += select(taken, score, 0.0f32);
+            all += score;
         }
-        all += score;
     }
 
     // Where fewer rows than K are not zero, the places left get no weight.
