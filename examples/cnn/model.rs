@@ -141,12 +141,12 @@ impl<C: Convolution, D: Dense> Cnn<C, D> {
         self.classify(self.block2.forward(images))
     }
 
-    /// The input of the second convolution, and its output as a leaf, from which the logits follow.
+    /// The input of the second convolution, and its output by itself, from which the logits follow.
     pub fn cut(&self, images: Tensor<2>) -> [Tensor<4>; 2] {
         let [batch, _] = images.dims();
         let images = self.block1.forward(images.reshape([batch, 1, SIDE, SIDE]));
         let convolved = self.block2.conv.convolve(images.clone());
-        [images, convolved.detach().require_grad()]
+        [images, convolved.detach()]
     }
 
     /// The logits after [`cut`](Self::cut).

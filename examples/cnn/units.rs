@@ -52,6 +52,7 @@ type Norms = (Vec<f64>, f64);
 /// The norms of the parts of the gradient of the second convolution, of positions and of images, and the square of the whole.
 fn norms(model: &Exact, batch: MnistBatch) -> [Norms; 2] {
     let [input, output] = model.cut(batch.images);
+    let output = output.require_grad();
     let loss = classified(model.after_cut(output.clone()), batch.labels).loss;
     let grad = output.grad(&loss.backward()).expect("a leaf");
     let [images, channels, height, width] = grad.dims();
