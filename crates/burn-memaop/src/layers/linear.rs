@@ -289,7 +289,7 @@ impl MemAopLinear {
     }
 }
 
-pub(super) fn valid(aop: AopConfig) -> AopConfig {
+fn valid(aop: AopConfig) -> AopConfig {
     if let Err(error) = aop.validate() {
         panic!("{error}");
     }
