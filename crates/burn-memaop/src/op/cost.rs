@@ -118,7 +118,7 @@ struct Cost {
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
     /// A value of a chosen patch of a convolution, and a position among which some are chosen (of which there are many, with
-    /// little to multiply for each): from `cargo bench --bench conv -- --no-cost-rule` with K from M/2 to M/32.
+    /// little to multiply for each): rough (`docs/convolutions.md`).
     gather: f64,
     position: f64,
     /// A value of the gradient of the weight, in a product of any number of rows: it is written.
