@@ -12,6 +12,7 @@ pub(crate) mod convolution;
 mod gelu;
 mod images;
 mod packed;
+mod positions;
 mod rows;
 
 use self::{

@@ -8,7 +8,8 @@ use burn::tensor::{Shape, TensorData};
 
 use super::{
     HostTensors, adds, figures, from_values,
-    images::{AllProducts, ChosenProducts, Convolve, Images, Place, ScorePositions},
+    images::{AllProducts, ChosenProducts, Convolve, Images, Place},
+    positions::ScorePositions,
     rows::{Real, in_parallel},
     select, share,
 };

@@ -1,4 +1,4 @@
-//! Convolutions on CPUs. Patches are unfolded a tile at a time, one column a patch, which is multiplied while it is in the
+//! The products of convolutions on CPUs. Patches are unfolded a tile at a time, one column a patch, which is multiplied while it is in the
 //! second-level cache.
 
 use std::ops::Range;
@@ -7,7 +7,7 @@ use burn::backend::tensor::{Device, FloatTensor};
 
 use super::{
     HostTensors, from_values,
-    rows::{GRAIN, LANES, Real, RowWork, total},
+    rows::{GRAIN, Real, RowWork},
 };
 use crate::op::window::Window;
 
@@ -18,10 +18,10 @@ const TILE: usize = 256;
 #[derive(Clone, Copy)]
 pub(super) struct Images<'a, E> {
     values: &'a [E],
-    window: Window,
+    pub(super) window: Window,
     /// Of the output.
     height: usize,
-    width: usize,
+    pub(super) width: usize,
 }
 
 impl<'a, E: Real> Images<'a, E> {
@@ -35,11 +35,11 @@ impl<'a, E: Real> Images<'a, E> {
         }
     }
 
-    fn plane(&self) -> usize {
+    pub(super) fn plane(&self) -> usize {
         self.window.size.iter().product()
     }
 
-    fn positions(&self) -> usize {
+    pub(super) fn positions(&self) -> usize {
         self.height * self.width
     }
 
@@ -48,7 +48,7 @@ impl<'a, E: Real> Images<'a, E> {
         grad.len() / self.window.channels[1]
     }
 
-    fn split_at(self, image: usize) -> (Self, Self) {
+    pub(super) fn split_at(self, image: usize) -> (Self, Self) {
         let values = self.window.channels[0] * self.plane();
         let (first, second) = self.values.split_at(image * values);
         let images = |values| Self { values, ..self };
@@ -62,7 +62,7 @@ impl<'a, E: Real> Images<'a, E> {
     }
 
     /// The channels of a group of an image.
-    fn group(&self, image: usize, group: usize) -> &'a [E] {
+    pub(super) fn group(&self, image: usize, group: usize) -> &'a [E] {
         let values = self.window.group()[0] * self.plane();
         &self.image(image)[group * values..][..values]
     }
@@ -88,7 +88,7 @@ impl<'a, E: Real> Images<'a, E> {
     }
 
     /// The row of an input plane that a row of the output sees, `down` rows down in the kernel.
-    fn input_row<'p>(&self, plane: &'p [E], down: usize, row: usize) -> Option<&'p [E]> {
+    pub(super) fn input_row<'p>(&self, plane: &'p [E], down: usize, row: usize) -> Option<&'p [E]> {
         let Window {
             size: [height, width],
             stride,
@@ -201,16 +201,16 @@ impl Tile {
 }
 
 /// How some columns of a row of the output see a row of an image: beyond it, in it, beyond it.
-struct Run {
-    before: usize,
-    first: usize,
-    inside: usize,
+pub(super) struct Run {
+    pub(super) before: usize,
+    pub(super) first: usize,
+    pub(super) inside: usize,
     all: usize,
 }
 
 impl Run {
     /// Through the value `offset` columns from the first of the kernel.
-    fn of(window: &Window, offset: usize, columns: &Range<usize>) -> Self {
+    pub(super) fn of(window: &Window, offset: usize, columns: &Range<usize>) -> Self {
         let (stride, offset) = (window.stride[1], offset * window.dilation[1]);
         let (padding, all) = (window.padding[1].0, columns.len());
         let inside = padding.saturating_sub(offset).div_ceil(stride);
@@ -477,168 +477,9 @@ impl<E: Real> Sums<E> {
     }
 }
 
-fn added<E: Real>(mut first: Vec<E>, second: Vec<E>) -> Vec<E> {
+pub(super) fn added<E: Real>(mut first: Vec<E>, second: Vec<E>) -> Vec<E> {
     for (first, second) in first.iter_mut().zip(second) {
         *first = *first + second;
     }
     first
-}
-
-/// Writes `|x| |g|` of every position; returns the sums of the channels of the gradient, if they are asked for.
-pub(super) struct ScorePositions<'a, E> {
-    pub(super) images: Images<'a, E>,
-    pub(super) grad: &'a [E],
-    pub(super) scores: &'a mut [E],
-    pub(super) sum: bool,
-}
-
-impl<E: Real> RowWork for ScorePositions<'_, E> {
-    type Output = Vec<E>;
-
-    fn rows(&self) -> usize {
-        self.scores.len() / self.images.positions()
-    }
-
-    fn width(&self) -> usize {
-        let [input, output] = self.images.window.channels;
-        input * self.images.plane() + output * self.images.positions()
-    }
-
-    fn split_at(self, image: usize) -> (Self, Self) {
-        let at = image * self.images.positions();
-        let images = self.images.split_at(image);
-        let grad = self.grad.split_at(at * self.images.window.channels[1]);
-        let scores = self.scores.split_at_mut(at);
-        let work = |images, grad, scores| Self {
-            images,
-            grad,
-            scores,
-            sum: self.sum,
-        };
-        (
-            work(images.0, grad.0, scores.0),
-            work(images.1, grad.1, scores.1),
-        )
-    }
-
-    #[inline(always)]
-    fn run(self) -> Vec<E> {
-        let Self { images, grad, .. } = self;
-        let window = images.window;
-        let (plane, positions) = (images.plane(), images.positions());
-        let [channels, of_group] = [window.channels[1], window.group()[1]];
-        let mut sums = vec![E::zero(); if self.sum { channels } else { 0 }];
-        let mut squares = vec![E::zero(); plane];
-        let mut patches = vec![E::zero(); positions];
-        let mut grads = vec![E::zero(); positions];
-        let mut idle = vec![true; positions];
-        for (image, scores) in self.scores.chunks_exact_mut(positions).enumerate() {
-            for group in 0..window.groups {
-                let first = (image * channels + group * of_group) * positions;
-                let grad = &grad[first..][..of_group * positions];
-                grads.fill(E::zero());
-                add_squares(&mut grads, grad);
-                squares.fill(E::zero());
-                add_squares(&mut squares, images.group(image, group));
-                patches.fill(E::zero());
-                images.add_windows(&mut patches, &squares);
-                let factors = patches.iter().zip(&grads);
-                for (score, (&patch, &grad)) in scores.iter_mut().zip(factors) {
-                    let size = patch.sqrt() * grad.sqrt();
-                    *score = match group {
-                        0 => size,
-                        _ => length(*score, size),
-                    };
-                }
-                for (idle, grad) in idle.iter_mut().zip(&grads) {
-                    *idle = (group == 0 || *idle) && grad.is_zero();
-                }
-                for (sum, channel) in sums
-                    .iter_mut()
-                    .skip(group * of_group)
-                    .zip(grad.chunks_exact(positions))
-                {
-                    *sum = *sum + add_up(channel);
-                }
-            }
-            // As a row of zeros, such a position adds nothing whatever its patch is.
-            for (score, &idle) in scores.iter_mut().zip(&idle) {
-                *score = match idle {
-                    true => E::zero(),
-                    false => *score,
-                };
-            }
-        }
-        sums
-    }
-
-    fn join(first: Vec<E>, second: Vec<E>) -> Vec<E> {
-        added(first, second)
-    }
-}
-
-impl<E: Real> Images<'_, E> {
-    /// Adds to each position the values of a plane that its patch sees.
-    #[inline(always)]
-    fn add_windows(&self, to: &mut [E], plane: &[E]) {
-        let stride = self.window.stride[1];
-        for right in 0..self.window.kernel[1] {
-            let run = Run::of(&self.window, right, &(0..self.width));
-            for (row, to) in to.chunks_exact_mut(self.width).enumerate() {
-                for down in 0..self.window.kernel[0] {
-                    let Some(from) = self.input_row(plane, down, row) else {
-                        continue;
-                    };
-                    let to = &mut to[run.before..][..run.inside];
-                    let from = &from[run.first.min(from.len())..];
-                    match stride {
-                        1 => to.iter_mut().zip(from).for_each(|(to, &value)| {
-                            *to = *to + value;
-                        }),
-                        stride => {
-                            let from = from.iter().step_by(stride);
-                            to.iter_mut().zip(from).for_each(|(to, &value)| {
-                                *to = *to + value;
-                            });
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Adds the squares of each channel.
-#[inline(always)]
-fn add_squares<E: Real>(to: &mut [E], channels: &[E]) {
-    for channel in channels.chunks_exact(to.len()) {
-        for (to, &value) in to.iter_mut().zip(channel) {
-            *to = *to + value * value;
-        }
-    }
-}
-
-#[inline(always)]
-fn add_up<E: Real>(values: &[E]) -> E {
-    let mut sums = [E::zero(); LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            sums[lane] = sums[lane] + chunk[lane];
-        }
-    }
-    rest.iter().fold(total(sums), |sum, &value| sum + value)
-}
-
-/// The root of the sum of two squares, which could overflow.
-#[inline(always)]
-fn length<E: Real>(first: E, second: E) -> E {
-    let (large, small) = match first > second {
-        true => (first, second),
-        false => (second, first),
-    };
-    match large.is_zero() {
-        true => small,
-        false => large * (E::one() + (small / large) * (small / large)).sqrt(),
-    }
 }
