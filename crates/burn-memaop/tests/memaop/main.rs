@@ -8,6 +8,7 @@ mod auto;
 mod backends;
 mod convolution;
 mod errors;
+mod images;
 mod input_gradient;
 mod layer;
 mod learning_rate;
