@@ -100,7 +100,10 @@ pub fn the_noise_of_a_gradient_equals_the_oracle(device: &Device) {
         (2, 5, 3),
         (65, 8, 12),
         (1000, 9, 4),
+        (2048, 3, 2),
+        (2049, 3, 2),
         (5000, 3, 8),
+        (40_000, 2, 1),
     ] {
         for dtype in [DType::F32, DType::F64, DType::F16] {
             if !device.supports_dtype(dtype) {
@@ -109,6 +112,17 @@ pub fn the_noise_of_a_gradient_equals_the_oracle(device: &Device) {
             let tolerance = if dtype == DType::F16 { 2e-3 } else { 2e-5 };
             let [mut x, mut g, w] = [(m, n), (m, p), (n, p)]
                 .map(|(rows, columns)| random.matrix(rows, columns).rounded(dtype));
+            // Of which rows become certain one after the other, so that the search for c takes many rounds.
+            if m == 40_000 && dtype != DType::F16 {
+                for (row, values) in x.0.iter_mut().enumerate() {
+                    let size = match row % 800 {
+                        7 => 0.8f64.powi(row as i32 / 800),
+                        _ => 1e-4,
+                    };
+                    values.iter_mut().for_each(|value| *value *= size);
+                }
+                x = x.rounded(dtype);
+            }
             // A row of zeros, and one that counts as such.
             if m > 2 {
                 x.0[1] = vec![0.0; n];

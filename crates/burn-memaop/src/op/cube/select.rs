@@ -14,6 +14,7 @@ use burn::{
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
 
+mod ks;
 mod largest;
 mod many;
 mod systematic;
@@ -173,16 +174,9 @@ fn write_share(
     }
 }
 
-/// The largest score. Scores relative to it have sums and squares that neither overflow nor vanish; where they are staged,
-/// `staged` holds them.
+/// The largest score. Scores relative to it, which `staged` holds, have sums and squares that neither overflow nor vanish.
 #[cube]
-fn stage(
-    scores: &[f32],
-    rows: u32,
-    staged: &mut Shared<[f32]>,
-    #[comptime] is_staged: bool,
-    #[comptime] units: u32,
-) -> f32 {
+fn stage(scores: &[f32], rows: u32, staged: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
     let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let mut largest = 0.0f32;
     let mut row = UNIT_POS;
@@ -191,13 +185,11 @@ fn stage(
         row += comptime!(units);
     }
     let largest = cube_max(largest, &mut shared, units);
-    if comptime!(is_staged) {
-        let mut row = UNIT_POS;
-        while row < rows {
-            staged[row as usize] = relative(scores[row as usize], largest);
-            row += comptime!(units);
-        }
-        sync_cube();
+    let mut row = UNIT_POS;
+    while row < rows {
+        staged[row as usize] = relative(scores[row as usize], largest);
+        row += comptime!(units);
     }
+    sync_cube();
     largest
 }

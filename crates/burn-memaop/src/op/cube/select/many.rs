@@ -12,9 +12,11 @@ use crate::op::cube::{
 };
 
 mod largest;
+mod search;
 mod systematic;
+mod variance;
 
-pub(super) use self::{largest::largest, systematic::systematic};
+pub(super) use self::{largest::largest, systematic::systematic, variance::variances};
 
 /// The least rows of a chunk.
 const CHUNK: usize = 1024;

@@ -58,7 +58,7 @@ fn systematic_kernel(
     let mut fractions = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let mut flag = Shared::<[u32]>::new_slice(1usize);
 
-    let largest = stage(scores, rows, &mut staged, true, units);
+    let largest = stage(scores, rows, &mut staged, units);
     let found = inclusion(
         scores, rows, largest, k, 0.0f32, &staged, &mut pairs, &mut flag, true, units,
     );

@@ -1,0 +1,208 @@
+//! The quickstart's model in a browser, by WebGPU. `examples/browser/run.sh` builds it and opens it.
+
+#![cfg(target_family = "wasm")]
+
+#[path = "../quickstart/data.rs"]
+mod data;
+#[path = "../quickstart/model.rs"]
+mod model;
+
+use burn::{
+    module::Module,
+    nn::loss::{CrossEntropyLoss, CrossEntropyLossConfig},
+    optim::{GradientsParams, ModuleOptimizer, SgdConfig},
+    tensor::{Device, Tensor, TensorData},
+};
+use burn_memaop::{
+    AopConfig, Memory, MemoryPrecision, Method, OuterProducts,
+    op::{AopStep, weight_gradient},
+};
+use serde::Serialize;
+use wasm_bindgen::prelude::*;
+use web_time::Instant;
+
+use crate::{
+    data::{Batch, Digits},
+    model::{Dense, Mlp},
+};
+
+const BATCH: usize = 128;
+const LEARNING_RATE: f64 = 0.1;
+
+#[derive(Serialize)]
+struct Report {
+    gradients: Vec<Gradient>,
+    runs: Vec<Run>,
+}
+
+/// One weight gradient here, and the same on the processor.
+#[derive(Serialize)]
+struct Gradient {
+    method: String,
+    rows: usize,
+    /// The norm of the difference over the norm.
+    distance: f64,
+}
+
+#[derive(Serialize)]
+struct Run {
+    layer: &'static str,
+    test_accuracy: f64,
+    loss: f64,
+    outer_products: u64,
+    seconds: f64,
+}
+
+/// Compares gradients, trains, and returns what came of it as JSON; `say` is called after each epoch.
+///
+/// # Errors
+///
+/// Where the browser has no WebGPU, or a computation failed.
+#[wasm_bindgen]
+pub async fn run(epochs: usize, width: usize, say: js_sys::Function) -> Result<String, JsError> {
+    console_error_panic_hook::set_once();
+    let device = Device::wgpu_options().init_async().await?;
+    let gradients = gradients(&device).await?;
+
+    let device = device.autodiff();
+    let digits = Digits::load();
+    device.seed(0);
+    let exact = Mlp::new(width, &device);
+    let all = AopConfig::new().with_cost_rule(false);
+    let memory = Method::TopK(Memory::Balanced { decay: 1.0 });
+    let eighth = all.with_outer_products(OuterProducts::Ratio {
+        ratio: 0.125,
+        minimum: 1,
+    });
+    let layers = [
+        ("MemAopLinear", AopConfig::new()),
+        ("MemAopLinear, on every layer", all),
+        ("MemAopLinear, M/8", eighth),
+        ("MemAopLinear, M/8 and memory", eighth.with_method(memory)),
+    ];
+    let mut runs = Vec::new();
+    for (layer, aop) in layers {
+        let training = Training::new(layer, exact.clone().with_memaop(aop), &device);
+        runs.push(training.run(&digits, epochs, &device, &say).await?);
+    }
+    let training = Training::new("Linear", exact, &device);
+    runs.push(training.run(&digits, epochs, &device, &say).await?);
+    Ok(serde_json::to_string(&Report { gradients, runs })?)
+}
+
+async fn gradients(device: &Device) -> Result<Vec<Gradient>, JsError> {
+    let values = |rows: usize, columns: usize, phase: f64| {
+        let size = |row: usize| 1.0 + 3.0 * ((row / 5) % 4) as f64;
+        let values = (0..rows * columns).map(|i| {
+            let wave = (phase + 0.7 * i as f64 + 0.01 * (i * i % 977) as f64).sin();
+            (size(i / columns) * wave) as f32
+        });
+        TensorData::new(values.collect(), [rows, columns])
+    };
+    let methods = [
+        Method::Systematic,
+        Method::TopK(Memory::Balanced { decay: 1.0 }),
+    ];
+    let mut found = Vec::new();
+    for method in methods {
+        for rows in [300, 5000] {
+            let (x, g) = (values(rows, 64, 0.0), values(rows, 12, 0.5));
+            let gradient = |device: &Device, step: AopStep| {
+                let on = |data: &TensorData| Tensor::<2>::from_data(data.clone(), device);
+                weight_gradient(on(&x), on(&g), None, step).weight
+            };
+            let step = AopStep {
+                k: rows / 8,
+                method,
+                memory_precision: MemoryPrecision::Full,
+                seed: 1,
+                step: 0,
+                bias: false,
+                measure: false,
+            };
+            let here = gradient(device, step).into_data_async().await?;
+            let there = gradient(&Device::flex(), step).into_data_async().await?;
+            let pairs = here.iter::<f64>().zip(there.iter::<f64>());
+            let (difference, norm) = pairs.fold((0.0, 0.0), |(difference, norm), (a, b)| {
+                (difference + (a - b) * (a - b), norm + b * b)
+            });
+            found.push(Gradient {
+                method: format!("{method:?}"),
+                rows,
+                distance: (difference / norm).sqrt(),
+            });
+        }
+    }
+    Ok(found)
+}
+
+struct Training<L: Dense> {
+    layer: &'static str,
+    model: Mlp<L>,
+    optimizer: ModuleOptimizer,
+    loss: CrossEntropyLoss,
+    outer_products: u64,
+}
+
+impl<L: Dense> Training<L> {
+    fn new(layer: &'static str, model: Mlp<L>, device: &Device) -> Self {
+        Self {
+            layer,
+            model,
+            optimizer: SgdConfig::new().init(),
+            loss: CrossEntropyLossConfig::new().init(device),
+            outer_products: 0,
+        }
+    }
+
+    async fn run(
+        mut self,
+        digits: &Digits,
+        epochs: usize,
+        device: &Device,
+        say: &js_sys::Function,
+    ) -> Result<Run, JsError> {
+        let start = Instant::now();
+        let mut loss = f64::NAN;
+        for epoch in 0..epochs {
+            let mut losses = Vec::new();
+            for batch in digits.epoch(BATCH, epoch as u64, device) {
+                let of_batch;
+                (self, of_batch) = self.step(batch);
+                losses.push(of_batch);
+            }
+            // The one wait of an epoch.
+            let losses = Tensor::cat(losses, 0).mean().into_data_async().await?;
+            loss = losses.iter::<f64>().sum();
+            let line = format!("{}: epoch {}, loss {loss:.4}", self.layer, epoch + 1);
+            let _ = say.call1(&JsValue::NULL, &line.into());
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let test = digits.test(device);
+        let count = test.labels.dims()[0] as f64;
+        let answers = self.model.valid().forward(test.images.inner());
+        let right = answers
+            .argmax(1)
+            .squeeze_dim::<1>(1)
+            .equal(test.labels.inner());
+        let right = right.int().sum().into_data_async().await?;
+        Ok(Run {
+            layer: self.layer,
+            test_accuracy: right.iter::<f64>().sum::<f64>() / count,
+            loss,
+            outer_products: self.outer_products,
+            seconds,
+        })
+    }
+
+    fn step(mut self, batch: Batch) -> (Self, Tensor<1>) {
+        let rows = batch.images.dims()[0];
+        let loss = self
+            .loss
+            .forward(self.model.forward(batch.images), batch.labels);
+        let grads = GradientsParams::from_grads(loss.backward(), &self.model);
+        self.model = self.optimizer.step(LEARNING_RATE, self.model, grads);
+        self.outer_products += self.model.outer_products(rows) as u64;
+        (self, loss.inner())
+    }
+}
