@@ -25,15 +25,13 @@ use {
     feature = "tch",
     feature = "cubecl-backend"
 ))]
-use crate::op::MemAopOps;
+use crate::op::{CopyOut, MemAopOps};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::op::{
     cpu::{self, HostTensors},
     portable,
     step::Bias,
 };
-#[cfg(feature = "cubecl-backend")]
-use crate::op::{cube, fusion};
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cubecl-backend"))]
 use crate::op::{
     noise::StepNoise,
@@ -41,10 +39,17 @@ use crate::op::{
     step::{AopStep, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
     window::Window,
 };
+#[cfg(feature = "cubecl-backend")]
+use crate::{
+    op::{cube, fusion},
+    state::reading::Transfer,
+};
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 macro_rules! cpu_backend {
     ($backend:ty { $($more:item)* }) => {
+        impl CopyOut for $backend {}
+
         impl MemAopOps for $backend {
             $($more)*
 
@@ -295,7 +300,17 @@ ndarray_tensors!(f32, F32);
 ndarray_tensors!(f64, F64);
 
 #[cfg(feature = "tch")]
+impl CopyOut for burn::backend::LibTorch {}
+
+#[cfg(feature = "tch")]
 impl MemAopOps for burn::backend::LibTorch {}
+
+#[cfg(feature = "cubecl-backend")]
+impl CopyOut for burn_cubecl::CubeBackend {
+    fn copy_out(values: FloatTensor<Self>) -> Transfer {
+        cube::copy_out(values)
+    }
+}
 
 #[cfg(feature = "cubecl-backend")]
 impl MemAopOps for burn_cubecl::CubeBackend {
@@ -358,6 +373,14 @@ impl MemAopOps for burn_cubecl::CubeBackend {
 
     fn memaop_times(packed: Packed<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
         cube::times(packed, values)
+    }
+}
+
+#[cfg(feature = "cubecl-backend")]
+impl<B: burn_fusion::FusionBackend + MemAopOps> CopyOut for burn_fusion::Fusion<B> {
+    fn copy_out(values: FloatTensor<Self>) -> Transfer {
+        let client = values.client.clone();
+        B::copy_out(client.resolve_tensor_float::<B>(values))
     }
 }
 

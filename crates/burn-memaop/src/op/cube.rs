@@ -9,7 +9,7 @@ use burn::{
         TensorMetadata,
         ops::{FloatTensorOps, ModuleOps},
     },
-    tensor::{DType, FloatDType, Shape},
+    tensor::{DType, ExecutionError, FloatDType, Shape, TensorData},
 };
 use burn_cubecl::{
     CubeBackend, cubecl,
@@ -21,6 +21,7 @@ use cubecl::{
     calculate_cube_count_elemwise,
     ir::{FloatKind, VectorSize},
     prelude::*,
+    server::CopyDescriptor,
     tensor_vector_size_parallel,
 };
 
@@ -41,6 +42,7 @@ use crate::{
     op::portable::{self, LEAST_DECAY},
     op::step::{AopStep, Bias, Input, InputStep, NoiseStep, Packed, RowMemory, WeightGradient},
     op::window::Window,
+    state::reading::Transfer,
 };
 
 pub(crate) fn weight_gradient(
@@ -218,6 +220,23 @@ pub(crate) fn convolve_noise(
     }
     let [input, grad] = [input, grad].map(images::strided);
     figures(images::score(&input, &grad, &window), gradient, &step)
+}
+
+/// Burn's own would copy when the values are first looked at, behind all that the device has been given to do by then.
+pub(crate) fn copy_out(values: CubeTensor) -> Transfer {
+    let values = into_contiguous(values);
+    let (shape, dtype) = (values.shape(), values.dtype);
+    let binding = CopyDescriptor::new(
+        values.handle.binding(),
+        shape.clone(),
+        values.meta.strides().clone(),
+        dtype.size(),
+    );
+    Box::pin(async move {
+        let bytes = values.client.read_one_tensor_async(binding).await;
+        let bytes = bytes.map_err(|error| ExecutionError::with_context(error.to_string()))?;
+        Ok(TensorData::from_bytes(bytes, shape, dtype))
+    })
 }
 
 /// What is measured of a gradient, by the scores of its rows.

@@ -19,7 +19,8 @@ use crate::{
         learning_rate::{self, SharedLearningRate},
         measurement::Measurement,
         memory::{Carried, MemoryHandle, MemoryState},
-        noise_scale::{Reading, Shares, StepTime, measured_ks},
+        noise_scale::{FIGURES, Shares, StepTime, measured_ks},
+        reading::Reading,
         rows::RowTensors,
         schedule::{self, Progress},
         watch::Seen,
@@ -140,7 +141,7 @@ impl LayerStep<'_> {
             let (input, grad) = batch?;
             let ks = measured_ks(self.rows, step.k);
             let noise = input.noise(grad, gradient.clone(), NoiseStep { ks });
-            Some(Reading::start(from_primitive::<B, 1>(noise)))
+            Some(Reading::start(B::copy_out(noise)))
         };
         if step.k >= self.rows {
             drop(state);
@@ -167,12 +168,16 @@ impl LayerStep<'_> {
         let reading = read(&gradient.weight);
         let rows = put_back::<B>(gradient.memory);
         let share = match gradient.share {
-            Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
+            Share::Measured(share) => Some(share),
             Share::Skipped => None,
         };
+        let carried = share.clone().filter(|_| adapts).map(|share| Carried {
+            ratio: step.k as f64 / self.rows as f64,
+            share: Reading::start(B::copy_out(share)),
+        });
         let measurement = due.is_some().then(|| {
             Arc::new(Measurement::new(
-                share.clone(),
+                share.map(from_primitive::<B, 1>),
                 rows.as_ref(),
                 &from_primitive::<B, 2>(gradient.weight.clone()),
                 exact.map(from_primitive::<B, 2>),
@@ -189,10 +194,7 @@ impl LayerStep<'_> {
             seen.measurement = measurement;
         }
         if adapts {
-            state.carried = share.map(|share| Carried {
-                ratio: step.k as f64 / self.rows as f64,
-                share,
-            });
+            state.carried = carried;
         }
         (gradient.weight, gradient.bias)
     }
@@ -200,7 +202,7 @@ impl LayerStep<'_> {
     /// Adjusts K by the measurement of an earlier step, if there is one.
     fn adapt(&self, state: &mut MemoryState) {
         if let OuterProducts::Share { share, .. } = self.config.outer_products
-            && let Some(carried) = state.carried.take()
+            && let Some(carried) = state.carried.take_if(|carried| !carried.share.is_late())
         {
             let ratio = schedule::adapt(carried.ratio, carried.read(), share);
             state.progress.ratio = Some(ratio);
@@ -222,6 +224,10 @@ impl LayerStep<'_> {
         let mut state = memory.lock();
         let step = state.progress.step;
         if !(self.chooses() && self.time.measures(step, self.rows)) {
+            return false;
+        }
+        let readings = [&state.reading, &state.input_reading];
+        if readings.into_iter().flatten().any(Reading::is_late) {
             return false;
         }
         let readings = [state.reading.take(), state.input_reading.take()];
@@ -263,7 +269,7 @@ impl LayerStep<'_> {
     }
 
     /// What leaving rows out would add to the gradient of the input: the scores of rows whose other factor is 1.
-    fn measure_input<B>(&self, grad: &FloatTensor<B>) -> Reading
+    fn measure_input<B>(&self, grad: &FloatTensor<B>) -> Reading<FIGURES>
     where
         B: MemAopOps,
         DispatchTensor: DispatchKindConversion<B>,
@@ -274,7 +280,7 @@ impl LayerStep<'_> {
         let none = B::float_zeros(Shape::new([1, 1]), &device, dtype);
         let ks = measured_ks(self.rows, self.rows);
         let noise = B::memaop_noise(Input::Full(ones), grad.clone(), none, NoiseStep { ks });
-        Reading::start(from_primitive::<B, 1>(noise))
+        Reading::start(B::copy_out(noise))
     }
 
     /// The settings of the step, which is counted and noted.

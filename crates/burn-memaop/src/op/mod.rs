@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     config::AopConfig,
-    state::{memory::MemoryHandle, noise_scale::StepTime},
+    state::{memory::MemoryHandle, noise_scale::StepTime, reading::Transfer},
 };
 
 /// The rows that earlier steps left out, in gradient units (no learning rate in them): one pair of factors
@@ -265,6 +265,22 @@ pub(crate) struct AopLayer {
     pub(crate) shared: Option<SharedRows>,
 }
 
+/// Copies to the host that are waited for later.
+pub(crate) trait CopyOut: Backend {
+    /// Values that the first poll has copied, behind what the device has been given to do by then.
+    fn copy_out(values: FloatTensor<Self>) -> Transfer {
+        Box::pin(Self::float_into_data(values))
+    }
+}
+
+impl CopyOut for Dispatch {}
+
+#[cfg(feature = "autodiff")]
+impl<B: Backend, S: burn_autodiff::checkpoint::strategy::CheckpointStrategy> CopyOut
+    for burn_autodiff::Autodiff<B, S>
+{
+}
+
 /// The operations as supplied by a backend extension; arguments have been checked.
 ///
 /// Each has a default body in primitive operations, which defines its result; a backend overrides
@@ -276,7 +292,7 @@ pub(crate) struct AopLayer {
     LibTorch: cfg(feature = "tch"),
     Autodiff: cfg(feature = "autodiff"),
 )]
-pub(crate) trait MemAopOps: Backend {
+pub(crate) trait MemAopOps: CopyOut {
     /// `input @ weight + bias`, as Burn's `linear`, of a matrix; under autodiff, with approximate
     /// gradients of weight and input.
     #[allow(unused_variables)]

@@ -5,23 +5,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use burn::tensor::{Device, Tensor};
 
 use super::{
-    noise_scale::{Averages, Reading},
+    noise_scale::{Averages, FIGURES},
+    reading::Reading,
     rows::RowTensors,
     schedule::Progress,
     watch::Watch,
 };
 
-/// The share of the score mass that the chosen rows carried at K = `ratio * rows`, on the device.
+/// The share of the score mass that the chosen rows carried at K = `ratio * rows`.
 #[derive(Debug, Clone)]
 pub(crate) struct Carried {
     pub(crate) ratio: f64,
-    pub(crate) share: Tensor<1>,
+    pub(crate) share: Reading<1>,
 }
 
 impl Carried {
     /// Waits for the device, if it has not computed the share yet.
     pub(crate) fn read(&self) -> f64 {
-        self.share.clone().into_scalar::<f64>()
+        let [share] = self.share.read();
+        share
     }
 }
 
@@ -34,8 +36,8 @@ pub(crate) struct MemoryState {
     pub(crate) carried: Option<Carried>,
     /// What has been measured of the noise, and the measurement that the next choice of K goes by too.
     pub(crate) noise: Averages,
-    pub(crate) reading: Option<Reading>,
-    pub(crate) input_reading: Option<Reading>,
+    pub(crate) reading: Option<Reading<FIGURES>>,
+    pub(crate) input_reading: Option<Reading<FIGURES>>,
     /// Allocated by the first approximate gradient, where the configuration asks for a memory.
     pub(crate) rows: Option<RowTensors>,
     /// The learning rate that the rows are in the units of, where they follow one.
@@ -48,10 +50,7 @@ impl MemoryState {
         Self {
             progress: self.progress,
             packs: self.packs,
-            carried: self.carried.as_ref().map(|carried| Carried {
-                ratio: carried.ratio,
-                share: carried.share.clone().to_device(device),
-            }),
+            carried: self.carried.clone(),
             noise: self.noise,
             reading: self.reading.clone(),
             input_reading: self.input_reading.clone(),

@@ -8,6 +8,7 @@ mod module;
 mod more;
 pub(crate) mod noise_scale;
 pub(crate) mod offer;
+pub(crate) mod reading;
 mod record;
 pub(crate) mod rows;
 pub(crate) mod schedule;

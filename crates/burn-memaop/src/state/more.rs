@@ -6,7 +6,8 @@
 
 use super::{
     memory::MemoryState,
-    noise_scale::{Averages, DIVISORS, FIGURES, Reading},
+    noise_scale::{Averages, DIVISORS, FIGURES},
+    reading::Reading,
 };
 
 /// The version of `more` that is written, and the latest that is read.
@@ -29,9 +30,9 @@ pub(super) struct More {
     pub(super) workers: Vec<usize>,
     pub(super) chosen: Option<f64>,
     pub(super) noise: Averages,
-    pub(super) reading: Option<Reading>,
+    pub(super) reading: Option<Reading<FIGURES>>,
     pub(super) input_chosen: Option<f64>,
-    pub(super) input_reading: Option<Reading>,
+    pub(super) input_reading: Option<Reading<FIGURES>>,
 }
 
 impl More {
@@ -193,12 +194,12 @@ fn share(chosen: f64) -> Option<f64> {
 }
 
 /// NaN stands for none.
-fn figures(reading: &Option<Reading>) -> [f64; FIGURES] {
+fn figures(reading: &Option<Reading<FIGURES>>) -> [f64; FIGURES] {
     let figures = reading.as_ref().map(Reading::read);
     figures.unwrap_or([f64::NAN; FIGURES])
 }
 
-fn reading(figures: &[f64]) -> Option<Reading> {
+fn reading(figures: &[f64]) -> Option<Reading<FIGURES>> {
     let there = figures.first().is_some_and(|figure| !figure.is_nan());
     there.then(|| Reading::there(std::array::from_fn(|index| figures[index])))
 }

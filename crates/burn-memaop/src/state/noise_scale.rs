@@ -11,15 +11,6 @@
 //! be what it adds to the gradient of the input itself, `sum (1 / p_m - 1) |g_m|^2` against `sum |g_m|^2`, and
 //! their noise to be that of this layer. It is weighed against the time of this layer alone, as if there were one below.
 
-use std::{
-    fmt,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll, Waker},
-};
-
-use burn::tensor::{ExecutionError, Tensor, TensorData, try_read_sync};
-
 /// M over the candidates for K, but for M itself.
 pub(crate) const DIVISORS: [usize; 5] = [2, 4, 8, 16, 32];
 /// What is measured of a gradient: the roots of F and S, and of V(K) for the K of the step and each candidate.
@@ -114,62 +105,6 @@ pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
         *k = k_of(1.0 / divisor as f64, rows);
     }
     ks
-}
-
-/// The figures of one gradient, on their way to the host. Clones share them.
-#[derive(Clone)]
-pub(crate) struct Reading(Arc<Mutex<Figures>>);
-
-type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
-
-enum Figures {
-    Coming(Transfer),
-    There([f64; FIGURES]),
-}
-
-impl Reading {
-    /// Has the figures copied, behind what the device has been given to do so far and before what comes later.
-    pub(crate) fn start(figures: Tensor<1>) -> Self {
-        let mut copy: Transfer = Box::pin(figures.into_data_async());
-        // The first poll hands the copy to the device.
-        let figures = match copy.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(data) => Figures::There(figures_of(Some(data))),
-            Poll::Pending => Figures::Coming(copy),
-        };
-        Self(Arc::new(Mutex::new(figures)))
-    }
-
-    pub(crate) fn there(figures: [f64; FIGURES]) -> Self {
-        Self(Arc::new(Mutex::new(Figures::There(figures))))
-    }
-
-    /// Waits for the copy, if it has not come yet.
-    pub(crate) fn read(&self) -> [f64; FIGURES] {
-        let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Figures::Coming(copy) = &mut *figures {
-            *figures = Figures::There(figures_of(try_read_sync(copy.as_mut())));
-        }
-        match &*figures {
-            Figures::There(figures) => *figures,
-            Figures::Coming(_) => unreachable!("it has been waited for"),
-        }
-    }
-}
-
-impl fmt::Debug for Reading {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Reading")
-    }
-}
-
-/// NaN where there is nothing to read: a device that fails tells of it elsewhere, and one that cannot be waited for
-/// (in a browser) has been late.
-fn figures_of(data: Option<Result<TensorData, ExecutionError>>) -> [f64; FIGURES] {
-    let Some(Ok(data)) = data else {
-        return [f64::NAN; FIGURES];
-    };
-    let mut values = data.iter::<f64>();
-    std::array::from_fn(|_| values.next().unwrap_or(f64::NAN))
 }
 
 /// Moving averages, of ratios that do not depend on the scale of the gradient, which falls by orders of magnitude in the

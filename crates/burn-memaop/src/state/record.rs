@@ -17,6 +17,7 @@ use super::{
     memory::{Carried, MemoryState},
     more::{More, halves, whole},
     offer::{Shown, show},
+    reading::Reading,
     rows::RowTensors,
     schedule::Progress,
 };
@@ -75,7 +76,7 @@ impl Header {
         halves(&fields)
     }
 
-    fn decode(values: &[i32], device: &Device) -> Self {
+    fn decode(values: &[i32]) -> Self {
         let field = |index: usize| whole(&values[2 * index..]);
         // A share of the rows; anything else in the record is no measurement.
         let share = |index: usize| {
@@ -92,7 +93,7 @@ impl Header {
             },
             carried: share(3).zip(share(4)).map(|(ratio, share)| Carried {
                 ratio,
-                share: Tensor::from_data([share as f32], (device, DType::F32)),
+                share: Reading::there([share]),
             }),
             rate: Some(f64::from_bits(field(5))).filter(|rate| *rate > 0.0 && rate.is_finite()),
             rows: field(6) as usize,
@@ -203,7 +204,7 @@ impl MemoryRecord {
         mapper: &mut M,
     ) -> Option<(MemoryState, Vec<usize>)> {
         let header = self.load(mapper, "state", 0, [HEADER])?;
-        let header = Header::decode(&header, &self.device);
+        let header = Header::decode(&header);
         // Where partial loading is allowed, a memory that cannot be read is as one that is missing.
         let more = match header.more {
             0 => More::default(),

@@ -82,6 +82,27 @@ pub fn k_falls_where_there_is_no_noise(device: &Device) {
     assert!(ks[11..].iter().all(|&k| k == QUIET), "{ks:?}");
 }
 
+/// A device whose copies to the host were given up would hand out memory that is still being copied to.
+pub fn a_layer_may_go_while_a_measurement_is_on_its_way(device: &Device) {
+    let (x, g) = batch(&mut Random(63), 0.01);
+    for _ in 0..3 {
+        let layer = layer(auto(), device);
+        // Enough work for the copy to wait for.
+        let before = Tensor::<2>::ones([512, 512], device);
+        let before = before.clone().matmul(before);
+        let gradient = step(&layer, &x, &g, device);
+        let copied = layer.clone();
+        drop((layer, copied, before));
+        // As many values as a measurement has.
+        for value in [1.0, 2.0] {
+            let values = Tensor::<1>::full([8], value, device);
+            assert_eq!(values.into_data().try_to_vec::<f32>().unwrap(), [value; 8]);
+        }
+        let error = Matrix::from_tensor(gradient).relative_error(&exact(&x, &g));
+        assert!(error < 1e-5, "{error:e}");
+    }
+}
+
 #[test]
 fn k_follows_the_noise() {
     let device = Device::flex().autodiff();

@@ -69,6 +69,7 @@ macro_rules! suite {
 
                 checks!($device.map(Device::autodiff); auto:
                     k_falls_where_there_is_no_noise,
+                    a_layer_may_go_while_a_measurement_is_on_its_way,
                     the_rows_of_the_gradient_of_the_input_are_chosen,
                 );
 

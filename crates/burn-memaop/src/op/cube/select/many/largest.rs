@@ -96,27 +96,10 @@ pub(in crate::op::cube::select) fn largest(
     chosen
 }
 
-/// What is known of the K-th largest key after some digits of all.
+/// Where the histogram of a digit has the count of this unit: the largest digit first.
 #[cube]
-fn threshold(
-    digits: &[Atomic<u32>],
-    k: u32,
-    shared: &mut Shared<[u32]>,
-    found: &mut Shared<[u32]>,
-    #[comptime] passes: u32,
-    #[comptime] units: u32,
-) -> Threshold {
-    let mut threshold = Threshold::new(k);
-    #[unroll]
-    for pass in 0..passes {
-        let mut count = 0u32;
-        if UNIT_POS < comptime!(DIGITS) {
-            let digit = comptime!(pass * DIGITS + DIGITS - 1) - UNIT_POS;
-            count = digits[digit as usize].load();
-        }
-        narrow(&mut threshold, count, shared, found, pass, units);
-    }
-    threshold
+fn place_of_digit(#[comptime] pass: u32) -> usize {
+    (comptime!(pass * DIGITS + DIGITS - 1) - UNIT_POS) as usize
 }
 
 /// Counts a digit of the keys of this chunk that share those known of the K-th largest.
@@ -141,7 +124,15 @@ fn digit_kernel(
     if UNIT_POS < comptime!(DIGITS) {
         histogram[UNIT_POS as usize].store(0u32);
     }
-    let threshold = threshold(digits, k, &mut shared, &mut found, pass, units);
+    let mut threshold = Threshold::new(k);
+    #[unroll]
+    for known in 0..pass {
+        let mut count = 0u32;
+        if UNIT_POS < comptime!(DIGITS) {
+            count = digits[place_of_digit(known)].load();
+        }
+        narrow(&mut threshold, count, &mut shared, &mut found, known, units);
+    }
     sync_cube();
     let mut row = chunk.first + UNIT_POS;
     while row < chunk.end {
@@ -160,11 +151,12 @@ fn digit_kernel(
     }
 }
 
-/// Counts the keys of this chunk above the K-th largest, and equal to it.
+/// Counts the keys of this chunk above the K-th largest, and equal to it. The digits are plain integers here, since WGSL has no
+/// atomics that are read only.
 #[cube(launch_unchecked)]
 fn count_kernel(
     keys: &[u32],
-    digits: &[Atomic<u32>],
+    digits: &[u32],
     counts: &mut [u32],
     found: &mut [u32],
     rows: u32,
@@ -175,7 +167,15 @@ fn count_kernel(
     let mut two = Shared::<[u32]>::new_slice(2usize);
     let mut shared = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let chunk = of_this_cube(rows, chunk);
-    let threshold = threshold(digits, k, &mut shared, &mut two, PASSES, units);
+    let mut threshold = Threshold::new(k);
+    #[unroll]
+    for pass in 0..PASSES {
+        let mut count = 0u32;
+        if UNIT_POS < comptime!(DIGITS) {
+            count = digits[place_of_digit(pass)];
+        }
+        narrow(&mut threshold, count, &mut shared, &mut two, pass, units);
+    }
     let mut above = 0u32;
     let mut equal = 0u32;
     let mut row = chunk.first + UNIT_POS;

@@ -1,0 +1,128 @@
+//! Figures on their way from the device to the host.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use burn::tensor::{ExecutionError, TensorData};
+
+/// Values on their way to the host.
+pub(crate) type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
+
+/// `N` figures, on their way to the host. Clones share them.
+#[derive(Clone)]
+pub(crate) struct Reading<const N: usize>(Arc<Mutex<Figures<N>>>);
+
+enum Figures<const N: usize> {
+    Coming(Copy),
+    There([f64; N]),
+}
+
+impl<const N: usize> Reading<N> {
+    /// Takes over a copy.
+    pub(crate) fn start(mut copy: Transfer) -> Self {
+        let figures = match copy.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(data) => Figures::There(figures_of(data)),
+            Poll::Pending => return Self::coming(copy),
+        };
+        Self(Arc::new(Mutex::new(figures)))
+    }
+
+    pub(crate) fn there(figures: [f64; N]) -> Self {
+        Self(Arc::new(Mutex::new(Figures::There(figures))))
+    }
+
+    /// The figures; waits for the copy, if it has not come yet. NaN where they are late, or there is nothing to read: a
+    /// device that fails tells of it elsewhere.
+    pub(crate) fn read(&self) -> [f64; N] {
+        let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = match &mut *figures {
+            Figures::There(figures) => return *figures,
+            Figures::Coming(copy) => copy.wait(),
+        };
+        let Some(found) = found else {
+            return [f64::NAN; N];
+        };
+        let found = figures_of(found);
+        *figures = Figures::There(found);
+        found
+    }
+}
+
+#[cfg(not(target_family = "wasm"))]
+impl<const N: usize> Reading<N> {
+    fn coming(copy: Transfer) -> Self {
+        Self(Arc::new(Mutex::new(Figures::Coming(Copy(Some(copy))))))
+    }
+
+    /// Whether they have not come yet and cannot be waited for.
+    pub(crate) fn is_late(&self) -> bool {
+        false
+    }
+}
+
+/// Not given up before it has come: CubeCL would hand out the memory again that is being copied to.
+#[cfg(not(target_family = "wasm"))]
+struct Copy(Option<Transfer>);
+
+#[cfg(not(target_family = "wasm"))]
+impl Copy {
+    fn wait(&mut self) -> Option<Result<TensorData, ExecutionError>> {
+        self.0.take().and_then(burn::tensor::try_read_sync)
+    }
+}
+
+#[cfg(not(target_family = "wasm"))]
+impl Drop for Copy {
+    fn drop(&mut self) {
+        self.wait();
+    }
+}
+
+/// In a browser nothing can be waited for: the copy is a task of its own there, which ends while the program yields.
+#[cfg(target_family = "wasm")]
+impl<const N: usize> Reading<N> {
+    fn coming(copy: Transfer) -> Self {
+        let reading = Self(Arc::new(Mutex::new(Figures::Coming(Copy))));
+        let figures = reading.0.clone();
+        wasm_bindgen_futures::spawn_local(async move {
+            let data = copy.await;
+            *figures.lock().unwrap_or_else(PoisonError::into_inner) =
+                Figures::There(figures_of(data));
+        });
+        reading
+    }
+
+    pub(crate) fn is_late(&self) -> bool {
+        let figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(*figures, Figures::Coming(_))
+    }
+}
+
+#[cfg(target_family = "wasm")]
+struct Copy;
+
+#[cfg(target_family = "wasm")]
+impl Copy {
+    fn wait(&mut self) -> Option<Result<TensorData, ExecutionError>> {
+        None
+    }
+}
+
+impl<const N: usize> fmt::Debug for Reading<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reading")
+    }
+}
+
+fn figures_of<const N: usize>(data: Result<TensorData, ExecutionError>) -> [f64; N] {
+    let Ok(data) = data else {
+        return [f64::NAN; N];
+    };
+    let mut values = data.iter::<f64>();
+    std::array::from_fn(|_| values.next().unwrap_or(f64::NAN))
+}
