@@ -1,1 +1,239 @@
-//! Nothing but tests.
+//! Work that asks for every kernel of the crate, and what CubeCL made of them.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    process::{Command, Output},
+};
+
+use burn::{
+    module::{Module, ModuleMapper, Param},
+    tensor::{DType, Device, Distribution, Tensor},
+};
+use burn_memaop::{
+    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
+    Method, OuterProducts, StoredInput,
+    activation::{gelu, relu},
+    baseline::Baseline,
+    op::{
+        AopStep, InputStep, NoiseStep, PackStep, gradient_noise, input_gradient, pack,
+        weight_gradient,
+    },
+};
+
+/// All kernels of `op/cube/`.
+pub const KERNELS: [&str; 26] = [
+    "fold::fold_kernel",
+    "fold::norm_kernel",
+    "fold::score_kernel",
+    "gather::gather_kernel",
+    "gather::move_kernel",
+    "gather::take_out_kernel",
+    "images::gather_kernel",
+    "images::score_kernel",
+    "images::square_kernel",
+    "packed::gather_packed_kernel",
+    "packed::pack_kernel",
+    "packed::times_kernel",
+    "packed::unpack_kernel",
+    "select::largest::largest_kernel",
+    "select::many::largest::count_kernel",
+    "select::many::largest::digit_kernel",
+    "select::many::largest::place_kernel",
+    "select::many::search::largest_kernel",
+    "select::many::search::search_kernel",
+    "select::many::share_kernel",
+    "select::many::systematic::draw_kernel",
+    "select::many::systematic::places_kernel",
+    "select::many::variance::roots_kernel",
+    "select::many::variance::sums_kernel",
+    "select::systematic::systematic_kernel",
+    "select::variance::variance_kernel",
+];
+
+/// Runs them all, in each type that the device has.
+///
+/// # Panics
+///
+/// If one of them fails.
+pub fn run_every_kernel(device: &Device) {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        if device.supports_dtype(dtype) {
+            gradients(device, dtype);
+            others(device, dtype);
+            layers(&device.clone().autodiff(), dtype);
+            device.sync().unwrap();
+        }
+    }
+}
+
+fn random(shape: [usize; 2], device: &Device, dtype: DType) -> Tensor<2> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), (device, dtype))
+}
+
+/// Modules in another type.
+struct Cast(DType);
+
+impl Cast {
+    fn of<M: Module>(mut self, module: M) -> M {
+        module.map(&mut self)
+    }
+}
+
+impl ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.cast(self.0).detach().require_grad())
+    }
+}
+
+fn gradients(device: &Device, dtype: DType) {
+    let methods = [
+        Method::Systematic,
+        Method::TopK(Memory::None),
+        Method::TopK(Memory::Balanced { decay: 0.9 }),
+        Method::TopK(Memory::Published { decay: 1.0 }),
+        Method::Baseline(Baseline::RandK(Memory::None)),
+        Method::Baseline(Baseline::WeightedK(Memory::Balanced { decay: 1.0 })),
+    ];
+    for (method, precision) in methods.into_iter().flat_map(|method| {
+        [MemoryPrecision::Full, MemoryPrecision::F16].map(|precision| (method, precision))
+    }) {
+        // Of widths that are read as vectors, and of others.
+        for (rows, width) in [(300, 64), (300, 7), (3000, 7)] {
+            for measure in [false, true] {
+                let step = AopStep {
+                    k: 40,
+                    method,
+                    memory_precision: precision,
+                    seed: 1,
+                    step: 0,
+                    bias: true,
+                    measure,
+                };
+                let batch = || {
+                    (
+                        random([rows, width], device, dtype),
+                        random([rows, 12], device, dtype),
+                    )
+                };
+                let (x, g) = batch();
+                let gradient = weight_gradient(x, g, None, step);
+                let (x, g) = batch();
+                weight_gradient(x, g, gradient.memory, step);
+            }
+        }
+    }
+}
+
+fn others(device: &Device, dtype: DType) {
+    for rows in [300, 5000] {
+        let (x, g) = (
+            random([rows, 70], device, dtype),
+            random([rows, 12], device, dtype),
+        );
+        for sampled in [false, true] {
+            let step = InputStep {
+                k: 40,
+                sampled,
+                seed: 1,
+                step: 0,
+            };
+            input_gradient(g.clone(), random([70, 12], device, dtype), step);
+        }
+        let ks = [rows, 150, 75, 40, 20, 10];
+        let gradient = random([70, 12], device, dtype);
+        gradient_noise(x.clone(), g.clone(), gradient, NoiseStep { ks });
+        for stored in [StoredInput::Half, StoredInput::Int8, StoredInput::Int4] {
+            let packed = pack(
+                x.clone(),
+                PackStep {
+                    stored,
+                    seed: 1,
+                    step: 0,
+                },
+            );
+            let step = AopStep {
+                k: 40,
+                method: Method::Systematic,
+                memory_precision: MemoryPrecision::Full,
+                seed: 1,
+                step: 0,
+                bias: false,
+                measure: false,
+            };
+            weight_gradient(packed.clone(), g.clone(), None, step);
+            packed.unpack();
+        }
+    }
+}
+
+/// In a type: activations of one bit, and convolutions.
+fn layers(device: &Device, dtype: DType) {
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(20))
+        .with_cost_rule(false);
+    let linear = Cast(dtype).of(MemAopLinearConfig::new(70, 12).with_aop(aop).init(device));
+    let hidden = linear.forward(random([300, 70], device, dtype).require_grad());
+    (relu(hidden.clone()) + gelu(hidden)).sum().backward();
+
+    let images = || {
+        let normal = Distribution::Normal(0.0, 1.0);
+        Tensor::<4>::random([3, 6, 9, 8], normal, (device, dtype)).require_grad()
+    };
+    for (groups, outer_products) in [(1, OuterProducts::Count(20)), (2, OuterProducts::Auto)] {
+        let conv = MemAopConv2dConfig::new([6, 4], [3, 3])
+            .with_groups(groups)
+            .with_aop(aop.with_outer_products(outer_products))
+            .init(device);
+        let conv = Cast(dtype).of(conv);
+        let observer = AopObserver::new(1);
+        for _ in 0..2 {
+            conv.forward(images()).sum().backward();
+            observer.observe(&conv);
+        }
+    }
+}
+
+/// What another process compiled.
+pub struct Compiled {
+    pub output: Output,
+    /// The names and sources of the kernels of the crate.
+    pub kernels: BTreeSet<(String, String)>,
+    /// What `driver.c` was given.
+    pub ptx: String,
+}
+
+/// Runs an ignored test of this executable in a process of its own.
+pub fn compiled_by(test: &str) -> Compiled {
+    let folder = tempfile::tempdir().unwrap();
+    let [log, ptx] = ["kernels.txt", "kernels.ptx"].map(|name| folder.path().join(name));
+    let logger = "[compilation]\nlogger = { level = \"full\", file = \"kernels.txt\" }\n";
+    fs::write(folder.path().join("cubecl.toml"), logger).unwrap();
+    let output = Command::new(env::current_exe().unwrap())
+        .args([test, "--ignored", "--exact", "--nocapture"])
+        .env("PTX", &ptx)
+        .current_dir(&folder)
+        .output()
+        .unwrap();
+    let [log, ptx] = [log, ptx].map(|path| fs::read_to_string(path).unwrap_or_default());
+    Compiled {
+        output,
+        kernels: sources(&log),
+        ptx,
+    }
+}
+
+/// The names and sources of the kernels of the crate in a log of CubeCL.
+fn sources(log: &str) -> BTreeSet<(String, String)> {
+    let blocks = log.split("[START_KERNEL_COMPILATION]").skip(1);
+    blocks
+        .filter_map(|block| {
+            let name = block.split_once("name: burn_memaop::op::cube::")?.1;
+            let name = name.split(|c: char| c.is_whitespace() || c == '<').next()?;
+            // Below its module and function stands the type of the kernel.
+            let name = name.rsplit_once("::").map_or(name, |(name, _)| name);
+            let source = block.split_once("```")?.1.split_once("```")?.0;
+            Some((name.to_string(), source.to_string()))
+        })
+        .collect()
+}

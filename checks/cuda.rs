@@ -1,0 +1,39 @@
+//! Every kernel of the crate as CUDA C++, compiled to PTX by NVRTC. `checks/cuda.sh` runs it, on a driver that needs no GPU.
+
+#![cfg(feature = "cuda")]
+
+use std::collections::BTreeSet;
+
+use burn::tensor::Device;
+use memaop_checks::{KERNELS, compiled_by, run_every_kernel};
+
+/// Run by the test below in a process of its own, which writes what it compiles to a file.
+#[test]
+#[ignore = "the other test runs it"]
+fn run_on_cuda() {
+    run_every_kernel(&Device::cuda(0));
+}
+
+#[test]
+#[ignore = "needs NVRTC: checks/cuda.sh"]
+fn kernels_are_valid_cuda() {
+    let compiled = compiled_by("run_on_cuda");
+    let message = String::from_utf8_lossy(&compiled.output.stderr);
+    assert!(compiled.output.status.success(), "{message}");
+    let kernels = compiled.kernels;
+    let seen: BTreeSet<_> = kernels.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(seen, BTreeSet::from(KERNELS));
+    // CubeCL tells of what does not compile where the results are read, and goes on.
+    for (name, source) in &kernels {
+        let (head, _) = source.split_once("__global__").expect("a kernel");
+        let after = &source[head.len()..];
+        let entry = after.split('(').find_map(|part| {
+            let word = part.split_whitespace().last()?;
+            word.contains("_kernel_").then_some(word)
+        });
+        let entry = entry.expect("a named kernel");
+        let line = format!(".entry {entry}(");
+        assert!(compiled.ptx.contains(&line), "{name}: {message}\n{source}");
+    }
+    println!("{} variants of {} kernels", kernels.len(), seen.len());
+}
