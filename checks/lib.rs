@@ -1,10 +1,12 @@
 //! Work that asks for every kernel of the crate, and what CubeCL made of them.
 
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    process::{Command, Output},
-};
+#[cfg(not(target_family = "wasm"))]
+mod compiled;
+#[cfg(target_family = "wasm")]
+mod page;
+
+#[cfg(not(target_family = "wasm"))]
+pub use compiled::{Compiled, compiled_by};
 
 use burn::{
     module::{Module, ModuleMapper, Param},
@@ -52,17 +54,12 @@ pub const KERNELS: [&str; 26] = [
 ];
 
 /// Runs them all, in each type that the device has.
-///
-/// # Panics
-///
-/// If one of them fails.
 pub fn run_every_kernel(device: &Device) {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         if device.supports_dtype(dtype) {
             gradients(device, dtype);
             others(device, dtype);
             layers(&device.clone().autodiff(), dtype);
-            device.sync().unwrap();
         }
     }
 }
@@ -192,48 +189,4 @@ fn layers(device: &Device, dtype: DType) {
             observer.observe(&conv);
         }
     }
-}
-
-/// What another process compiled.
-pub struct Compiled {
-    pub output: Output,
-    /// The names and sources of the kernels of the crate.
-    pub kernels: BTreeSet<(String, String)>,
-    /// What `driver.c` was given.
-    pub ptx: String,
-}
-
-/// Runs an ignored test of this executable in a process of its own.
-pub fn compiled_by(test: &str) -> Compiled {
-    let folder = tempfile::tempdir().unwrap();
-    let [log, ptx] = ["kernels.txt", "kernels.ptx"].map(|name| folder.path().join(name));
-    let logger = "[compilation]\nlogger = { level = \"full\", file = \"kernels.txt\" }\n";
-    fs::write(folder.path().join("cubecl.toml"), logger).unwrap();
-    let output = Command::new(env::current_exe().unwrap())
-        .args([test, "--ignored", "--exact", "--nocapture"])
-        .env("PTX", &ptx)
-        .current_dir(&folder)
-        .output()
-        .unwrap();
-    let [log, ptx] = [log, ptx].map(|path| fs::read_to_string(path).unwrap_or_default());
-    Compiled {
-        output,
-        kernels: sources(&log),
-        ptx,
-    }
-}
-
-/// The names and sources of the kernels of the crate in a log of CubeCL.
-fn sources(log: &str) -> BTreeSet<(String, String)> {
-    let blocks = log.split("[START_KERNEL_COMPILATION]").skip(1);
-    blocks
-        .filter_map(|block| {
-            let name = block.split_once("name: burn_memaop::op::cube::")?.1;
-            let name = name.split(|c: char| c.is_whitespace() || c == '<').next()?;
-            // Below its module and function stands the type of the kernel.
-            let name = name.rsplit_once("::").map_or(name, |(name, _)| name);
-            let source = block.split_once("```")?.1.split_once("```")?.0;
-            Some((name.to_string(), source.to_string()))
-        })
-        .collect()
 }

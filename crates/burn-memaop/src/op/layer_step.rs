@@ -135,7 +135,10 @@ impl LayerStep<'_> {
         }
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
-        let step = self.start(&mut state, adapts || due.is_some());
+        let device = grad.device();
+        let step = self
+            .start(&mut state, adapts || due.is_some())
+            .of_device(|dtype| B::supports_dtype(&device, dtype));
         let batch = measures.then(|| (input.clone(), grad.clone()));
         let read = |gradient: &FloatTensor<B>| {
             let (input, grad) = batch?;

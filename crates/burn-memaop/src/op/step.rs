@@ -4,6 +4,7 @@ use burn::backend::{
     Backend, ExtensionType, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
+use burn::tensor::DType;
 
 use super::packing::Packing;
 use crate::config::{MemoryPrecision, Method, StoredInput};
@@ -115,6 +116,21 @@ pub struct AopStep {
     pub bias: bool,
     /// Whether to measure the share of the score mass that the chosen rows carry.
     pub measure: bool,
+}
+
+impl AopStep {
+    /// With a memory in full precision, where the device does not have the other.
+    pub(crate) fn of_device(self, supports: impl Fn(DType) -> bool) -> Self {
+        let precision = match self.memory_precision {
+            MemoryPrecision::F16 if !supports(DType::F16) => MemoryPrecision::Full,
+            MemoryPrecision::BF16 if !supports(DType::BF16) => MemoryPrecision::Full,
+            precision => precision,
+        };
+        Self {
+            memory_precision: precision,
+            ..self
+        }
+    }
 }
 
 /// The settings with which rows are packed.

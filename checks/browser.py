@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Serves the example, or with --browser opens it headless and prints what it reports."""
+"""Serves a folder, opens its page in a headless Chromium, and prints what the page reports.
+
+The page posts a JSON object to `report`; with a field `error` this fails."""
 
 import argparse
 import functools
 import http.server
 import json
-import pathlib
 import subprocess
 import sys
 import tempfile
 import threading
 
-FOLDER = pathlib.Path(__file__).parent
 # WebGPU on the processor: Chromium brings SwiftShader along.
 FLAGS = [
     "--headless=new",
@@ -40,21 +40,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--browser", help="a Chromium to run it in")
-    parser.add_argument("--query", default="epochs=20&width=128")
+    parser.add_argument("folder")
+    parser.add_argument("--browser", default="chromium")
+    parser.add_argument("--query", default="", help="of the page's address")
     parser.add_argument("--timeout", type=float, default=600, help="seconds")
     options = parser.parse_args()
 
-    port = 0 if options.browser else options.port
-    handler = functools.partial(Handler, directory=FOLDER)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    handler = functools.partial(Handler, directory=options.folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.reported = threading.Event()
     address = f"http://localhost:{server.server_port}/"
-    if not options.browser:
-        print(address)
-        return server.serve_forever()
-
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as profile, tempfile.TemporaryFile("w+") as log:
         page = f"{address}?report&{options.query}"
