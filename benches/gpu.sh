@@ -9,6 +9,7 @@
 #
 # BUILD=only builds the benches into target/gpu and stops; BENCHES=DIR runs those in a folder, on a machine without a
 # compiler or a network. REPEATS is how often each side is timed, PROFILE another profile of cargo, OPTIONS more of the benches'.
+# REHEARSAL=1 takes small sizes and two repeats, to see all of it run where there is no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,6 +21,8 @@ case "$backend" in
 esac
 [ $# -eq 0 ] || types=("$@")
 benches=(layer conv step input transformer)
+repeats=${REPEATS:-${REHEARSAL:+2}}
+repeats=${repeats:-15}
 
 bin=${BENCHES:-target/gpu}
 if [ -z "${BENCHES:-}" ]; then
@@ -38,11 +41,15 @@ fi
 out=${OUT:-target/gpu-$backend}
 mkdir -p "$out"
 for type in "${types[@]}"; do
-    common=(--bench --backend "$backend" --dtype "$type" --repeats "${REPEATS:-15}")
+    common=(--bench --backend "$backend" --dtype "$type" --repeats "$repeats")
     for bench in "${benches[@]}"; do
-        case "$bench" in
+        case "${REHEARSAL:+small }$bench" in
             step) options=(--width 4096 --m 8192) ;;
             transformer) options=(--width 1024 --heads 16 --batch 64 --length 128) ;;
+            "small conv") options=(--images 8 --channels 8,16 --size 16) ;;
+            "small step") options=(--width 128 --m 1024) ;;
+            "small transformer") options=(--width 64 --batch 16 --length 64) ;;
+            "small "*) options=(--m 1024 --n 128 --p 128) ;;
             *) options=() ;;
         esac
         printf '\n== %s %s (%s s)\n' "$bench" "$type" "$SECONDS"

@@ -316,6 +316,8 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         false => 1.0,
         true => 2.0,
     };
+    // The search for c of all K is as that of one.
+    let launches = cost.launches(8 + selection_launches(pass.rows), pass);
     StepTime {
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
@@ -324,7 +326,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
             product: product - written,
         },
         input,
-        measure: measures * (cost.read * (read + weight) + cost.search + cost.launches(9, pass)),
+        measure: measures * (cost.read * (read + weight) + cost.search + launches),
     }
 }
 
