@@ -48,7 +48,7 @@ for type in "${types[@]}"; do
             transformer) options=(--width 1024 --heads 16 --batch 64 --length 128) ;;
             "small conv") options=(--images 8 --channels 8,16 --size 16) ;;
             "small step") options=(--width 128 --m 1024) ;;
-            "small transformer") options=(--width 64 --batch 16 --length 64) ;;
+            "small transformer") options=(--width 64 --heads 2 --blocks 1 --batch 8 --length 32) ;;
             "small "*) options=(--m 1024 --n 128 --p 128) ;;
             *) options=() ;;
         esac

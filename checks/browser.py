@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 # WebGPU on the processor: Chromium brings SwiftShader along.
 FLAGS = [
@@ -51,17 +52,23 @@ def main():
     server.reported = threading.Event()
     address = f"http://localhost:{server.server_port}/"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory() as profile, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, tempfile.TemporaryFile("w+") as log:
         page = f"{address}?report&{options.query}"
         browser = subprocess.Popen(
             [options.browser, *FLAGS, f"--user-data-dir={profile}", page], stderr=log
         )
-        came = server.reported.wait(options.timeout)
+        ends = time.monotonic() + options.timeout
+        while not server.reported.wait(1) and browser.poll() is None and time.monotonic() < ends:
+            pass
+        came = server.reported.is_set()
         browser.terminate()
-        browser.wait()
+        try:
+            browser.wait(10)
+        except subprocess.TimeoutExpired:
+            browser.kill()
         if not came:
             log.seek(0)
-            sys.exit(f"{log.read()}\nnothing was reported in {options.timeout} s")
+            sys.exit(f"{log.read()}\nnothing was reported")
         log.seek(0)
         if "error" in server.report:
             print(log.read(), file=sys.stderr)

@@ -4,14 +4,53 @@
 
 use std::collections::BTreeSet;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
+use burn_memaop::{AopConfig, MemAopLinearConfig};
 use memaop_checks::{KERNELS, compiled_by, run_every_kernel};
 
 /// Run by the test below in a process of its own, which writes what it compiles to a file.
 #[test]
 #[ignore = "the other test runs it"]
 fn run_on_cuda() {
-    run_every_kernel(&Device::cuda(0));
+    let device = Device::cuda(0);
+    run_every_kernel(&device);
+    device.sync().unwrap();
+}
+
+/// Steps of a layer that measures the noise of its gradient at the first and the twelfth, and ends without a wait.
+fn step(steps: usize) {
+    let device = Device::cuda(0).autodiff();
+    let aop = AopConfig::new().with_cost_rule(false);
+    let layer = MemAopLinearConfig::new(32, 16).with_aop(aop).init(&device);
+    for _ in 0..steps {
+        let input = Tensor::<2>::ones([64, 32], &device);
+        layer.forward(input).sum().backward();
+    }
+    std::process::exit(0);
+}
+
+#[test]
+#[ignore = "the test below runs it"]
+fn eleven_steps() {
+    step(11);
+}
+
+#[test]
+#[ignore = "the test below runs it"]
+fn twelve_steps() {
+    step(12);
+}
+
+#[test]
+#[ignore = "needs NVRTC: checks/cuda.sh"]
+fn figures_are_waited_for_when_the_next_are_measured() {
+    let waits = |test| {
+        let compiled = compiled_by(test);
+        let message = String::from_utf8_lossy(&compiled.output.stderr);
+        assert!(compiled.output.status.success(), "{message}");
+        compiled.ptx.matches("// waited").count()
+    };
+    assert_eq!((waits("eleven_steps"), waits("twelve_steps")), (0, 1));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 #     checks/cuda.sh               # for compute capability 9.0
 #     checks/cuda.sh 75 80 120
 #
-# NVRTC and the headers come from PyPI, into CUDA_PATH (target/nvrtc unless set).
+# NVRTC and its headers are those of CUDA_PATH, or come from PyPI (by pip) into target/nvrtc. Needs a C compiler and nm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,7 @@ if [ -z "${CUDA_PATH:-}" ]; then
     [ -d "$CUDA_PATH" ] || python3 -m pip install --quiet --no-deps --target "$folder" \
         nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-cuda-cccl==13.3.5.0.6
 fi
+CUDA_PATH=$(realpath "$CUDA_PATH")
 export CUDA_PATH
 
 # Without LLVM, which CubeCL's CUDA runtime links and its C++ has no use for.
@@ -27,10 +28,10 @@ for line in sys.stdin:
         print(artifact["executable"])')
 nm -u "$binary" | awk '$2 ~ /^(LLVM|cubecl_)/ { print "void " $2 "(void) { __builtin_trap(); }" }' |
     gcc -shared -fPIC -x c -o "$folder/libllvm_none.so" -
-gcc -shared -fPIC -Wall -Wextra -Werror -o "$folder/libcuda.so" checks/driver.c
+gcc -shared -fPIC -Wall -Wextra -o "$folder/libcuda.so" checks/driver.c
 
 for capability in "${@:-90}"; do
     printf '\n== compute capability %s\n' "$capability"
-    CAPABILITY=$capability LD_LIBRARY_PATH="$folder:$CUDA_PATH/lib" LD_PRELOAD="$folder/libllvm_none.so" \
-        "$binary" kernels_are_valid_cuda --ignored --exact --nocapture
+    CAPABILITY=$capability LD_LIBRARY_PATH="$folder:$CUDA_PATH/lib:$CUDA_PATH/lib64" LD_PRELOAD="$folder/libllvm_none.so" \
+        "$binary" kernels_are_valid_cuda figures_are_waited_for_when_the_next_are_measured --ignored --exact --nocapture
 done

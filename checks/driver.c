@@ -1,5 +1,6 @@
 /* A CUDA driver without a GPU, for what is to be compiled but not run: device memory is host memory, and a launch does nothing.
- * It shows a device of compute capability CAPABILITY (90 unless set), and appends the PTX that it is given to the file PTX. */
+ * It shows a device of compute capability CAPABILITY (90 unless set), and appends to the file PTX what PTX it is given, and a
+ * line each time that it is waited for. */
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -51,15 +52,21 @@ Result cuCtxGetCurrent(void **context) { return some(context); }
 Result cuStreamCreate(void **stream, unsigned flags) { return some(stream) + 0 * flags; }
 Result cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) { return some(stream) + 0 * flags + 0 * priority; }
 Result cuEventCreate(void **event, unsigned flags) { return some(event) + 0 * flags; }
-Result cuModuleLoadData(void **module, const void *image) {
+
+static Result note(const char *text) {
     const char *path = getenv("PTX");
     FILE *file = path ? fopen(path, "a") : NULL;
     if (file) {
-        fputs(image, file);
+        fputs(text, file);
         fclose(file);
     }
-    return some(module);
+    return 0;
 }
+Result cuModuleLoadData(void **module, const void *image) { return note(image) + some(module); }
+Result cuEventSynchronize(void *event) { return event ? note("// waited\n") : 1; }
+Result cuStreamSynchronize(void *stream) { return note("// waited\n") + 0 * !stream; }
+Result cuCtxSynchronize(void) { return note("// waited\n"); }
+
 Result cuModuleGetFunction(void **function, void *module, const char *name) { return module && name ? some(function) : 1; }
 Result cuEventElapsedTime_v2(float *ms, void *from, void *to) { return *ms = 1, from && to ? 0 : 1; }
 Result cuEventElapsedTime(float *ms, void *from, void *to) { return cuEventElapsedTime_v2(ms, from, to); }
@@ -85,16 +92,13 @@ Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes) { return cop
 #define NOTHING(name) Result name(void) { return 0; }
 NOTHING(cuInit)
 NOTHING(cuCtxSetCurrent)
-NOTHING(cuCtxSynchronize)
 NOTHING(cuDevicePrimaryCtxRelease)
 NOTHING(cuDevicePrimaryCtxRelease_v2)
-NOTHING(cuStreamSynchronize)
 NOTHING(cuStreamWaitEvent)
 NOTHING(cuStreamDestroy_v2)
 NOTHING(cuStreamQuery)
 NOTHING(cuEventRecord)
 NOTHING(cuEventQuery)
-NOTHING(cuEventSynchronize)
 NOTHING(cuEventDestroy_v2)
 NOTHING(cuFuncSetAttribute)
 NOTHING(cuLaunchKernel)

@@ -23,7 +23,7 @@ use burn_memaop::{
     },
 };
 
-/// All kernels of `op/cube/`.
+/// All kernels of `op/cube/`, whose names differ without their modules too.
 pub const KERNELS: [&str; 26] = [
     "fold::fold_kernel",
     "fold::norm_kernel",
@@ -31,8 +31,8 @@ pub const KERNELS: [&str; 26] = [
     "gather::gather_kernel",
     "gather::move_kernel",
     "gather::take_out_kernel",
-    "images::gather_kernel",
-    "images::score_kernel",
+    "images::gather_patches_kernel",
+    "images::score_patches_kernel",
     "images::square_kernel",
     "packed::gather_packed_kernel",
     "packed::pack_kernel",
@@ -42,7 +42,7 @@ pub const KERNELS: [&str; 26] = [
     "select::many::largest::count_kernel",
     "select::many::largest::digit_kernel",
     "select::many::largest::place_kernel",
-    "select::many::search::largest_kernel",
+    "select::many::search::chunk_largest_kernel",
     "select::many::search::search_kernel",
     "select::many::share_kernel",
     "select::many::systematic::draw_kernel",
@@ -93,7 +93,12 @@ fn gradients(device: &Device, dtype: DType) {
         Method::Baseline(Baseline::WeightedK(Memory::Balanced { decay: 1.0 })),
     ];
     for (method, precision) in methods.into_iter().flat_map(|method| {
-        [MemoryPrecision::Full, MemoryPrecision::F16].map(|precision| (method, precision))
+        [
+            MemoryPrecision::Full,
+            MemoryPrecision::F16,
+            MemoryPrecision::BF16,
+        ]
+        .map(|precision| (method, precision))
     }) {
         // Of widths that are read as vectors, and of others.
         for (rows, width) in [(300, 64), (300, 7), (3000, 7)] {

@@ -50,7 +50,15 @@ fn default_device() -> Device {
 #[test]
 #[ignore = "the other test runs it"]
 fn run_on_a_default_device() {
-    run_every_kernel(&default_device());
+    let device = default_device();
+    run_every_kernel(&device);
+    device.sync().unwrap();
+}
+
+#[test]
+fn names_differ_without_their_modules() {
+    let names = KERNELS.map(|name| name.rsplit("::").next());
+    assert_eq!(BTreeSet::from(names).len(), KERNELS.len());
 }
 
 #[test]

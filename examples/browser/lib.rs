@@ -1,4 +1,5 @@
-//! The quickstart's model in a browser, by WebGPU. `examples/browser/run.sh` builds it and opens it.
+//! The quickstart's model in a browser, by WebGPU. `checks/browser.sh examples/browser` builds it and runs it
+//! headless; the page is `index.html`, for any server of files.
 
 #![cfg(target_family = "wasm")]
 

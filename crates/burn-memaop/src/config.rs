@@ -226,7 +226,7 @@ impl Memory {
 /// A memory is as large as input and output of the layer together. In half precision it takes half
 /// of that, and a pass over it moves fewer bytes; the rows of the gradient are then rounded to that
 /// precision too, and on CPUs the gradient would take longer and is exact by the cost rule. Scores and norms are always computed in
-/// single precision at least. On a device that does not have a type, a memory is kept in full precision.
+/// single precision at least. On a device that cannot compute in a type, a memory is kept in full precision.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum MemoryPrecision {
     /// Single precision; double where the input has it.

@@ -380,9 +380,9 @@ fn convolution(device: &Device) {
     });
     let ours = [
         "square_kernel",
-        "score_kernel",
+        "score_patches_kernel",
         "systematic",
-        "gather_kernel",
+        "gather_patches_kernel",
     ];
     for name in ours {
         let of_this = kernels.iter().filter(|kernel| kernel.contains(name));

@@ -126,7 +126,7 @@ struct Cost {
     /// A launch.
     launch: f64,
     /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
-    /// overestimated at every size of the bench (its `measure`).
+    /// overestimated at every size of the bench (its `measure`). On a GPU by one multiprocessor.
     search: f64,
 }
 
@@ -213,6 +213,15 @@ impl Cost {
         self.input * pass.read as f64 + self.launches(launches, pass)
     }
 
+    /// Per row; on a GPU more rows are shared out to more multiprocessors (`cube/select/many.rs`).
+    fn search(&self, rows: usize) -> f64 {
+        let shares = match self.launch > 0.0 && rows > 2048 {
+            true => rows.div_ceil(1024).min(256),
+            false => 1,
+        };
+        self.search / shares as f64
+    }
+
     /// So many launches, per row.
     fn launches(&self, count: usize, pass: Pass) -> f64 {
         self.launch * count as f64 / pass.rows as f64
@@ -241,7 +250,7 @@ fn least_k(rows: usize) -> usize {
 
 /// On a GPU, by a model of a fast one (`docs/gpu.md`), not measured: values of four bytes, at 20 operations of a product for each
 /// byte of memory traffic (an H100 in `f32` has 67e12 / 3.35e12), a quarter more for gathering an eighth of the rows, and launches of 3
-/// microseconds at 50e12 operations a second. The search is of one multiprocessor for each K.
+/// microseconds at 50e12 operations a second.
 const GPU: Cost = Cost {
     read: 100.0,
     fold_in: 240.0,
@@ -326,7 +335,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
             product: product - written,
         },
         input,
-        measure: measures * (cost.read * (read + weight) + cost.search + launches),
+        measure: measures * (cost.read * (read + weight) + cost.search(pass.rows) + launches),
     }
 }
 

@@ -2,7 +2,7 @@
 //! `portable.rs`, in three launches (of packed rows five; of many rows the selection takes several) and a matrix product, none
 //! of which waits for the host.
 
-use std::sync::Once;
+use std::{future::poll_fn, mem, pin::pin, sync::Once, task::Poll};
 
 use burn::{
     backend::{
@@ -233,7 +233,18 @@ pub(crate) fn copy_out(values: CubeTensor) -> Transfer {
         dtype.size(),
     );
     Box::pin(async move {
-        let bytes = values.client.read_one_tensor_async(binding).await;
+        let copy = pin!(values.client.read_one_tensor_async(binding));
+        // On CUDA and ROCm the first poll of the copy waits for it.
+        let mut is_begun = false;
+        poll_fn(|context| match mem::replace(&mut is_begun, true) {
+            true => Poll::Ready(()),
+            false => {
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+        })
+        .await;
+        let bytes = copy.await;
         let bytes = bytes.map_err(|error| ExecutionError::with_context(error.to_string()))?;
         Ok(TensorData::from_bytes(bytes, shape, dtype))
     })

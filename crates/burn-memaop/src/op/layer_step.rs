@@ -128,11 +128,8 @@ impl LayerStep<'_> {
             let reading = self.measure_input::<B>(&grad);
             memory.lock().input_reading = Some(reading);
         }
+        let adapts = self.adapts(memory);
         let mut state = memory.lock();
-        let adapts = schedule::measures_share(self.config, state.progress.step);
-        if adapts {
-            self.adapt(&mut state);
-        }
         let intervals = state.watch.intervals;
         let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
         let device = grad.device();
@@ -202,14 +199,26 @@ impl LayerStep<'_> {
         (gradient.weight, gradient.bias)
     }
 
-    /// Adjusts K by the measurement of an earlier step, if there is one.
-    fn adapt(&self, state: &mut MemoryState) {
-        if let OuterProducts::Share { share, .. } = self.config.outer_products
-            && let Some(carried) = state.carried.take_if(|carried| !carried.share.is_late())
+    /// Whether the share of this step is to be measured. Then adjusts K by that of an earlier step, if there is one; the state is
+    /// not locked while that is waited for.
+    fn adapts(&self, memory: &MemoryHandle) -> bool {
+        let mut state = memory.lock();
+        let OuterProducts::Share { share, .. } = self.config.outer_products else {
+            return false;
+        };
+        let is_late = |carried: &Carried| carried.share.is_late();
+        if !schedule::measures_share(self.config, state.progress.step)
+            || state.carried.as_ref().is_some_and(is_late)
         {
-            let ratio = schedule::adapt(carried.ratio, carried.read(), share);
-            state.progress.ratio = Some(ratio);
+            return false;
         }
+        let carried = state.carried.take();
+        drop(state);
+        if let Some(carried) = carried {
+            let ratio = schedule::adapt(carried.ratio, carried.read(), share);
+            memory.lock().progress.ratio = Some(ratio);
+        }
+        true
     }
 
     fn chooses(&self) -> bool {

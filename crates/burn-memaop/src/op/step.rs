@@ -119,7 +119,7 @@ pub struct AopStep {
 }
 
 impl AopStep {
-    /// With a memory in full precision, where the device does not have the other.
+    /// With a memory in full precision, where the device cannot compute in the other.
     pub(crate) fn of_device(self, supports: impl Fn(DType) -> bool) -> Self {
         let precision = match self.memory_precision {
             MemoryPrecision::F16 if !supports(DType::F16) => MemoryPrecision::Full,

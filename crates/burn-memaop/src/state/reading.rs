@@ -18,7 +18,7 @@ pub(crate) type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, Execut
 pub(crate) struct Reading<const N: usize>(Arc<Mutex<Figures<N>>>);
 
 enum Figures<const N: usize> {
-    Coming(Copy),
+    Coming(Pending),
     There([f64; N]),
 }
 
@@ -36,8 +36,8 @@ impl<const N: usize> Reading<N> {
         Self(Arc::new(Mutex::new(Figures::There(figures))))
     }
 
-    /// The figures; waits for the copy, if it has not come yet. NaN where they are late, or there is nothing to read: a
-    /// device that fails tells of it elsewhere.
+    /// The figures; waits for the copy, if it has not come yet. NaN where they are late, or cannot be
+    /// read.
     pub(crate) fn read(&self) -> [f64; N] {
         let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let found = match &mut *figures {
@@ -56,7 +56,7 @@ impl<const N: usize> Reading<N> {
 #[cfg(not(target_family = "wasm"))]
 impl<const N: usize> Reading<N> {
     fn coming(copy: Transfer) -> Self {
-        Self(Arc::new(Mutex::new(Figures::Coming(Copy(Some(copy))))))
+        Self(Arc::new(Mutex::new(Figures::Coming(Pending(Some(copy))))))
     }
 
     /// Whether they have not come yet and cannot be waited for.
@@ -67,17 +67,17 @@ impl<const N: usize> Reading<N> {
 
 /// Not given up before it has come: CubeCL would hand out the memory again that is being copied to.
 #[cfg(not(target_family = "wasm"))]
-struct Copy(Option<Transfer>);
+struct Pending(Option<Transfer>);
 
 #[cfg(not(target_family = "wasm"))]
-impl Copy {
+impl Pending {
     fn wait(&mut self) -> Option<Result<TensorData, ExecutionError>> {
         self.0.take().and_then(burn::tensor::try_read_sync)
     }
 }
 
 #[cfg(not(target_family = "wasm"))]
-impl Drop for Copy {
+impl Drop for Pending {
     fn drop(&mut self) {
         self.wait();
     }
@@ -87,7 +87,7 @@ impl Drop for Copy {
 #[cfg(target_family = "wasm")]
 impl<const N: usize> Reading<N> {
     fn coming(copy: Transfer) -> Self {
-        let reading = Self(Arc::new(Mutex::new(Figures::Coming(Copy))));
+        let reading = Self(Arc::new(Mutex::new(Figures::Coming(Pending))));
         let figures = reading.0.clone();
         wasm_bindgen_futures::spawn_local(async move {
             let data = copy.await;
@@ -104,10 +104,10 @@ impl<const N: usize> Reading<N> {
 }
 
 #[cfg(target_family = "wasm")]
-struct Copy;
+struct Pending;
 
 #[cfg(target_family = "wasm")]
-impl Copy {
+impl Pending {
     fn wait(&mut self) -> Option<Result<TensorData, ExecutionError>> {
         None
     }
@@ -120,9 +120,21 @@ impl<const N: usize> fmt::Debug for Reading<N> {
 }
 
 fn figures_of<const N: usize>(data: Result<TensorData, ExecutionError>) -> [f64; N] {
-    let Ok(data) = data else {
-        return [f64::NAN; N];
+    let data = match data {
+        Ok(data) => data,
+        Err(error) => {
+            report(&error);
+            return [f64::NAN; N];
+        }
     };
     let mut values = data.iter::<f64>();
     std::array::from_fn(|_| values.next().unwrap_or(f64::NAN))
 }
+
+#[cfg(feature = "cubecl-backend")]
+fn report(error: &ExecutionError) {
+    log::warn!(target: "burn_memaop::read", "figures that K is chosen by cannot be read, and it stays as it is: {error}");
+}
+
+#[cfg(not(feature = "cubecl-backend"))]
+fn report(_: &ExecutionError) {}

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 /// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
 /// `[rows, d_output]`, and the number of steps that each holds something of, shape `[rows, 1]`; all
@@ -12,10 +12,15 @@ pub(crate) struct RowTensors {
 
 impl RowTensors {
     pub(crate) fn to_device(&self, device: &Device) -> Self {
+        // In a type that the device has.
+        let moved = |tensor: &Tensor<2>| match device.supports_dtype(tensor.dtype()) {
+            true => tensor.clone().to_device(device),
+            false => tensor.clone().cast(DType::F32).to_device(device),
+        };
         Self {
-            input: self.input.clone().to_device(device),
-            grad: self.grad.clone().to_device(device),
-            age: self.age.clone().to_device(device),
+            input: moved(&self.input),
+            grad: moved(&self.grad),
+            age: moved(&self.age),
         }
     }
 }

@@ -131,7 +131,7 @@ pub(super) fn score(input: &CubeTensor, grad: &CubeTensor, window: &Window) -> C
     let rows = scores.shape()[0];
     // SAFETY: as above.
     unsafe {
-        score_kernel::launch_unchecked(
+        score_patches_kernel::launch_unchecked(
             &input.client,
             calculate_cube_count_elemwise(&input.client, rows, units),
             units,
@@ -180,7 +180,7 @@ fn square_kernel<T: Float>(
 
 /// Of several groups the root of the sum of the squares.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn score_kernel<T: Float>(
+fn score_patches_kernel<T: Float>(
     squares: &[f32],
     grad: &[T],
     scores: &mut [f32],
@@ -254,7 +254,7 @@ pub(super) fn gather(
     // SAFETY: every index is one of a value of the images by their strides, or of a panel by its shape; the chosen rows are
     // positions of the batch.
     unsafe {
-        gather_kernel::launch_unchecked(
+        gather_patches_kernel::launch_unchecked(
             &chosen.rows.client,
             count,
             dim,
@@ -277,7 +277,7 @@ pub(super) fn gather(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn gather_kernel<T: Float>(
+fn gather_patches_kernel<T: Float>(
     input: &[T],
     grad: &[T],
     patches: &mut [T],

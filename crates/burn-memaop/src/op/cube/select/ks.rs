@@ -16,6 +16,11 @@ pub(super) struct Ks {
 
 /// Those from the last of `ks` on repeat it.
 pub(super) fn arg(ks: &[usize]) -> KsLaunch {
+    assert!(
+        (1..=6).contains(&ks.len()),
+        "one to six K, but {}",
+        ks.len()
+    );
     let at = |index: usize| ks[index.min(ks.len() - 1)] as u32;
     KsLaunch::new(at(0), at(1), at(2), at(3), at(4), at(5))
 }

@@ -47,7 +47,7 @@ pub(super) fn search(scores: &CubeTensor, ks: &[usize], chunks: Chunks) -> Searc
     // SAFETY: every index is below a number of rows, of chunks, or of chunks of all searches of all K, and the buffers are as
     // long.
     unsafe {
-        largest_kernel::launch_unchecked(
+        chunk_largest_kernel::launch_unchecked(
             &scores.client,
             count,
             dim,
@@ -80,7 +80,7 @@ pub(super) fn search(scores: &CubeTensor, ks: &[usize], chunks: Chunks) -> Searc
 }
 
 #[cube(launch_unchecked)]
-fn largest_kernel(
+fn chunk_largest_kernel(
     scores: &[f32],
     largest: &mut [f32],
     rows: u32,
