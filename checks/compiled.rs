@@ -44,7 +44,9 @@ fn sources(log: &str) -> BTreeSet<(String, String)> {
             let name = name.split(|c: char| c.is_whitespace() || c == '<').next()?;
             // Below its module and function stands the type of the kernel.
             let name = name.rsplit_once("::").map_or(name, |(name, _)| name);
-            let source = block.split_once("```")?.1.split_once("```")?.0;
+            // The language stands in the first line.
+            let (_, source) = block.split_once("```")?.1.split_once('\n')?;
+            let (source, _) = source.split_once("```")?;
             Some((name.to_string(), source.to_string()))
         })
         .collect()
