@@ -30,10 +30,12 @@ FLAGS = [
 class Handler(http.server.SimpleHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.report = json.loads(body)
         self.send_response(204)
         self.end_headers()
-        self.server.reported.set()
+        # The first counts: of a page that failed others may follow.
+        if not self.server.reported.is_set():
+            self.server.report = json.loads(body)
+            self.server.reported.set()
 
     def log_message(self, *_):
         pass
