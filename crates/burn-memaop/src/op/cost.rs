@@ -215,7 +215,7 @@ impl Cost {
 
     /// Per row; on a GPU more rows are shared out to more multiprocessors (`cube/select/many.rs`).
     fn search(&self, rows: usize) -> f64 {
-        let shares = match self.launch > 0.0 && rows > 2048 {
+        let shares = match self.launch > 0.0 && rows > ONE_CUBE {
             true => rows.div_ceil(1024).min(256),
             false => 1,
         };
@@ -235,9 +235,12 @@ impl Cost {
     }
 }
 
-/// What systematic sampling takes on a GPU (`cube/select.rs`).
+/// The rows among which one cube of a GPU chooses (`STAGED` in `cube/select.rs`).
+const ONE_CUBE: usize = 2048;
+
+/// What systematic sampling takes on a GPU.
 fn selection_launches(rows: usize) -> usize {
-    match rows <= 2048 {
+    match rows <= ONE_CUBE {
         true => 1,
         false => 9,
     }
