@@ -6,6 +6,6 @@ fn main() {
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
     if cuda && env::var_os("DOCS_RS").is_some() {
-        println!("cargo::rustc-link-arg-tests=-Wl,--unresolved-symbols=ignore-all,-z,lazy");
+        println!("cargo::rustc-link-arg-tests=-Wl,--unresolved-symbols=ignore-all");
     }
 }
