@@ -188,7 +188,7 @@ fn measure(options: &Options, sizes: Sizes) -> Result<Row> {
     let conv = common.dtype.cast(config.init(&autodiff));
     let layer = |ratio, rule| {
         let aop = AopConfig::new()
-            .with_outer_products(OuterProducts::Ratio { ratio, minimum: 1 })
+            .with_outer_products(OuterProducts::Ratio(ratio))
             .with_cost_rule(rule);
         MemAopConv2d::from_conv2d(conv.clone(), aop)
     };

@@ -24,7 +24,7 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopLinear, StoredInput,
-    activation::{gelu, relu},
+    activation::{Gelu, relu},
     transformer::{
         MemAopMultiHeadAttention, MemAopTransformerEncoder, MemAopTransformerEncoderLayer, MhaInput,
     },
@@ -248,7 +248,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
         ("ReLU", Box::new(activation::relu)),
         ("ReLU in one bit", Box::new(relu)),
         ("GELU", Box::new(activation::gelu)),
-        ("GELU in 8 bits", Box::new(gelu)),
+        ("GELU in 8 bits", Box::new(|x| Gelu::new().forward(x))),
         ("Dropout", Box::new(move |x| dropout.forward(x))),
         ("LayerNorm", Box::new(move |x| norm.forward(x))),
         ("attention, Burn's", {

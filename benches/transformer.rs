@@ -127,10 +127,7 @@ fn main() -> Result<()> {
             true => {
                 let flat = burns
                     .clone()
-                    .with_memaop(AopConfig::new().with_outer_products(OuterProducts::Ratio {
-                        ratio: 1.0,
-                        minimum: 1,
-                    }));
+                    .with_memaop(AopConfig::new().with_outer_products(OuterProducts::All));
                 let loss = |model: &Classifier<_>| model.loss(tokens, labels);
                 let mut flat = Training::new(flat, adam(), loss);
                 Box::new(move || flat.step())

@@ -15,7 +15,7 @@ use burn::{
 use burn_memaop::{
     AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
     Method, OuterProducts, StoredInput,
-    activation::{gelu, relu},
+    activation::{Gelu, relu},
     baseline::Baseline,
     op::{
         AopStep, InputStep, NoiseStep, PackStep, gradient_noise, input_gradient, pack,
@@ -176,7 +176,9 @@ fn layers(device: &Device, dtype: DType) {
         .with_cost_rule(false);
     let linear = Cast(dtype).of(MemAopLinearConfig::new(70, 12).with_aop(aop).init(device));
     let hidden = linear.forward(random([300, 70], device, dtype).require_grad());
-    (relu(hidden.clone()) + gelu(hidden)).sum().backward();
+    (relu(hidden.clone()) + Gelu::new().forward(hidden))
+        .sum()
+        .backward();
 
     let images = || {
         let normal = Distribution::Normal(0.0, 1.0);

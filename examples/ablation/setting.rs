@@ -1,5 +1,5 @@
 use anyhow::{Result, ensure};
-use burn_memaop::{AopConfig, Schedule};
+use burn_memaop::AopConfig;
 use clap::ValueEnum;
 use memaop_examples::{
     InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
@@ -82,9 +82,7 @@ impl Setting {
             .with_input_gradient(self.input_gradient.input_gradient())
             .with_stored_input(self.stored_input.stored_input())
             .with_cost_rule(self.cost_rule)
-            .with_schedule(Schedule::Constant {
-                exact_steps: self.exact_steps,
-            })
+            .with_exact_steps(self.exact_steps)
             .with_seed(seed);
         config.validate()?;
         Ok(config)

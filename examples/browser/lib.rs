@@ -75,10 +75,7 @@ pub async fn run(epochs: usize, width: usize, say: js_sys::Function) -> Result<S
     let exact = Mlp::new(width, &device);
     let all = AopConfig::new().with_cost_rule(false);
     let memory = Method::TopK(Memory::Balanced { decay: 1.0 });
-    let eighth = all.with_outer_products(OuterProducts::Ratio {
-        ratio: 0.125,
-        minimum: 1,
-    });
+    let eighth = all.with_outer_products(OuterProducts::Ratio(0.125));
     let layers = [
         ("MemAopLinear", AopConfig::new()),
         ("MemAopLinear, on every layer", all),

@@ -116,10 +116,7 @@ impl Race {
         device.seed(seed);
         let autodiff = device.clone().autodiff();
         let exact = Exact::new(&autodiff);
-        let all = aop.with_outer_products(OuterProducts::Ratio {
-            ratio: 1.0,
-            minimum: 1,
-        });
+        let all = aop.with_outer_products(OuterProducts::All);
         let lr = options.lr;
         let mut trainings: [Box<dyn Train>; 3] = [
             Box::new(Training::new(exact.clone(), lr)),

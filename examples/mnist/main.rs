@@ -5,7 +5,7 @@
 //! cargo mnist
 //! cargo mnist --data DIR --plain
 //! cargo mnist --resume --epochs 10
-//! cargo mnist --out run-2 --policy topk --schedule cosine --follow-lr
+//! cargo mnist --out run-2 --policy topk --schedule cosine
 //! ```
 
 mod model;
@@ -28,8 +28,8 @@ use burn::{
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::{
-    AopConfig, AopObserver, Method, OuterProducts, SharedLearningRate,
-    train::{AopFigure, AopMetric, Checkpoints, FollowedLrScheduler, resume_loader},
+    AopConfig, AopObserver, Method, OuterProducts,
+    train::{AopFigure, AopMetric, Checkpoints, resume_loader},
 };
 use clap::{Parser, ValueEnum};
 use memaop_examples::{AopOptions, Backend, check, mnist::Split};
@@ -58,10 +58,7 @@ struct Options {
     /// How the learning rate changes over all epochs, to a hundredth
     #[arg(long, value_enum, default_value_t = LrSchedule::Constant)]
     schedule: LrSchedule,
-    /// Keeps rows in the units of the learning rate they came with, as the paper does
-    #[arg(long)]
-    follow_lr: bool,
-    /// Workers, each with a memory of its own and batches of its own; they share the device
+    /// Workers, each with batches of its own; they share the device and what the layers keep
     #[arg(long, default_value_t = 1)]
     devices: usize,
     /// Goes on after the last complete checkpoint in --out
@@ -203,14 +200,6 @@ fn train_on(
 
     let model = Mlp::new(options.width, aop, observer(options), &autodiff);
     let scheduler = options.schedule.scheduler(options.lr, steps)?;
-    let scheduler = match options.follow_lr {
-        false => scheduler,
-        true => {
-            let rate = SharedLearningRate::new();
-            rate.attach(&model);
-            FollowedLrScheduler::new(scheduler, rate).into()
-        }
-    };
     let result = training.launch(Learner::new(model, SgdConfig::new().init(), scheduler));
     match result.error {
         None => Ok(()),

@@ -37,9 +37,9 @@ pub struct AopConfig {
     /// How the input is kept for the backward pass.
     #[config(default = "StoredInput::Full")]
     pub stored_input: StoredInput,
-    /// The first steps.
-    #[config(default = "Schedule::Constant { exact_steps: 0 }")]
-    pub schedule: Schedule,
+    /// The number of first steps whose gradients are exact. A step is a backward pass of the layer.
+    #[config(default = 0)]
+    pub exact_steps: usize,
     /// Whether a gradient is exact (and an input kept as it is) where anything else would take longer, those of weight and input each for
     /// itself: on CPUs in layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs
     /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, a memory
@@ -75,23 +75,10 @@ pub enum OuterProducts {
     Auto,
     /// K itself, at least 1.
     Count(usize),
-    /// K as a share of the rows of the batch: `max(minimum, round(ratio * M))`.
-    Ratio {
-        /// The share of the rows, in `(0, 1]`.
-        ratio: f64,
-        /// The least K, at least 1.
-        minimum: usize,
-    },
-    /// As many as carry a given share of the sum of all `|x^| |g^|`, beginning with `share * M`.
-    ///
-    /// The share of one step in `interval` is measured, and read when the next one is: no step
-    /// waits for its own.
-    Share {
-        /// The share to hold, in `(0, 1)`.
-        share: f64,
-        /// The number of steps between adjustments, at least 1.
-        interval: usize,
-    },
+    /// All M: the exact gradient.
+    All,
+    /// K as a share of the rows of the batch, in `(0, 1]`: `round(ratio * M)`, and 1 at least.
+    Ratio(f64),
 }
 
 /// The share of the rows that [`OuterProducts::Auto`] takes where it does not choose.
@@ -100,24 +87,23 @@ const UNCHOSEN: f64 = 0.125;
 impl OuterProducts {
     /// K for a batch of `rows` rows; `rows` or more means all of them, the exact gradient. None where it is not fixed.
     pub fn k(&self, rows: usize) -> Option<usize> {
-        let fixed = matches!(self, Self::Count(_) | Self::Ratio { .. });
-        fixed.then(|| self.first_k(rows))
+        (*self != Self::Auto).then(|| self.fixed_k(rows))
     }
 
-    /// K where it is fixed, that of the methods for which [`Auto`](Self::Auto) does not choose, and the first of
-    /// [`Share`](Self::Share).
-    pub(crate) fn first_k(&self, rows: usize) -> usize {
-        let share = |ratio: f64| (ratio * rows as f64).round() as usize;
+    /// K where it is fixed, and that of the methods for which [`Auto`](Self::Auto) does not choose.
+    pub(crate) fn fixed_k(&self, rows: usize) -> usize {
         match *self {
-            Self::Auto => share(UNCHOSEN).max(1),
+            Self::Auto => share_of(UNCHOSEN, rows),
+            Self::All => rows,
             Self::Count(k) => k,
-            Self::Ratio { ratio, minimum } => share(ratio).max(minimum),
-            // With all rows there would be nothing to measure.
-            Self::Share { share: ratio, .. } => {
-                share(ratio).clamp(1, rows.saturating_sub(1).max(1))
-            }
+            Self::Ratio(ratio) => share_of(ratio, rows),
         }
     }
+}
+
+/// A share of the rows, and one at least.
+fn share_of(ratio: f64, rows: usize) -> usize {
+    ((ratio * rows as f64).round() as usize).max(1)
 }
 
 /// Which K of the M rows a step evaluates, and what becomes of the others.
@@ -240,11 +226,11 @@ pub enum MemoryPrecision {
 
 /// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
 ///
-/// As many as `max(minimum, round(ratio * M))`, or as the layer chooses. The gradient of the input is the other product of
+/// As many as `round(ratio * M)` and one at least, or as the layer chooses. The gradient of the input is the other product of
 /// the backward pass; unlike the weight gradient's, what it leaves out is not given back by a
 /// memory, and it is missing in all layers below. Rows whose gradient is not finite are zero.
 ///
-/// Exact while a [`Schedule`] makes all rows exact, where the weight is frozen, and where the
+/// Exact in the [exact steps](AopConfig::exact_steps), where the weight is frozen, and where the
 /// [cost rule](AopConfig::cost_rule) makes the layer exact.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub enum InputGradient {
@@ -257,21 +243,11 @@ pub enum InputGradient {
     /// What is left out adds noise to the gradients of all layers below, of which a layer knows its own alone: it takes theirs
     /// for alike. For perceptrons; in a small language model it cost more than it saved (`docs/choosing.md`).
     Auto,
-    /// The rows with the largest `|g|`. Biased towards them.
-    Largest {
-        /// The share of the rows, in `(0, 1]`.
-        ratio: f64,
-        /// The least number of rows, at least 1.
-        minimum: usize,
-    },
-    /// Systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times `1 / p_m`.
-    /// Unbiased.
-    Sampled {
-        /// The share of the rows, in `(0, 1]`.
-        ratio: f64,
-        /// The least number of rows, at least 1.
-        minimum: usize,
-    },
+    /// A share of the rows, in `(0, 1]`: those with the largest `|g|`. Biased towards them.
+    Largest(f64),
+    /// A share of the rows, in `(0, 1]`, by systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times
+    /// `1 / p_m`. Unbiased.
+    Sampled(f64),
 }
 
 impl InputGradient {
@@ -284,11 +260,7 @@ impl InputGradient {
     pub(crate) fn fixed_k(self, rows: usize) -> usize {
         match self {
             Self::Exact | Self::Auto => rows,
-            Self::Largest { ratio, minimum } | Self::Sampled { ratio, minimum } => {
-                OuterProducts::Ratio { ratio, minimum }
-                    .first_k(rows)
-                    .min(rows)
-            }
+            Self::Largest(ratio) | Self::Sampled(ratio) => share_of(ratio, rows).min(rows),
         }
     }
 }
@@ -322,33 +294,6 @@ pub enum StoredInput {
     Int4,
 }
 
-/// How the number of outer products comes down to K.
-///
-/// Steps are the layer's backward passes. While K is M the gradient is exact, and the memory is
-/// not touched.
-#[derive(Config, Debug, Copy, PartialEq)]
-pub enum Schedule {
-    /// M for the first steps, then K.
-    Constant {
-        /// The number of exact steps; 0 for none.
-        exact_steps: usize,
-    },
-    /// M for the first steps, then along a line to K.
-    Linear {
-        /// The number of exact steps before.
-        exact_steps: usize,
-        /// The number of steps from M to K, at least 1.
-        steps: usize,
-    },
-    /// M for the first steps, then along half a wave of a cosine to K.
-    Cosine {
-        /// The number of exact steps before.
-        exact_steps: usize,
-        /// The number of steps from M to K, at least 1.
-        steps: usize,
-    },
-}
-
 /// A value of an [`AopConfig`] that breaks its rule.
 #[derive(Debug, Clone, Copy, PartialEq, Error)]
 pub enum AopConfigError {
@@ -358,33 +303,18 @@ pub enum AopConfigError {
     /// A ratio outside `(0, 1]`.
     #[error("AopConfig.outer_products: the ratio must be in (0, 1], but got {0}")]
     Ratio(f64),
-    /// A minimum of 0.
-    #[error("AopConfig.outer_products: the minimum must be at least 1, but got {0}")]
-    Minimum(usize),
     /// A ratio of rows outside `(0, 1]`.
     #[error("AopConfig.input_gradient: the ratio must be in (0, 1], but got {0}")]
     InputRatio(f64),
-    /// A minimum of 0 rows.
-    #[error("AopConfig.input_gradient: the minimum must be at least 1, but got {0}")]
-    InputMinimum(usize),
     /// A decay outside `[0, 1]`.
     #[error("AopConfig.method: the decay must be in [0, 1], but got {0}")]
     Decay(f64),
-    /// A schedule of 0 steps.
-    #[error("AopConfig.schedule: the number of steps must be at least 1, but got {0}")]
-    Steps(usize),
-    /// A share outside `(0, 1)`.
-    #[error("AopConfig.outer_products: the share must be in (0, 1), but got {0}")]
-    Share(f64),
     /// A memory, in a convolution.
     #[error("AopConfig.method: in a convolution it must have no memory, but got {0:?}")]
     ConvolutionMemory(Method),
     /// Some rows of the gradient of the input, in a convolution.
     #[error("AopConfig.input_gradient: in a convolution it must be Exact, but got {0:?}")]
     ConvolutionInput(InputGradient),
-    /// An interval of 0 steps.
-    #[error("AopConfig.outer_products: the interval must be at least 1, but got {0}")]
-    Interval(usize),
 }
 
 impl AopConfig {
@@ -399,8 +329,8 @@ impl AopConfig {
             return false;
         }
         match self.outer_products {
-            OuterProducts::Auto | OuterProducts::Share { .. } => rows <= 1,
-            fixed => fixed.first_k(rows) >= rows,
+            OuterProducts::Auto => rows <= 1,
+            fixed => fixed.fixed_k(rows) >= rows,
         }
     }
 
@@ -439,38 +369,25 @@ impl AopConfig {
     pub fn validate(&self) -> Result<(), AopConfigError> {
         match self.outer_products {
             OuterProducts::Count(0) => return Err(AopConfigError::Count(0)),
-            OuterProducts::Ratio { ratio, .. } if !(ratio > 0.0 && ratio <= 1.0) => {
+            OuterProducts::Ratio(ratio) if !is_share(ratio) => {
                 return Err(AopConfigError::Ratio(ratio));
             }
-            OuterProducts::Ratio { minimum: 0, .. } => return Err(AopConfigError::Minimum(0)),
-            OuterProducts::Share { share, .. } if !(share > 0.0 && share < 1.0) => {
-                return Err(AopConfigError::Share(share));
-            }
-            OuterProducts::Share { interval: 0, .. } => return Err(AopConfigError::Interval(0)),
             _ => {}
         }
         match self.input_gradient {
-            InputGradient::Largest { ratio, .. } | InputGradient::Sampled { ratio, .. }
-                if !(ratio > 0.0 && ratio <= 1.0) =>
-            {
+            InputGradient::Largest(ratio) | InputGradient::Sampled(ratio) if !is_share(ratio) => {
                 return Err(AopConfigError::InputRatio(ratio));
-            }
-            InputGradient::Largest { minimum: 0, .. }
-            | InputGradient::Sampled { minimum: 0, .. } => {
-                return Err(AopConfigError::InputMinimum(0));
             }
             _ => {}
         }
-        if let Some(decay) = self.method.memory().decay()
-            && !(0.0..=1.0).contains(&decay)
-        {
-            return Err(AopConfigError::Decay(decay));
-        }
-        match self.schedule {
-            Schedule::Linear { steps: 0, .. } | Schedule::Cosine { steps: 0, .. } => {
-                Err(AopConfigError::Steps(0))
-            }
+        match self.method.memory().decay() {
+            Some(decay) if !(0.0..=1.0).contains(&decay) => Err(AopConfigError::Decay(decay)),
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a number is a share of the rows, of which there is one at least.
+fn is_share(ratio: f64) -> bool {
+    ratio > 0.0 && ratio <= 1.0
 }

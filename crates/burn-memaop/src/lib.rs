@@ -77,7 +77,7 @@ mod config;
 
 pub use config::{
     AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, Method, OuterProducts,
-    Schedule, StoredInput,
+    StoredInput,
 };
 pub use layers::{
     activation,
@@ -87,13 +87,9 @@ pub use layers::{
 };
 pub use model::{
     observe::{AopObserver, AopReport, LayerReport},
-    tree::with_aop,
+    tree::{reset, with_aop},
 };
-pub use state::{
-    learning_rate::{LearningRateError, SharedLearningRate},
-    measurement::Measured,
-    memory::MemoryStats,
-};
+pub use state::{device::MemoryStats, measurement::Measured};
 
 /// Methods to compare with.
 pub mod baseline {

@@ -13,7 +13,7 @@ use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
     AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
     Method, OuterProducts, StoredInput,
-    activation::{gelu, relu},
+    activation::{Gelu, relu},
     baseline::Baseline,
     op::{self, AopStep, InputStep, PackStep},
 };
@@ -284,6 +284,7 @@ fn packed(device: &Device) {
     let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
     let input = random([70, 20], &device, DType::F32).require_grad();
     let (kernels, reads) = observe(&device, || {
+        let gelu: fn(_) -> _ = |x| Gelu::new().forward(x);
         for function in [relu, gelu] {
             function(layer.forward(input.clone())).sum().backward();
         }

@@ -105,7 +105,8 @@ impl KRatio {
     /// The setting of a layer.
     pub fn outer_products(self) -> OuterProducts {
         match self {
-            Self::Of(ratio) => OuterProducts::Ratio { ratio, minimum: 1 },
+            Self::Of(1.0) => OuterProducts::All,
+            Self::Of(ratio) => OuterProducts::Ratio(ratio),
             Self::Auto(_) => OuterProducts::Auto,
         }
     }
@@ -246,12 +247,11 @@ pub struct InputGradientOptions {
 impl InputGradientOptions {
     /// The gradient of the input that is asked for.
     pub fn input_gradient(self) -> InputGradient {
-        let minimum = 1;
         match self.dx_ratio {
             None => InputGradient::Exact,
             Some(KRatio::Auto(_)) => InputGradient::Auto,
-            Some(KRatio::Of(ratio)) if self.dx_sampled => InputGradient::Sampled { ratio, minimum },
-            Some(KRatio::Of(ratio)) => InputGradient::Largest { ratio, minimum },
+            Some(KRatio::Of(ratio)) if self.dx_sampled => InputGradient::Sampled(ratio),
+            Some(KRatio::Of(ratio)) => InputGradient::Largest(ratio),
         }
     }
 

@@ -14,12 +14,15 @@
 
 use burn::{
     backend::Dispatch,
-    module::Module,
-    tensor::{Tensor, activation},
+    module::{Content, Module, ModuleDisplay},
+    tensor::{Device, Tensor, activation},
 };
 
 use super::linear::is_tracked;
-use crate::op::{MemAopOps, backends::assert_supported, cost};
+use crate::{
+    op::{MemAopOps, backends::assert_supported, cost, noise::StepNoise},
+    state::LayerState,
+};
 
 /// Applies [`burn::tensor::activation::relu`]; the gradient is the same, and one bit a value is kept for it.
 ///
@@ -39,20 +42,16 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`]; its derivative is kept in 8 bits, with a scale for each 64 values, rounded
-/// up or down by the place of the value: at most 0.009 off. One that is not finite makes the 64 NaN.
-///
-/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed where [`relu`] is Burn's
-/// own.
-///
-/// # Panics
-///
-/// As [`relu`].
-pub fn gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
+/// Applies [`burn::tensor::activation::gelu`], and keeps the derivative as [`Gelu`] does, rounded by the random bits of
+/// the pass.
+pub(super) fn packed_gelu<const D: usize>(
+    input: Tensor<D>,
+    noise: impl FnOnce() -> StepNoise,
+) -> Tensor<D> {
     match packs(&input) {
         false => exact_gelu(input),
         true => as_matrix(input, |input| {
-            Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch()))
+            Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch(), noise()))
         }),
     }
 }
@@ -135,14 +134,40 @@ impl Relu {
     }
 }
 
-/// Applies [`gelu`], as [`burn::nn::Gelu`] does.
-#[derive(Module, Debug, Default)]
-pub struct Gelu;
+/// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does; its derivative is kept in 8 bits, with a scale for
+/// each 64 values, and is at most 0.009 off.
+///
+/// The derivative is rounded up or down at random, with the distances as odds, by random bits of its own for each pass, so
+/// that the expected gradient is the exact one. A derivative that is not finite makes the 64 NaN. The number of passes is kept
+/// for each device, shared by clones and part of the record, as what the [layers](crate::MemAopLinear) keep is.
+///
+/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed where [`relu`] is Burn's
+/// own.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct Gelu {
+    state: LayerState,
+    seed: u64,
+}
+
+impl Default for Gelu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Gelu {
     /// Create the module.
     pub fn new() -> Self {
-        Self
+        Self {
+            state: LayerState::new(&Device::default()),
+            seed: 0,
+        }
+    }
+
+    /// The same with another seed of its random bits. Modules with different seeds round independently of each other.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// Applies the forward pass on the input tensor.
@@ -156,7 +181,17 @@ impl Gelu {
     ///
     /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        gelu(input)
+        let device = input.device();
+        packed_gelu(input, || StepNoise {
+            seed: self.seed,
+            step: self.state.on(&device).lock().count_pass(),
+        })
+    }
+}
+
+impl ModuleDisplay for Gelu {
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        content.optional()
     }
 }
 

@@ -16,11 +16,11 @@ use burn::{
 
 use super::linear::{is_replaced, is_tracked};
 use crate::{
-    config::{AopConfig, StoredInput},
+    config::{AopConfig, OuterProducts, StoredInput},
     op::{AopLayer, MemAopOps, backends::assert_supported, cost, step::Bias, window::Window},
     state::{
-        LayerMemory,
-        offer::{self, Purpose},
+        LayerState,
+        offer::{self, Purpose, Wish},
     },
 };
 
@@ -113,7 +113,7 @@ pub struct MemAopConv2d {
     /// The padding configuration.
     pub padding: PaddingConfig2d,
     aop: AopConfig,
-    memory: LayerMemory,
+    state: LayerState,
 }
 
 impl MemAopConv2d {
@@ -123,7 +123,7 @@ impl MemAopConv2d {
     ///
     /// Panics if [`AopConfig::validate_convolution`] rejects `aop`.
     pub fn from_conv2d(conv2d: Conv2d, aop: AopConfig) -> Self {
-        let memory = LayerMemory::new(&conv2d.weight.lazy_device());
+        let state = LayerState::new(&conv2d.weight.lazy_device());
         Self {
             weight: conv2d.weight,
             bias: conv2d.bias,
@@ -133,7 +133,7 @@ impl MemAopConv2d {
             groups: conv2d.groups,
             padding: conv2d.padding,
             aop: valid(aop),
-            memory,
+            state,
         }
     }
 
@@ -145,7 +145,7 @@ impl MemAopConv2d {
     /// Panics if [`AopConfig::validate_convolution`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
         let before = std::mem::replace(&mut self.aop, valid(aop));
-        self.memory.reconfigure(&before, &aop);
+        self.state = self.state.reconfigured(&before, &aop);
         self
     }
 
@@ -204,7 +204,7 @@ impl MemAopConv2d {
             || bias.as_ref().is_some_and(|bias| quantized(bias.dtype()))
         {
             if is_tracked(&weight) {
-                self.memory.note_exact(rows, with_input);
+                self.state.note_exact(rows, with_input);
             }
             return conv2d(input, weight, bias, window.options());
         }
@@ -219,16 +219,16 @@ impl MemAopConv2d {
         }
 
         let pass = pass(images, &window, dtype, with_input);
-        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
+        let aop = cost::ruled(&self.applied(), device.as_dispatch(), pass);
         // The noise of packed values goes by the steps.
         let counted = !aop.is_exact(rows, with_input) || aop.stored_input != StoredInput::Full;
         if !counted {
-            self.memory.note_exact(rows, with_input);
+            self.state.note_exact(rows, with_input);
         }
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
-            memory: counted.then(|| self.memory.in_training()),
+            state: counted.then(|| self.state.here()),
             shared: None,
         };
         Tensor::from_dispatch(Dispatch::memaop_conv2d(input, weight, bias, window, layer))
@@ -250,13 +250,16 @@ impl MemAopConv2d {
         };
         let rows = images * height * width;
         let pass = pass(images, &window, self.weight.val().dtype(), true);
-        let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
+        let aop = cost::ruled(&self.applied(), device.as_dispatch(), pass);
         rows == 0 || aop.is_exact(rows, true)
     }
 
-    /// Starts counting steps from 0 and forgets a K that was chosen, as at the first step. Clones keep what they have.
-    pub fn reset_memory(&self) {
-        self.memory.reset();
+    /// The configuration, with all rows where a linear layer would choose their number.
+    fn applied(&self) -> AopConfig {
+        match self.aop.outer_products {
+            OuterProducts::Auto => self.aop.with_outer_products(OuterProducts::All),
+            _ => self.aop,
+        }
     }
 
     fn window(&self, size: [usize; 2]) -> Window {
@@ -325,7 +328,7 @@ impl Module for MemAopConv2d {
         self.bias.visit(visitor);
         visitor.exit_module("bias", CONV2D);
         visitor.enter_module("memory", LAYER);
-        self.memory.visit(self.widths(), visitor);
+        self.state.show(self.widths(), visitor);
         visitor.exit_module("memory", LAYER);
     }
 
@@ -344,14 +347,21 @@ impl Module for MemAopConv2d {
         let replaced = before.is_some_and(|before| is_replaced(&before, &self.weight));
         let widths = self.widths();
         mapper.enter_module("memory", LAYER);
-        let (aop, memory) = offer::offer(self.aop, AopConfig::validate_convolution, || {
-            self.memory.map(widths, replaced, mapper)
-        });
+        let config = (self.aop, AopConfig::validate_convolution as offer::Rule);
+        let (wish, state) =
+            offer::offer(Some(config), || self.state.map_by(widths, replaced, mapper));
         mapper.exit_module("memory", LAYER);
-        let layer = Self { memory, ..self };
-        match aop == layer.aop {
-            true => layer,
-            false => layer.with_aop(aop),
+        let layer = Self { state, ..self };
+        match wish {
+            None => layer,
+            Some(Wish::Own(aop)) => {
+                let aop = aop.unwrap_or(layer.aop);
+                layer.with_aop(aop)
+            }
+            Some(Wish::Reset) => Self {
+                state: layer.state.renewed(),
+                ..layer
+            },
         }
     }
 
@@ -364,7 +374,7 @@ impl Module for MemAopConv2d {
         Self {
             weight: self.weight.to_device(device),
             bias: self.bias.to_device(device),
-            memory: self.memory.to_device(device),
+            state: self.state.to_device(device),
             ..self
         }
     }
@@ -373,7 +383,7 @@ impl Module for MemAopConv2d {
         Self {
             weight: self.weight.fork(device),
             bias: self.bias.fork(device),
-            memory: self.memory.fork(device),
+            state: self.state.fork(device),
             ..self
         }
     }
@@ -388,7 +398,7 @@ impl Module for MemAopConv2d {
             groups: self.groups,
             padding: self.padding.clone(),
             aop: self.aop,
-            memory: self.memory.valid(),
+            state: self.state.clone(),
         }
     }
 
@@ -456,7 +466,7 @@ impl ModuleDisplay for MemAopConv2d {
             .add_debug_attribute("padding", &self.padding)
             .add_debug_attribute("outer_products", &self.aop.outer_products)
             .add_debug_attribute("method", &self.aop.method)
-            .add_debug_attribute("schedule", &self.aop.schedule)
+            .add("exact_steps", &self.aop.exact_steps)
             .add_debug_attribute("stored_input", &self.aop.stored_input)
             .optional()
     }

@@ -13,11 +13,14 @@ use burn::{
 
 use crate::{
     config::{AopConfig, StoredInput},
-    op::{AopLayer, MemAopOps, backends::assert_supported, cost, packed::SharedRows, step::Bias},
+    op::{
+        AopLayer, MemAopOps, backends::assert_supported, cost, noise::StepNoise,
+        packed::SharedRows, step::Bias,
+    },
     state::{
-        LayerMemory,
-        memory::MemoryStats,
-        offer::{self, Purpose},
+        LayerState,
+        device::MemoryStats,
+        offer::{self, Purpose, Wish},
     },
 };
 
@@ -109,7 +112,7 @@ pub struct MemAopLinear {
     /// Vector of size `d_output`, initialized as that of [`Linear`].
     pub bias: Option<Param<Tensor<1>>>,
     aop: AopConfig,
-    memory: LayerMemory,
+    state: LayerState,
 }
 
 impl MemAopLinear {
@@ -120,12 +123,12 @@ impl MemAopLinear {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn from_linear(linear: Linear, aop: AopConfig) -> Self {
-        let memory = LayerMemory::new(&linear.weight.lazy_device());
+        let state = LayerState::new(&linear.weight.lazy_device());
         Self {
             weight: linear.weight,
             bias: linear.bias,
             aop: valid(aop),
-            memory,
+            state,
         }
     }
 
@@ -138,7 +141,7 @@ impl MemAopLinear {
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
         let before = std::mem::replace(&mut self.aop, valid(aop));
-        self.memory.reconfigure(&before, &aop);
+        self.state = self.state.reconfigured(&before, &aop);
         self
     }
 
@@ -192,7 +195,7 @@ impl MemAopLinear {
         // A batch without rows has a gradient of zeros.
         if rows == 0 {
             if is_tracked(&weight) {
-                self.memory.note_exact(rows, is_tracked(&input));
+                self.state.note_exact(rows, is_tracked(&input));
             }
             return linear(input, weight, bias);
         }
@@ -228,12 +231,12 @@ impl MemAopLinear {
         // The noise of packed rows goes by the steps.
         let counted = !exact || aop.stored_input != StoredInput::Full;
         if !counted {
-            self.memory.note_exact(rows, with_input);
+            self.state.note_exact(rows, with_input);
         }
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
-            memory: counted.then(|| self.memory.in_training()),
+            state: counted.then(|| self.state.here()),
             shared: shared.cloned(),
         };
         let bias = match bias {
@@ -276,16 +279,18 @@ impl MemAopLinear {
         }
     }
 
-    /// Reads the state of the memory. Waits for the device.
+    /// Reads the state of the memory on the device of the layer. Waits for the device.
     pub fn memory_stats(&self) -> MemoryStats {
-        let state = self.memory.handle().lock().clone();
-        state.stats()
+        let state = self.state.present().map(|state| state.lock().clone());
+        state.unwrap_or_default().stats()
     }
 
-    /// Forgets what the memory holds and starts counting steps from 0, as at the first step. Clones keep
-    /// what they have.
-    pub fn reset_memory(&self) {
-        self.memory.reset();
+    /// Random bits for a forward pass beside this layer's own.
+    pub(in crate::layers) fn pass_noise(&self) -> StepNoise {
+        StepNoise {
+            seed: self.aop.seed,
+            step: self.state.here().lock().count_pass(),
+        }
     }
 }
 
@@ -318,7 +323,7 @@ impl Module for MemAopLinear {
         self.bias.visit(visitor);
         visitor.exit_module("bias", LINEAR);
         visitor.enter_module("memory", LAYER);
-        self.memory.visit(self.weight.lazy_shape().dims(), visitor);
+        self.state.show(self.weight.lazy_shape().dims(), visitor);
         visitor.exit_module("memory", LAYER);
     }
 
@@ -336,20 +341,25 @@ impl Module for MemAopLinear {
 
         let replaced = before.is_some_and(|before| is_replaced(&before, &weight));
         mapper.enter_module("memory", LAYER);
-        let (aop, memory) = offer::offer(self.aop, AopConfig::validate, || {
+        let config = (self.aop, AopConfig::validate as offer::Rule);
+        let (wish, state) = offer::offer(Some(config), || {
             let widths = weight.lazy_shape().dims();
-            self.memory.map(widths, replaced, mapper)
+            self.state.map_by(widths, replaced, mapper)
         });
         mapper.exit_module("memory", LAYER);
         let layer = Self {
             weight,
             bias,
             aop: self.aop,
-            memory,
+            state,
         };
-        match aop == self.aop {
-            true => layer,
-            false => layer.with_aop(aop),
+        match wish {
+            None => layer,
+            Some(Wish::Own(aop)) => layer.with_aop(aop.unwrap_or(self.aop)),
+            Some(Wish::Reset) => Self {
+                state: layer.state.renewed(),
+                ..layer
+            },
         }
     }
 
@@ -363,7 +373,7 @@ impl Module for MemAopLinear {
             weight: self.weight.to_device(device),
             bias: self.bias.to_device(device),
             aop: self.aop,
-            memory: self.memory.to_device(device),
+            state: self.state.to_device(device),
         }
     }
 
@@ -372,7 +382,7 @@ impl Module for MemAopLinear {
             weight: self.weight.fork(device),
             bias: self.bias.fork(device),
             aop: self.aop,
-            memory: self.memory.fork(device),
+            state: self.state.fork(device),
         }
     }
 
@@ -381,7 +391,7 @@ impl Module for MemAopLinear {
             weight: self.weight.valid(),
             bias: self.bias.valid(),
             aop: self.aop,
-            memory: self.memory.valid(),
+            state: self.state.clone(),
         }
     }
 
@@ -458,7 +468,7 @@ impl ModuleDisplay for MemAopLinear {
             .add("bias", &self.bias.is_some())
             .add_debug_attribute("outer_products", &self.aop.outer_products)
             .add_debug_attribute("method", &self.aop.method)
-            .add_debug_attribute("schedule", &self.aop.schedule)
+            .add("exact_steps", &self.aop.exact_steps)
             .add_debug_attribute("stored_input", &self.aop.stored_input)
             .optional()
     }

@@ -1,5 +1,4 @@
 //! What concerns all layers of a model at once.
 
-mod follow;
 pub(crate) mod observe;
 pub(crate) mod tree;

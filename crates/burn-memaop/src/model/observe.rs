@@ -77,7 +77,8 @@ impl AopObserver {
     /// wait for the device.
     pub fn observe<M: Module>(&self, module: &M) -> AopReport {
         let report = |(name, layer): (String, Shown)| {
-            let mut state = layer.memory.lock();
+            let state = layer.state.here();
+            let mut state = state.lock();
             state.watch.intervals = Some(self.0);
             let seen = state.watch.seen.take()?;
             let [d_input, d_output] = layer.widths;

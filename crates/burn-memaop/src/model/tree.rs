@@ -47,8 +47,9 @@ fn layer(path: &[String]) -> String {
 
 /// The model with other configurations for its layers, [`MemAopLinear`](crate::MemAopLinear) and
 /// [`MemAopConv2d`](crate::MemAopConv2d): `config` is given the fields that lead
-/// to a layer, separated by dots, and its present configuration. Layers keep what they hold as
-/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says.
+/// to a layer, separated by dots, and its present configuration. What the layers keep between steps goes on in the model
+/// that is returned, as [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and is not shared with clones of
+/// the model that was given.
 ///
 /// ```
 /// # use burn::{prelude::*, tensor::Device};
@@ -61,7 +62,7 @@ fn layer(path: &[String]) -> String {
 /// // Half of the outer products from here on, but for the last layer.
 /// let model = burn_memaop::with_aop(model, |layer, aop| match layer {
 ///     "output" => aop,
-///     _ => aop.with_outer_products(OuterProducts::Ratio { ratio: 0.5, minimum: 1 }),
+///     _ => aop.with_outer_products(OuterProducts::Ratio(0.5)),
 /// });
 /// assert_ne!(model.hidden.aop(), model.output.aop());
 /// ```
@@ -98,5 +99,34 @@ impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
         self.path.pop();
+    }
+}
+
+/// The model with all that its layers keep between steps made new: steps are counted from 0, a memory is empty, and
+/// K is yet to be chosen. Clones and forks of the model that was given keep what they have.
+///
+/// For a second training that begins with the weights of a first: a record brings along what belongs to the task that it
+/// was trained on. For two trainings from one model: clones share what their layers keep.
+///
+/// ```
+/// # use burn::tensor::{Device, Tensor};
+/// # use burn_memaop::{AopConfig, MemAopLinearConfig};
+/// # let device = Device::flex().autodiff();
+/// # let aop = AopConfig::new().with_cost_rule(false);
+/// # let trained = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
+/// # trained.forward(Tensor::<2>::ones([8, 3], &device)).sum().backward();
+/// let model = burn_memaop::reset(trained.clone());
+/// assert_eq!((trained.memory_stats().step, model.memory_stats().step), (1, 0));
+/// ```
+pub fn reset<M: Module>(model: M) -> M {
+    model.map(&mut Reset)
+}
+
+struct Reset;
+
+impl ModuleMapper for Reset {
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        offer::reset();
+        param
     }
 }

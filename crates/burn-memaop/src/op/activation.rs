@@ -15,7 +15,7 @@ use burn_autodiff::{
 
 use super::{
     MemAopOps,
-    noise::StepNoise,
+    noise::{StepNoise, stream},
     packing::{Bits, Packing},
     step::Packed,
 };
@@ -33,21 +33,21 @@ pub(super) fn relu<B: MemAopOps, C: CheckpointStrategy>(
     })
 }
 
-/// The noise of all derivatives: an activation has no steps of its own, and what is in its rows changes anyway.
-const NOISE: StepNoise = StepNoise {
-    seed: u64::MAX,
-    step: u64::MAX,
-};
-
-/// Keeps the derivative, in 8 bits.
+/// Keeps the derivative, in 8 bits, rounded by the noise.
 pub(super) fn packed_gelu<B: MemAopOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
+    noise: StepNoise,
 ) -> FloatTensor<Autodiff<B, C>> {
     if !input.is_tracked() {
         return gelu::<B, C>(input);
     }
-    times::<B, C>(input, Bits::Eight, |input, packing| {
-        let derivative = B::memaop_gelu_derivative(input.clone(), packing, NOISE);
+    // The layer whose pass this is rounds its input by the bits of the seed itself.
+    let noise = StepNoise {
+        seed: stream(noise.seed, 0),
+        ..noise
+    };
+    times::<B, C>(input, Bits::Eight, move |input, packing| {
+        let derivative = B::memaop_gelu_derivative(input.clone(), packing, noise);
         (derivative, B::memaop_gelu(input))
     })
 }

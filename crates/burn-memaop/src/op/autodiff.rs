@@ -15,14 +15,13 @@ use burn_autodiff::{
 use super::{
     AopLayer, MemAopOps, activation,
     layer_step::{Factor, LayerStep, from_primitive, into_primitive},
-    noise::{StepNoise, layer_key},
+    noise::{StepNoise, stream},
     packed::PackedRows,
     packing::{Bits, Packing},
     portable,
     step::{Bias, Input, Packed},
     window::Window,
 };
-use crate::state::schedule;
 
 impl<B, C> MemAopOps for Autodiff<B, C>
 where
@@ -64,8 +63,8 @@ where
         activation::gelu::<B, C>(input)
     }
 
-    fn memaop_packed_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
-        activation::packed_gelu::<B, C>(input)
+    fn memaop_packed_gelu(input: FloatTensor<Self>, noise: StepNoise) -> FloatTensor<Self> {
+        activation::packed_gelu::<B, C>(input, noise)
     }
 }
 
@@ -150,7 +149,7 @@ fn rows_to_pack<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
     B::float_reshape(input, Shape::new(rows))
 }
 
-/// The input in few bits, by the noise of the step to come.
+/// The input in few bits, by random bits of this pass.
 fn packed<B: MemAopOps>(input: FloatTensor<B>, bits: Bits, layer: &mut AopLayer) -> Packed<B>
 where
     DispatchTensor: DispatchKindConversion<B>,
@@ -161,13 +160,10 @@ where
     };
     let dtype = input.dtype();
     let pack = || {
-        // A layer with a packed input has a memory to count its steps.
-        let noise = layer.memory.as_ref().map(|memory| {
-            let mut state = memory.lock();
-            StepNoise {
-                seed: layer_key(layer.config.seed, state.count_pack()),
-                step: state.progress.step,
-            }
+        // A layer with a packed input has a state to count its passes.
+        let noise = layer.state.as_ref().map(|state| StepNoise {
+            seed: layer.config.seed,
+            step: state.lock().count_pass(),
         });
         B::memaop_pack(input.clone(), packing, noise)
     };
@@ -302,38 +298,36 @@ fn propagate<B>(
         None => grad.shape()[0],
         Some(window) => grad.shape()[0] * window.positions(),
     };
-    let progress = layer.memory.as_ref().map(|memory| memory.lock().progress);
     let step = LayerStep {
         config: &layer.config,
         time: layer.time,
-        key: layer_key(layer.config.seed, order as u64),
         rows,
-        input_rows: input_node.is_some().then(|| {
-            progress.map_or(rows, |progress| {
-                schedule::input_rows(&layer.config, &progress, rows)
-            })
-        }),
+        with_input: input_node.is_some(),
         with_bias: bias_node.is_some(),
     };
+    let planned = layer.state.as_ref().map(|state| (step.plan(state), state));
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
         let grad = grad.clone();
-        let gradient = match (&input, progress) {
+        let gradient = match (&input, &planned) {
             (Factor::Convolution(images, window), _) => {
                 B::memaop_convolve_input_gradient(images.clone(), weight, grad, *window)
             }
             // As `Linear` computes it, rows of zeros included.
             (_, None) => portable::exact_input_gradient::<B>(grad, weight),
-            (_, Some(progress)) => step.input_gradient::<B>(grad, weight, progress.step),
+            (_, Some((plan, state))) => {
+                let key = stream(layer.config.seed, order as u64);
+                step.input_gradient::<B>(grad, weight, plan, state, key)
+            }
         };
         grads.register::<B>(node, gradient);
     }
-    let sums = match (weight_node, &layer.memory) {
-        (None, _) => Bias::None,
-        (Some(node), memory) => {
-            let (gradient, sums) = match memory {
+    let sums = match weight_node {
+        None => Bias::None,
+        Some(node) => {
+            let (gradient, sums) = match planned {
                 None => (input.exact_gradient(grad.clone()), Bias::None),
-                Some(memory) => step.weight_gradient::<B>(input, grad.clone(), memory),
+                Some((plan, state)) => step.weight_gradient::<B>(input, grad.clone(), plan, state),
             };
             let gradient = match window {
                 None => gradient,

@@ -147,21 +147,6 @@ macro_rules! cpu_backend {
                 }
             }
 
-            fn memaop_convolve_noise(
-                input: FloatTensor<Self>,
-                grad: FloatTensor<Self>,
-                gradient: FloatTensor<Self>,
-                window: Window,
-                step: NoiseStep,
-            ) -> FloatTensor<Self> {
-                use cpu::convolution::noise;
-                match TensorMetadata::dtype(&grad) {
-                    DType::F32 => noise::<Self, f32>(input, grad, gradient, window, step),
-                    DType::F64 => noise::<Self, f64>(input, grad, gradient, window, step),
-                    _ => portable::convolution::noise::<Self>(input, grad, gradient, window, step),
-                }
-            }
-
             fn memaop_pack(
                 input: FloatTensor<Self>,
                 packing: Packing,
@@ -349,16 +334,6 @@ impl MemAopOps for burn_cubecl::CubeBackend {
         cube::convolve_weight_gradient(input, grad, window, step)
     }
 
-    fn memaop_convolve_noise(
-        input: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
-        window: Window,
-        step: NoiseStep,
-    ) -> FloatTensor<Self> {
-        cube::convolve_noise(input, grad, gradient, window, step)
-    }
-
     fn memaop_pack(
         input: FloatTensor<Self>,
         packing: Packing,
@@ -420,16 +395,6 @@ impl<B: burn_fusion::FusionBackend + MemAopOps> MemAopOps for burn_fusion::Fusio
         step: AopStep,
     ) -> WeightGradient<Self> {
         fusion::convolve_weight_gradient::<B>(input, grad, window, step)
-    }
-
-    fn memaop_convolve_noise(
-        input: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
-        window: Window,
-        step: NoiseStep,
-    ) -> FloatTensor<Self> {
-        fusion::convolve_noise::<B>(input, grad, gradient, window, step)
     }
 
     fn memaop_pack(

@@ -86,10 +86,7 @@ pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
 }
 
 fn exact_weight(config: &mut AopConfig) {
-    config.outer_products = OuterProducts::Ratio {
-        ratio: 1.0,
-        minimum: 1,
-    };
+    config.outer_products = OuterProducts::All;
 }
 
 fn has_fast_scores(dtype: DType, cpu: bool) -> bool {
@@ -177,7 +174,7 @@ impl Cost {
     fn weight_pays(&self, config: &AopConfig, pass: Pass) -> bool {
         let k = match config.chooses_k() {
             true => least_k(pass.rows),
-            false => config.outer_products.first_k(pass.rows),
+            false => config.outer_products.fixed_k(pass.rows),
         };
         let some = k as f64 / pass.rows as f64 * pass.gathered as f64;
         self.saved(k, self.write, pass) > self.weight_pass(config, pass) + self.gather * some
@@ -379,6 +376,7 @@ fn device_class(device: &DispatchDevice) -> Class {
 mod tests {
     use super::*;
     use crate::config::Method;
+    use crate::state::noise_scale::Averages;
 
     fn pass(rows: usize, d_input: usize, d_output: usize) -> Pass {
         Pass {
@@ -448,13 +446,10 @@ mod tests {
     #[test]
     fn each_gradient_is_decided_by_itself() {
         let device = burn::tensor::Device::flex();
-        let quarter = InputGradient::Largest {
-            ratio: 0.25,
-            minimum: 1,
-        };
+        let quarter = InputGradient::Largest(0.25);
         let ruled = |config: AopConfig, pass: Pass| {
             let ruled = ruled(&config, device.as_dispatch(), pass);
-            let weight = ruled.outer_products.first_k(pass.rows) < pass.rows;
+            let weight = ruled.outer_products.fixed_k(pass.rows) < pass.rows;
             (weight, ruled.input_gradient != InputGradient::Exact)
         };
         let few = config(Memory::None, 64).with_input_gradient(quarter);
@@ -476,17 +471,9 @@ mod tests {
         );
         assert_eq!(ruled(few, pass(512, 784, 10)), (false, false));
         // A K that the layer chooses may be exact, and is where no K pays.
-        for outer_products in [
-            OuterProducts::Auto,
-            OuterProducts::Share {
-                share: 0.5,
-                interval: 10,
-            },
-        ] {
-            let chosen = few.with_outer_products(outer_products);
-            assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
-            assert_eq!(ruled(chosen, wide), (true, true));
-        }
+        let chosen = few.with_outer_products(OuterProducts::Auto);
+        assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
+        assert_eq!(ruled(chosen, wide), (true, true));
         let input = few.with_input_gradient(InputGradient::Auto);
         assert_eq!(ruled(input, wide), (true, true));
         assert_eq!(ruled(input, pass(512, 784, 10)), (false, false));
@@ -526,7 +513,11 @@ mod tests {
         // A small batch pays more for each row, and measures less often where the layer is small too.
         let small = time(pass(64, 128, 128));
         assert!(small.fixed > 1.5 * small.weight.product);
-        assert!(!small.measures(11, 64) && time(wide).measures(11, 4096));
+        let settled = Averages {
+            weight: 9.0,
+            ..Averages::default()
+        };
+        assert!(small.interval(&settled) > time(wide).interval(&settled));
     }
 
     #[test]
@@ -565,7 +556,7 @@ mod tests {
                 ..pass(512, 784, 512)
             };
             let ruled = ruled(&config, device.as_dispatch(), pass);
-            ruled.outer_products.first_k(512) < 512
+            ruled.outer_products.fixed_k(512) < 512
         };
         let kept = config(BALANCED, 64);
         assert!(approximate(kept, DType::F32) && approximate(kept, DType::F64));

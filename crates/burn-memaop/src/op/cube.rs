@@ -205,23 +205,6 @@ pub(crate) fn convolve_weight_gradient(
     }
 }
 
-/// The noise of the gradient of a convolution, in three launches and the norm.
-pub(crate) fn convolve_noise(
-    input: CubeTensor,
-    grad: CubeTensor,
-    gradient: CubeTensor,
-    window: Window,
-    step: NoiseStep,
-) -> CubeTensor {
-    let units = grad.client.properties().hardware.max_units_per_cube;
-    let rows = grad.shape()[0] * window.positions();
-    if supported(grad.dtype, rows, units).is_err() {
-        return portable::convolution::noise::<CubeBackend>(input, grad, gradient, window, step);
-    }
-    let [input, grad] = [input, grad].map(images::strided);
-    figures(images::score(&input, &grad, &window), gradient, &step)
-}
-
 /// Burn's own would copy when the values are first looked at, behind all that the device has been given to do by then.
 pub(crate) fn copy_out(values: CubeTensor) -> Transfer {
     let values = into_contiguous(values);

@@ -193,26 +193,6 @@ pub(crate) fn convolve_weight_gradient<B: FusionBackend + MemAopOps>(
     described::<B>(outputs, &step)
 }
 
-pub(crate) fn convolve_noise<B: FusionBackend + MemAopOps>(
-    input: FusionTensor<B::FusionRuntime>,
-    grad: FusionTensor<B::FusionRuntime>,
-    gradient: FusionTensor<B::FusionRuntime>,
-    window: Window,
-    step: NoiseStep,
-) -> FusionTensor<B::FusionRuntime> {
-    let client = grad.client.clone();
-    let output = (Shape::new([2 + step.ks.len()]), DType::F32);
-    let inputs = [input, grad, gradient].map(FusionTensor::into_ir).to_vec();
-    let run = move |mut inputs: Values<B>| {
-        let (input, grad, gradient) = (inputs.float(), inputs.float(), inputs.float());
-        let noise = B::memaop_convolve_noise(input, grad, gradient, window, step);
-        vec![Value::Float(noise)]
-    };
-    let outputs = register::<B>("memaop_convolve_noise", &client, inputs, vec![output], run);
-    let [noise] = all(outputs);
-    noise
-}
-
 pub(crate) fn pack<B: FusionBackend + MemAopOps>(
     input: FusionTensor<B::FusionRuntime>,
     packing: Packing,

@@ -1,6 +1,6 @@
 //! What a layer does in one backward pass, with the state that it keeps between steps.
 
-use std::{mem, sync::Arc};
+use std::sync::Arc;
 
 use burn::backend::{
     Backend, BackendTensor, DispatchKindConversion, DispatchTensor, TensorMetadata,
@@ -10,20 +10,20 @@ use burn::tensor::{Shape, Tensor};
 
 use super::{
     MemAopOps,
+    noise::stream,
     step::{AopStep, Bias, Input, InputStep, NoiseStep, RowMemory, Share, WeightGradient},
     window::Window,
 };
 use crate::{
-    config::{AopConfig, InputGradient, Memory, OuterProducts},
+    config::{AopConfig, InputGradient, Memory},
     state::{
-        learning_rate::{self, SharedLearningRate},
+        device::{DeviceState, StateHandle},
         measurement::Measurement,
-        memory::{Carried, MemoryHandle, MemoryState},
         noise_scale::{FIGURES, Shares, StepTime, measured_ks},
         reading::Reading,
         rows::RowTensors,
-        schedule::{self, Progress},
-        watch::Seen,
+        schedule,
+        watch::{Due, Seen},
     },
 };
 
@@ -61,164 +61,102 @@ impl<B: MemAopOps> Factor<B> {
             }
         }
     }
-
-    fn noise(
-        self,
-        grad: FloatTensor<B>,
-        gradient: FloatTensor<B>,
-        step: NoiseStep,
-    ) -> FloatTensor<B> {
-        match self {
-            Self::Linear(input) => B::memaop_noise(input, grad, gradient, step),
-            Self::Convolution(images, window) => {
-                B::memaop_convolve_noise(images, grad, gradient, window, step)
-            }
-        }
-    }
 }
 
-/// One backward pass of a layer.
+/// One backward pass of a layer that counts its steps.
 pub(super) struct LayerStep<'a> {
     pub(super) config: &'a AopConfig,
     pub(super) time: StepTime,
-    /// Of the noise of the layer.
-    pub(super) key: u64,
     pub(super) rows: usize,
-    /// Of the gradient of the input, where it is asked for.
-    pub(super) input_rows: Option<usize>,
+    /// Whether the gradient of the input is asked for.
+    pub(super) with_input: bool,
     pub(super) with_bias: bool,
 }
 
+/// What a pass has been told to do, before it does anything.
+pub(super) struct Plan {
+    /// The number of passes before.
+    step: u64,
+    k: usize,
+    input_rows: usize,
+    /// Whether the noise is measured.
+    measures: bool,
+    /// What the observer asks for.
+    due: Option<Due>,
+    /// The set of rows that the pass works with.
+    kept: Option<RowTensors>,
+}
+
+/// What is to be known of a pass when it is over.
+#[derive(Default)]
+struct Outcome {
+    kept: Option<RowTensors>,
+    reading: Option<Reading<FIGURES>>,
+    measurement: Option<Arc<Measurement>>,
+}
+
 impl LayerStep<'_> {
-    pub(super) fn input_gradient<B: MemAopOps>(
-        &self,
-        grad: FloatTensor<B>,
-        weight: FloatTensor<B>,
-        step: u64,
-    ) -> FloatTensor<B> {
-        let step = InputStep {
-            k: self.input_rows.unwrap_or(self.rows),
-            sampled: matches!(
-                self.config.input_gradient,
-                InputGradient::Sampled { .. } | InputGradient::Auto
-            ),
-            seed: self.key,
-            step,
+    /// Counts the pass and says what it does. Passes of one layer may run at the same time, and so the state is not locked
+    /// while they compute: on CPUs that takes place on a pool of threads, which may meanwhile take up another pass of the
+    /// same layer.
+    pub(super) fn plan(&self, handle: &StateHandle) -> Plan {
+        let mut state = handle.lock();
+        let step = state.progress.step;
+        state.progress.step += 1;
+        let measures = self.measures(&state, step);
+        let readings = match measures {
+            true => [state.reading.take(), state.input_reading.take()],
+            false => [None, None],
         };
-        B::memaop_input_gradient(grad, weight, step)
+        if readings.iter().any(Option::is_some) {
+            // Waits for the device.
+            drop(state);
+            let figures = readings.map(|reading| reading.map(|reading| reading.read()));
+            state = handle.lock();
+            self.choose(&mut state, figures);
+        }
+
+        let at = schedule::Progress {
+            step,
+            ..state.progress
+        };
+        let k = schedule::k(self.config, &at, self.rows);
+        let input_rows = schedule::input_rows(self.config, &at, self.rows);
+        state.progress.k = k;
+        state.watch.seen = Some(Seen {
+            step,
+            k,
+            rows: self.rows,
+            input_rows: self.with_input.then_some(input_rows),
+            noise: state.noise.noise().filter(|_| self.chooses()),
+            measurement: None,
+        });
+        let intervals = state.watch.intervals;
+        Plan {
+            step,
+            k,
+            input_rows,
+            measures,
+            due: intervals.and_then(|intervals| intervals.due(step)),
+            kept: match k < self.rows {
+                true => state.take_rows(),
+                false => None,
+            },
+        }
     }
 
-    /// The gradient of the weight, with the memory that is taken out of the state and put back. The gradient
-    /// of the bias comes along where the pass over the batch has it at hand.
-    ///
-    /// The state is not locked while the gradient is computed: on CPUs that runs on a pool of threads, which may
-    /// take up other work of their owner meanwhile, a backward pass of the same layer too.
-    pub(super) fn weight_gradient<B>(
-        &self,
-        input: Factor<B>,
-        grad: FloatTensor<B>,
-        memory: &MemoryHandle,
-    ) -> (FloatTensor<B>, Bias<B>)
-    where
-        B: MemAopOps,
-        DispatchTensor: DispatchKindConversion<B>,
-    {
-        let measures = self.choose(memory);
-        if measures && self.chooses_input_rows() {
-            let reading = self.measure_input::<B>(&grad);
-            memory.lock().input_reading = Some(reading);
-        }
-        let adapts = self.adapts(memory);
-        let mut state = memory.lock();
-        let intervals = state.watch.intervals;
-        let due = intervals.and_then(|intervals| intervals.due(state.progress.step));
-        let device = grad.device();
-        let step = self
-            .start(&mut state, adapts || due.is_some())
-            .of_device(|dtype| B::supports_dtype(&device, dtype));
-        let batch = measures.then(|| (input.clone(), grad.clone()));
-        let read = |gradient: &FloatTensor<B>| {
-            let (input, grad) = batch?;
-            let ks = measured_ks(self.rows, step.k);
-            let noise = input.noise(grad, gradient.clone(), NoiseStep { ks });
-            Some(Reading::start(B::copy_out(noise)))
-        };
-        if step.k >= self.rows {
-            drop(state);
-            let gradient = input.exact_gradient(grad);
-            if let Some(reading) = read(&gradient) {
-                memory.lock().reading = Some(reading);
-            }
-            return (gradient, Bias::None);
-        }
-        let rows = state.rows.take();
-        let rate = state.watch.rate.as_ref().and_then(SharedLearningRate::get);
-        let rates = (mem::replace(&mut state.rate, rate), rate);
-        drop(state);
-        let kept = match &input {
-            Factor::Linear(input) => self.memory::<B>(rows, rates, input, &grad),
-            Factor::Convolution(..) => RowMemory::Empty,
-        };
-
-        let compared = due.is_some_and(|due| due.exact);
-        let batch = compared.then(|| (input.clone(), grad.clone()));
-        let gradient = input.gradient(grad, kept, step);
-        let exact = batch.map(|(input, grad)| input.exact_gradient(grad));
-
-        let reading = read(&gradient.weight);
-        let rows = put_back::<B>(gradient.memory);
-        let share = match gradient.share {
-            Share::Measured(share) => Some(share),
-            Share::Skipped => None,
-        };
-        let carried = share.clone().filter(|_| adapts).map(|share| Carried {
-            ratio: step.k as f64 / self.rows as f64,
-            share: Reading::start(B::copy_out(share)),
-        });
-        let measurement = due.is_some().then(|| {
-            Arc::new(Measurement::new(
-                share.map(from_primitive::<B, 1>),
-                rows.as_ref(),
-                &from_primitive::<B, 2>(gradient.weight.clone()),
-                exact.map(from_primitive::<B, 2>),
-            ))
-        });
-        let mut state = memory.lock();
-        state.rows = rows;
-        if reading.is_some() {
-            state.reading = reading;
+    /// Notes what a pass has left behind.
+    fn note(&self, handle: &StateHandle, step: u64, outcome: Outcome) {
+        let mut state = handle.lock();
+        state.put_back(outcome.kept);
+        if outcome.reading.is_some() {
+            state.reading = outcome.reading;
         }
         if let Some(seen) = state.watch.seen.as_mut()
-            && seen.step == step.step
+            && seen.step == step
         {
-            seen.measurement = measurement;
+            seen.measurement = outcome.measurement;
         }
-        if adapts {
-            state.carried = carried;
-        }
-        (gradient.weight, gradient.bias)
-    }
-
-    /// Whether the share of this step is to be measured. Then adjusts K by that of an earlier step, if there is one; the state is
-    /// not locked while that is waited for.
-    fn adapts(&self, memory: &MemoryHandle) -> bool {
-        let mut state = memory.lock();
-        let OuterProducts::Share { share, .. } = self.config.outer_products else {
-            return false;
-        };
-        let is_late = |carried: &Carried| carried.share.is_late();
-        if !schedule::measures_share(self.config, state.progress.step)
-            || state.carried.as_ref().is_some_and(is_late)
-        {
-            return false;
-        }
-        let carried = state.carried.take();
-        drop(state);
-        if let Some(carried) = carried {
-            let ratio = schedule::adapt(carried.ratio, carried.read(), share);
-            memory.lock().progress.ratio = Some(ratio);
-        }
-        true
     }
 
     fn chooses(&self) -> bool {
@@ -226,47 +164,42 @@ impl LayerStep<'_> {
     }
 
     fn chooses_input_rows(&self) -> bool {
-        self.config.chooses_input_rows() && self.input_rows.is_some()
+        self.config.chooses_input_rows() && self.with_input
     }
 
-    /// Whether the noise of this step is to be measured. Then chooses K, and the rows of the gradient of the input from the
-    /// next step on, by all measurements up to an earlier step, if there is one; the state is not locked while that
-    /// is waited for.
-    fn choose(&self, memory: &MemoryHandle) -> bool {
-        let mut state = memory.lock();
-        let step = state.progress.step;
-        if !(self.chooses() && self.time.measures(step, self.rows)) {
-            return false;
-        }
+    /// Whether the noise of this pass is measured. It is not while the figures of an earlier one cannot be waited for.
+    fn measures(&self, state: &DeviceState, step: u64) -> bool {
         let readings = [&state.reading, &state.input_reading];
-        if readings.into_iter().flatten().any(Reading::is_late) {
-            return false;
-        }
-        let readings = [state.reading.take(), state.input_reading.take()];
-        drop(state);
-        let [figures, input_figures] =
-            readings.map(|reading| reading.map(|reading| reading.read()));
+        self.chooses()
+            && self.rows >= LEAST_ROWS
+            && self.time.measures(step, &state.noise, |interval| {
+                stream(self.config.seed, interval)
+            })
+            && !readings.into_iter().flatten().any(Reading::is_late)
+    }
 
-        let mut state = memory.lock();
-        let MemoryState {
+    /// Chooses K and the rows of the gradient of the input by all measurements so far, of which `figures` are the last.
+    fn choose(&self, state: &mut DeviceState, figures: [Option<[f64; FIGURES]>; 2]) {
+        let DeviceState {
             noise, progress, ..
-        } = &mut *state;
+        } = state;
+        let [figures, input_figures] = figures;
         if let Some(figures) = input_figures {
             noise.add_input(figures);
         }
         let Some(figures) = figures else {
-            return true;
+            return;
         };
         noise.add(figures);
         let share = |rows: usize| rows as f64 / self.rows as f64;
         let mut present = Shares {
             weight: match self.config.chooses_k() {
                 true => progress.chosen.unwrap_or(1.0),
-                false => share(schedule::target(self.config, progress, self.rows)),
+                false => share(schedule::later_k(self.config, progress, self.rows)),
             },
-            input: match self.chooses_input_rows() {
+            input: match self.config.chooses_input_rows() {
                 true => progress.input_chosen.unwrap_or(1.0),
-                false => self.input_rows.map_or(1.0, share),
+                false => share(self.config.input_gradient.fixed_k(self.rows)),
             },
         };
         if self.config.chooses_k() {
@@ -277,7 +210,109 @@ impl LayerStep<'_> {
             present.input = noise.choose_input(present, self.rows, &self.time);
             progress.input_chosen = Some(present.input);
         }
-        true
+    }
+
+    /// The gradient of the input, with random bits of the stream `key`.
+    pub(super) fn input_gradient<B>(
+        &self,
+        grad: FloatTensor<B>,
+        weight: FloatTensor<B>,
+        plan: &Plan,
+        handle: &StateHandle,
+        key: u64,
+    ) -> FloatTensor<B>
+    where
+        B: MemAopOps,
+        DispatchTensor: DispatchKindConversion<B>,
+    {
+        if plan.measures && self.chooses_input_rows() {
+            let reading = self.measure_input::<B>(&grad);
+            handle.lock().input_reading = Some(reading);
+        }
+        let step = InputStep {
+            k: plan.input_rows,
+            sampled: matches!(
+                self.config.input_gradient,
+                InputGradient::Sampled(_) | InputGradient::Auto
+            ),
+            seed: key,
+            step: plan.step,
+        };
+        B::memaop_input_gradient(grad, weight, step)
+    }
+
+    /// The gradient of the weight. That of the bias comes along where the pass over the batch has it at hand.
+    pub(super) fn weight_gradient<B>(
+        &self,
+        input: Factor<B>,
+        grad: FloatTensor<B>,
+        plan: Plan,
+        handle: &StateHandle,
+    ) -> (FloatTensor<B>, Bias<B>)
+    where
+        B: MemAopOps,
+        DispatchTensor: DispatchKindConversion<B>,
+    {
+        let batch = match &input {
+            Factor::Linear(input) if plan.measures => Some((input.clone(), grad.clone())),
+            _ => None,
+        };
+        let read = |gradient: &FloatTensor<B>| {
+            let (input, grad) = batch?;
+            let ks = measured_ks(self.rows, plan.k);
+            let noise = B::memaop_noise(input, grad, gradient.clone(), NoiseStep { ks });
+            Some(Reading::start(B::copy_out(noise)))
+        };
+        if plan.k >= self.rows {
+            let gradient = input.exact_gradient(grad);
+            let outcome = Outcome {
+                reading: read(&gradient),
+                ..Outcome::default()
+            };
+            self.note(handle, plan.step, outcome);
+            return (gradient, Bias::None);
+        }
+
+        let device = grad.device();
+        let step = AopStep {
+            k: plan.k,
+            method: self.config.method,
+            memory_precision: self.config.memory_precision,
+            seed: self.config.seed,
+            step: plan.step,
+            bias: self.with_bias,
+            measure: plan.due.is_some(),
+        };
+        let step = step.of_device(|dtype| B::supports_dtype(&device, dtype));
+        let kept = match &input {
+            Factor::Linear(input) => self.memory::<B>(plan.kept, input, &grad),
+            Factor::Convolution(..) => RowMemory::Empty,
+        };
+        let compared = plan.due.is_some_and(|due| due.exact);
+        let batch = compared.then(|| (input.clone(), grad.clone()));
+        let gradient = input.gradient(grad, kept, step);
+        let exact = batch.map(|(input, grad)| input.exact_gradient(grad));
+
+        let kept = put_back::<B>(gradient.memory);
+        let share = match gradient.share {
+            Share::Measured(share) => Some(from_primitive::<B, 1>(share)),
+            Share::Skipped => None,
+        };
+        let measurement = plan.due.is_some().then(|| {
+            Arc::new(Measurement::new(
+                share,
+                kept.as_ref(),
+                &from_primitive::<B, 2>(gradient.weight.clone()),
+                exact.map(from_primitive::<B, 2>),
+            ))
+        });
+        let outcome = Outcome {
+            reading: read(&gradient.weight),
+            kept,
+            measurement,
+        };
+        self.note(handle, plan.step, outcome);
+        (gradient.weight, gradient.bias)
     }
 
     /// What leaving rows out would add to the gradient of the input: the scores of rows whose other factor is 1.
@@ -295,37 +330,11 @@ impl LayerStep<'_> {
         Reading::start(B::copy_out(noise))
     }
 
-    /// The settings of the step, which is counted and noted.
-    fn start(&self, state: &mut MemoryState, measure: bool) -> AopStep {
-        let Progress { step, .. } = state.progress;
-        let k = schedule::k(self.config, &state.progress, self.rows);
-        state.watch.seen = Some(Seen {
-            step,
-            k: k.min(self.rows),
-            rows: self.rows,
-            input_rows: self.input_rows,
-            noise: state.noise.noise().filter(|_| self.chooses()),
-            measurement: None,
-        });
-        state.progress.step += 1;
-        state.progress.k = k;
-        AopStep {
-            k,
-            method: self.config.method,
-            memory_precision: self.config.memory_precision,
-            seed: self.key,
-            step,
-            bias: self.with_bias,
-            measure,
-        }
-    }
-
-    /// The memory on the device of the gradient, taken from the units of one learning rate to those of another.
-    /// One of other widths, of a weight that has been exchanged for another since, is dropped.
+    /// The memory on the device of the gradient. One of other widths, of a weight that has been exchanged for another
+    /// since, is dropped.
     fn memory<B>(
         &self,
         rows: Option<RowTensors>,
-        rates: (Option<f64>, Option<f64>),
         input: &Input<B>,
         grad: &FloatTensor<B>,
     ) -> RowMemory<B>
@@ -339,7 +348,6 @@ impl LayerStep<'_> {
             (Memory::None, _) | (_, None) => RowMemory::Empty,
             (_, Some(rows)) => {
                 let rows = rows.to_device(&from_primitive::<B, 2>(grad.clone()).device());
-                let rows = follow(rows, rates);
                 RowMemory::Rows {
                     input: into_primitive::<B>(rows.input),
                     grad: into_primitive::<B>(rows.grad),
@@ -349,6 +357,9 @@ impl LayerStep<'_> {
         }
     }
 }
+
+/// Fewer rows tell too little of their noise.
+const LEAST_ROWS: usize = 16;
 
 fn put_back<B>(memory: RowMemory<B>) -> Option<RowTensors>
 where
@@ -362,21 +373,6 @@ where
             grad: from_primitive::<B, 2>(grad),
             age: from_primitive::<B, 2>(age),
         }),
-    }
-}
-
-/// The rows in the units of the learning rate that they follow.
-fn follow(rows: RowTensors, rates: (Option<f64>, Option<f64>)) -> RowTensors {
-    match rates {
-        (Some(from), Some(to)) if from != to => {
-            let factor = learning_rate::rescale(from, to);
-            RowTensors {
-                input: rows.input * factor,
-                grad: rows.grad * factor,
-                age: rows.age,
-            }
-        }
-        _ => rows,
     }
 }
 

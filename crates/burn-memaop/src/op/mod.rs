@@ -22,7 +22,7 @@ mod cube;
 mod fusion;
 #[cfg(feature = "autodiff")]
 mod layer_step;
-mod noise;
+pub(crate) mod noise;
 pub(crate) mod packed;
 mod packing;
 mod portable;
@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     config::AopConfig,
-    state::{memory::MemoryHandle, noise_scale::StepTime, reading::Transfer},
+    state::{device::StateHandle, noise_scale::StepTime, reading::Transfer},
 };
 
 /// The rows that earlier steps left out, in gradient units (no learning rate in them): one pair of factors
@@ -262,7 +262,7 @@ pub(crate) struct AopLayer {
     /// Of a step, for the choice of K.
     pub(crate) time: StepTime,
     /// None where the gradients are exact at every step, and steps are not counted.
-    pub(crate) memory: Option<MemoryHandle>,
+    pub(crate) state: Option<StateHandle>,
     /// The packed input, where other layers have the same.
     pub(crate) shared: Option<SharedRows>,
 }
@@ -363,18 +363,6 @@ pub(crate) trait MemAopOps: CopyOut {
         portable::convolution::weight_gradient::<Self>(input, grad, window, step)
     }
 
-    /// As [`gradient_noise`], of a convolution.
-    #[allow(unused_variables)]
-    fn memaop_convolve_noise(
-        input: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
-        window: Window,
-        step: NoiseStep,
-    ) -> FloatTensor<Self> {
-        portable::convolution::noise::<Self>(input, grad, gradient, window, step)
-    }
-
     /// Burn's `relu` of a matrix; under autodiff, with a backward pass that keeps one bit a value.
     #[allow(unused_variables)]
     fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -387,9 +375,9 @@ pub(crate) trait MemAopOps: CopyOut {
         Self::gelu(input)
     }
 
-    /// The same; under autodiff, with a backward pass that keeps 8 bits a value.
+    /// The same; under autodiff, with a backward pass that keeps 8 bits a value, rounded by the noise.
     #[allow(unused_variables)]
-    fn memaop_packed_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn memaop_packed_gelu(input: FloatTensor<Self>, noise: StepNoise) -> FloatTensor<Self> {
         Self::memaop_gelu(input)
     }
 

@@ -24,14 +24,14 @@ pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The key of the noise of a layer: of its seed and the place of its operation in the graph, the length of
-/// the longest path from the leaves to it.
+/// The key of a stream of random bits beside that of the seed itself.
 ///
-/// What a layer leaves out is missing in all layers below it, so their draws must not go by the same numbers
-/// as its own: an estimator that is unbiased for every G is not if the draw that shaped G is known. On the
-/// way down the place falls at every operation, so draws along a path are independent whatever seeds are.
-pub(crate) fn layer_key(seed: u64, place: u64) -> u64 {
-    let [low, high] = [place as u32, (place >> 32) as u32];
+/// Rows that a layer leaves out of the gradient of its input are missing in all layers below it, so what these draw must
+/// not go by the same numbers: an estimator that is unbiased for every G is not if the draw that shaped G is known. The
+/// stream of such a draw is therefore the place of the layer in the autodiff graph, which falls at every operation on the
+/// way down.
+pub(crate) fn stream(seed: u64, number: u64) -> u64 {
+    let [low, high] = [number as u32, (number >> 32) as u32];
     let key = [seed as u32, (seed >> 32) as u32];
     let [first, second, ..] = philox4x32([low, high, u32::MAX, 0], key);
     u64::from(first) | u64::from(second) << 32

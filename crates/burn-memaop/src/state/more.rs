@@ -4,15 +4,18 @@
 //! not know, so entries can be added; the version counts what no older reader may skip. A state without
 //! `more` is of the first format, which had nothing else to tell.
 
+use burn::backend::DeviceId;
+
 use super::{
-    memory::MemoryState,
+    device::DeviceState,
     noise_scale::{Averages, DIVISORS, FIGURES},
     reading::Reading,
 };
 
 /// The version of `more` that is written, and the latest that is read.
 const VERSION: i32 = 1;
-/// The entry of `more` with the numbers of the workers, whose memories are under `worker<number>`.
+/// The entry of `more` with the numbers of further states, which are under `worker<number>`: those of other devices, and of
+/// this one where it has several sets of rows.
 const WORKERS: i32 = 1;
 /// The entry of `more` with what has been measured of the noise: the share of the rows that was chosen, [`Averages`], then the figures of the last
 /// measurement, each number as a low and a high half.
@@ -21,6 +24,10 @@ const NOISE_NUMBERS: usize = 3 + DIVISORS.len() + FIGURES;
 /// The same of the gradient of the input: the share that was chosen, what sampling adds, the figures.
 const INPUT: i32 = 3;
 const INPUT_NUMBERS: usize = 1 + DIVISORS.len() + FIGURES;
+/// The entry of `more` with the device of the state: the number of its type and its own.
+const DEVICE: i32 = 4;
+/// The entry of `more` with the number of forward passes that have drawn random bits, as a low and a high half.
+const PASSES: i32 = 5;
 /// More of them are no record of a training.
 const MOST_WORKERS: usize = 4096;
 
@@ -28,6 +35,8 @@ const MOST_WORKERS: usize = 4096;
 #[derive(Default)]
 pub(super) struct More {
     pub(super) workers: Vec<usize>,
+    pub(super) device: Option<DeviceId>,
+    pub(super) passes: Option<u64>,
     pub(super) chosen: Option<f64>,
     pub(super) noise: Averages,
     pub(super) reading: Option<Reading<FIGURES>>,
@@ -36,9 +45,11 @@ pub(super) struct More {
 }
 
 impl More {
-    pub(super) fn of(state: &MemoryState, workers: Vec<usize>) -> Self {
+    pub(super) fn of(state: &DeviceState, device: Option<DeviceId>, workers: Vec<usize>) -> Self {
         Self {
             workers,
+            device: device.filter(|_| !state.is_blank()),
+            passes: (state.passes > 0).then_some(state.passes),
             chosen: state.progress.chosen,
             noise: state.noise,
             reading: state.reading.clone(),
@@ -58,19 +69,15 @@ impl More {
 
     /// The number of integers, 0 where there is nothing to tell.
     pub(super) fn len(&self) -> usize {
-        let workers = match self.workers.len() {
-            0 => 0,
-            count => 2 + count,
-        };
-        let noise = match self.has_noise() {
-            true => 2 + 2 * NOISE_NUMBERS,
-            false => 0,
-        };
-        let input = match self.has_input() {
-            true => 2 + 2 * INPUT_NUMBERS,
-            false => 0,
-        };
-        match workers + noise + input {
+        let entries = [
+            (!self.workers.is_empty(), self.workers.len()),
+            (self.has_noise(), 2 * NOISE_NUMBERS),
+            (self.has_input(), 2 * INPUT_NUMBERS),
+            (self.device.is_some(), 2),
+            (self.passes.is_some(), 2),
+        ];
+        let entries = entries.into_iter().filter(|(there, _)| *there);
+        match entries.map(|(_, length)| 2 + length).sum() {
             0 => 0,
             entries => 1 + entries,
         }
@@ -107,6 +114,13 @@ impl More {
             more.extend([INPUT, 2 * INPUT_NUMBERS as i32]);
             more.extend(bits(numbers));
         }
+        if let Some(device) = self.device {
+            more.extend([DEVICE, 2, device.type_id.into(), device.index_id.into()]);
+        }
+        if let Some(passes) = self.passes {
+            more.extend([PASSES, 2]);
+            more.extend(halves(&[passes]));
+        }
         more
     }
 
@@ -133,6 +147,8 @@ impl More {
                 WORKERS => decoded.set_workers(values),
                 NOISE => decoded.set_noise(values),
                 INPUT => decoded.set_input(values),
+                DEVICE => decoded.set_device(values),
+                PASSES => decoded.set_passes(values),
                 _ => true,
             };
             if !sound {
@@ -151,6 +167,23 @@ impl More {
         };
         self.workers = numbers;
         values.len() <= MOST_WORKERS
+    }
+
+    fn set_device(&mut self, values: &[i32]) -> bool {
+        let &[type_id, index_id] = values else {
+            return false;
+        };
+        let (Ok(type_id), Ok(index_id)) = (type_id.try_into(), index_id.try_into()) else {
+            return false;
+        };
+        self.device = Some(DeviceId { type_id, index_id });
+        true
+    }
+
+    fn set_passes(&mut self, values: &[i32]) -> bool {
+        let is_whole = values.len() == 2;
+        self.passes = is_whole.then(|| whole(values));
+        is_whole
     }
 
     /// Averages that no measurement leads to are as none.

@@ -19,8 +19,10 @@ pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 /// The share of a step's time that measuring may take, spread over the steps between.
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
-/// Fewer rows tell too little.
-const LEAST_ROWS: usize = 16;
+/// The interval, and the sum of the weights of the measurements below which it is taken: that of six. So a K that is to
+/// fall to M/32, by two at a time, is there after some twenty steps.
+const EARLY_INTERVAL: u64 = 3;
+const EARLY_WEIGHT: f64 = 4.5;
 /// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
 /// the variances of sampling, which its scores determine and which fall fast in the first steps.
 const NOISE_KEPT: f64 = 0.9;
@@ -30,6 +32,10 @@ const HYSTERESIS: f64 = 0.03;
 /// The largest ratio that averages can tell from one without any signal; a single measurement of noise alone is at most
 /// twice what there is of it.
 const LARGEST: f64 = 1000.0;
+/// How many times the average a measurement of the noise must be to take its place.
+const JUMP: f64 = 4.0;
+/// What K may be of what it was, at the least.
+const LEAST_FALL: f64 = 0.5;
 const MOST_OF_ONE: f64 = 2.0;
 
 /// The time of a training step of one layer, in any unit.
@@ -76,20 +82,30 @@ impl StepTime {
         self.fixed + self.weight.at(shares.weight) + self.input.at(shares.input)
     }
 
-    /// The number of steps from one measurement to the next: odd, so that a layer that is used twice in a step is not
-    /// always measured at the same use.
-    fn interval(&self) -> u64 {
+    /// The number of passes of which one is measured.
+    pub(crate) fn interval(&self, averages: &Averages) -> u64 {
+        if averages.weight < EARLY_WEIGHT {
+            return EARLY_INTERVAL;
+        }
         let all = Shares {
             weight: 1.0,
             input: 1.0,
         };
         let steps = self.measure / (MEASURING * self.at(all));
-        steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64 | 1
+        steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
     }
 
-    /// Whether the noise of a step is measured.
-    pub(crate) fn measures(&self, step: u64, rows: usize) -> bool {
-        rows >= LEAST_ROWS && step.is_multiple_of(self.interval())
+    /// Whether the noise of a pass is measured: that of the first, and of one in each interval, which is `drawn` by the number
+    /// of the interval. A layer that is used several times in a step does not know where steps begin, and is so measured
+    /// at each use.
+    pub(crate) fn measures(
+        &self,
+        pass: u64,
+        averages: &Averages,
+        drawn: impl Fn(u64) -> u64,
+    ) -> bool {
+        let interval = self.interval(averages);
+        pass == 0 || pass % interval == drawn(pass / interval) % interval
     }
 }
 
@@ -129,12 +145,20 @@ impl Averages {
         if !(figures.iter().all(|figure| figure.is_finite()) && batch > 0.0) {
             return;
         }
-        let before = (self.weight > 0.0).then_some(self.added);
-        self.added = averaged(before, added, batch);
         let noise = match gradient > at_k {
             true => (batch / (gradient - at_k)).min(MOST_OF_ONE),
             false => MOST_OF_ONE,
         };
+        // What has become much noisier is not what it was on average.
+        if self
+            .noise()
+            .is_some_and(|average| ratio(noise) > JUMP * average)
+        {
+            self.weight = 0.0;
+            self.noise = 0.0;
+        }
+        let before = (self.weight > 0.0).then_some(self.added);
+        self.added = averaged(before, added, batch);
         self.weight = NOISE_KEPT * self.weight + 1.0;
         self.noise = NOISE_KEPT * self.noise + noise;
     }
@@ -152,10 +176,7 @@ impl Averages {
 
     /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
     pub(crate) fn noise(&self) -> Option<f64> {
-        (self.weight > 0.0).then(|| {
-            let share = self.noise / self.weight;
-            share / (1.0 - share).max(1.0 / LARGEST)
-        })
+        (self.weight > 0.0).then(|| ratio(self.noise / self.weight))
     }
 
     /// The share of the rows to take for the gradient of the weight from now on, for batches of `rows` rows.
@@ -181,6 +202,11 @@ impl Averages {
     }
 }
 
+/// nu, of the share of noise in the square of a gradient.
+fn ratio(share: f64) -> f64 {
+    share / (1.0 - share).max(1.0 / LARGEST)
+}
+
 /// The average of `V / S` of each candidate with a measurement.
 fn averaged(
     before: Option<[f64; DIVISORS.len()]>,
@@ -194,8 +220,8 @@ fn averaged(
     std::array::from_fn(|i| ADDED_KEPT * before[i] + (1.0 - ADDED_KEPT) * present[i])
 }
 
-/// The candidate with the least cost, of a share of the rows and what it adds to the noise; the present one where the gain
-/// is small.
+/// The candidate with the least cost, of a share of the rows and what it adds to the noise, but no less than half of the
+/// present one; the present one where the gain is small.
 fn cheapest(added: [f64; DIVISORS.len()], present: f64, cost: impl Fn(f64, f64) -> f64) -> f64 {
     let some = DIVISORS.into_iter().zip(added);
     let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
@@ -212,7 +238,7 @@ fn cheapest(added: [f64; DIVISORS.len()], present: f64, cost: impl Fn(f64, f64) 
     }
     match best.1 > (1.0 - HYSTERESIS) * at_present {
         true => present,
-        false => best.0,
+        false => best.0.max(LEAST_FALL * present),
     }
 }
 
@@ -255,6 +281,15 @@ mod tests {
         averages
     }
 
+    /// K after as many choices as it takes, from all rows on.
+    fn settled(averages: &Averages) -> f64 {
+        let choices = (0..8).scan(1.0, |share, _| {
+            *share = averages.choose(of(*share), M, &TIME);
+            Some(*share)
+        });
+        choices.last().unwrap()
+    }
+
     #[test]
     fn the_less_noise_the_fewer_rows() {
         // nu = S / (F - S); the best divisor d minimises (1 + nu d) (2.05 + 1 / d), d = 1 without the pass:
@@ -268,7 +303,7 @@ mod tests {
         ] {
             let averages = after(figures(1.0 + 1.0 / noise, 1.0));
             assert!((averages.noise().unwrap() / noise - 1.0).abs() < 1e-9);
-            assert_eq!(averages.choose(of(1.0), M, &TIME), 1.0 / divisor, "{noise}");
+            assert_eq!(settled(&averages), 1.0 / divisor, "{noise}");
         }
         // No signal at all.
         assert_eq!(after(figures(0.5, 1.0)).choose(of(0.25), M, &TIME), 1.0);
@@ -280,7 +315,7 @@ mod tests {
         let cost = |d: f64| (1.0 + 0.02 * d) * (2.05 + 1.0 / d);
         assert!(cost(4.0) < cost(8.0) && cost(4.0) > (1.0 - HYSTERESIS) * cost(8.0));
         assert_eq!(averages.choose(of(0.125), M, &TIME), 0.125);
-        assert_eq!(averages.choose(of(1.0), M, &TIME), 0.25);
+        assert_eq!(settled(&averages), 0.25);
     }
 
     #[test]
@@ -324,7 +359,12 @@ mod tests {
         assert_eq!(alike, 0.5);
         let mut few = after(figures(1e4, 1.0));
         few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
-        assert_eq!(few.choose_input(all, M, &TIME), 1.0 / 32.0);
+        assert_eq!(few.choose_input(all, M, &TIME), 0.5);
+        let sixteenth = Shares {
+            input: 1.0 / 16.0,
+            ..all
+        };
+        assert_eq!(few.choose_input(sixteenth, M, &TIME), 1.0 / 32.0);
         // Noise alone takes all rows, if they are alike.
         let mut noisy = after(figures(0.5, 1.0));
         noisy.add_input(figures(0.0, 1.0));
@@ -342,38 +382,77 @@ mod tests {
         assert_eq!(averages.choose_input(all, M, &without), 1.0);
     }
 
-    /// A batch of equal rows, as in the first step of many models, and then noise: K follows in time.
+    /// A batch of equal rows, as in the first step of many models, and then noise.
     #[test]
-    fn a_signal_that_vanishes_is_forgotten() {
+    fn one_measurement_takes_k_up_at_once_and_down_by_two() {
         let mut averages = Averages::default();
         for _ in 0..50 {
             averages.add(figures(4096.0, 1.0));
         }
-        assert_eq!(averages.choose(of(1.0), M, &TIME), 1.0 / 32.0);
-        let late = (1..).find(|_| {
-            averages.add(figures(2.0, 1.0));
-            averages.choose(of(1.0 / 32.0), M, &TIME) == 1.0
-        });
-        assert!(late.unwrap() <= 7, "{late:?}");
+        assert_eq!(settled(&averages), 1.0 / 32.0);
+        let mut noisy = averages;
+        noisy.add(figures(2.0, 1.0));
+        assert_eq!(noisy.choose(of(1.0 / 32.0), M, &TIME), 1.0);
+        assert_eq!(noisy.choose_input(of(1.0), M, &TIME), 1.0);
+
+        let mut ks = vec![1.0];
+        while let Some(&k) = ks.last()
+            && ks.len() < 7
+        {
+            averages.add(figures(4096.0, 1.0));
+            ks.push(averages.choose(of(k), M, &TIME));
+        }
+        assert_eq!(ks, [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]);
+        // Noise that is not much more is averaged.
+        let before = averages.noise().unwrap();
+        averages.add(figures(1.0 + 4095.0 / 3.0, 1.0));
+        assert!(averages.noise().unwrap() < 1.3 * before);
     }
 
     #[test]
-    fn few_rows_are_not_measured_and_equal_k_cost_the_same() {
-        assert!(TIME.measures(0, 16) && TIME.measures(11, 16));
-        assert!(!TIME.measures(0, 15) && !TIME.measures(10, 16));
+    fn equal_k_cost_the_same() {
         // Of 16 rows M/16 and M/32 are one row, which M/16 names first.
         let averages = after(figures(1e6, 1.0));
-        assert_eq!(averages.choose(of(1.0), 16, &TIME), 1.0 / 16.0);
+        assert_eq!(averages.choose(of(1.0 / 8.0), 16, &TIME), 1.0 / 16.0);
+    }
+
+    /// One of the passes of each interval, and each of the uses of a layer alike, whatever their number is.
+    #[test]
+    fn passes_are_measured_as_they_are_drawn() {
+        let drawn = |interval: u64| interval.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;
+        let mut averages = Averages::default();
+        assert!(TIME.measures(0, &averages, drawn));
+        let early = (3..300).filter(|&pass| TIME.measures(pass, &averages, drawn));
+        assert_eq!(early.count(), 99);
+        averages.weight = EARLY_WEIGHT;
+        for uses in [2, 10, 11, 20, 33] {
+            let mut of_use = vec![0; uses];
+            for pass in 10..20_000 {
+                if TIME.measures(pass, &averages, drawn) {
+                    of_use[pass as usize % uses] += 1;
+                }
+            }
+            assert_eq!(of_use.iter().sum::<u32>(), 1999);
+            let expected = 1999.0 / uses as f64;
+            let apart = |&count: &u32| (f64::from(count) - expected).abs();
+            let most = of_use.iter().map(apart).fold(0.0, f64::max);
+            assert!(most < 5.0 * expected.sqrt(), "{uses}: {of_use:?}");
+        }
     }
 
     #[test]
     fn measuring_takes_half_a_per_cent_at_most() {
-        assert_eq!(TIME.interval(), 11);
+        let settled = Averages {
+            weight: EARLY_WEIGHT,
+            ..Averages::default()
+        };
+        assert_eq!(TIME.interval(&settled), 10);
+        assert_eq!(TIME.interval(&Averages::default()), EARLY_INTERVAL);
         let dear = StepTime {
             measure: 0.89,
             ..TIME
         };
-        assert_eq!(dear.interval(), 61);
+        assert_eq!(dear.interval(&settled), 61);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::{any::type_name, cell::RefCell};
 
-use super::memory::MemoryHandle;
+use super::LayerState;
 use crate::config::{AopConfig, AopConfigError};
 
 /// What a layer shows of itself to a visitor.
@@ -12,12 +12,12 @@ use crate::config::{AopConfig, AopConfigError};
 pub(crate) struct Shown {
     /// Inputs and outputs.
     pub(crate) widths: [usize; 2],
-    pub(crate) memory: MemoryHandle,
+    pub(crate) state: LayerState,
 }
 
 thread_local! {
     static SHOWN: RefCell<Option<Shown>> = const { RefCell::new(None) };
-    static CONFIG: RefCell<Option<(AopConfig, Rule)>> = const { RefCell::new(None) };
+    static OFFER: RefCell<Option<Offer>> = const { RefCell::new(None) };
 }
 
 /// Runs the visit of a layer's first tensor with the layer on show.
@@ -35,28 +35,60 @@ pub(crate) fn shown() -> Option<Shown> {
 /// What the configuration of a layer must keep to.
 pub(crate) type Rule = fn(&AopConfig) -> Result<(), AopConfigError>;
 
-/// Runs the mapping of a layer's first tensor with its configuration on offer; returns what became of
-/// both.
-pub(crate) fn offer<T>(config: AopConfig, rule: Rule, map: impl FnOnce() -> T) -> (AopConfig, T) {
-    CONFIG.set(Some((config, rule)));
-    let mapped = map();
-    let (config, _) = CONFIG.take().unwrap_or((config, rule));
-    (config, mapped)
+/// What a mapper of this crate asks of a layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Wish {
+    /// A state of its own, and another configuration, if the layer has one.
+    Own(Option<AopConfig>),
+    /// A new state.
+    Reset,
 }
 
-/// Exchanges the configuration of the layer whose first tensor is being mapped.
+#[derive(Clone, Copy)]
+struct Offer {
+    config: Option<(AopConfig, Rule)>,
+    wish: Option<Wish>,
+}
+
+/// Runs the mapping of a layer's first tensor with its configuration on offer, if it has one; returns what was asked of
+/// the layer, if something was, and what became of the tensor.
+pub(crate) fn offer<T>(
+    config: Option<(AopConfig, Rule)>,
+    map: impl FnOnce() -> T,
+) -> (Option<Wish>, T) {
+    OFFER.set(Some(Offer { config, wish: None }));
+    let mapped = map();
+    (OFFER.take().and_then(|offer| offer.wish), mapped)
+}
+
+/// Exchanges the configuration of the layer whose first tensor is being mapped, and gives it a state of its own.
 ///
 /// # Errors
 ///
 /// A configuration that the layer does not take.
 pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) -> Result<(), AopConfigError> {
-    let Some((before, rule)) = CONFIG.take() else {
+    let Some(offer) = OFFER.take() else {
         return Ok(());
     };
-    let after = config(before);
-    rule(&after)?;
-    CONFIG.set(Some((after, rule)));
+    let after = match offer.config {
+        None => None,
+        Some((before, rule)) => {
+            let after = config(before);
+            rule(&after)?;
+            Some(after)
+        }
+    };
+    OFFER.set(Some(Offer {
+        wish: Some(Wish::Own(after)),
+        ..offer
+    }));
     Ok(())
+}
+
+/// Asks the layer whose first tensor is being mapped to begin anew.
+pub(crate) fn reset() {
+    let wish = Some(Wish::Reset);
+    OFFER.set(OFFER.take().map(|offer| Offer { wish, ..offer }));
 }
 
 /// What a visitor or mapper is for, where a layer must know.

@@ -1,7 +1,7 @@
-//! The memory in a module's record.
+//! The state in a module's record.
 //!
 //! A record holds tensors of the shapes that the module being loaded expects, but a memory has as
-//! many rows as the batches it has seen. It is therefore saved as integer tensors of which the first,
+//! many rows as the batches it has seen. A state is therefore saved as integer tensors of which the first,
 //! `state`, has one shape for ever and tells the shapes of the others: `input`, `grad` and `age`, the rows,
 //! and `more`, for whatever the format comes to hold. Integers (the bits of the values) because what
 //! maps the float parameters of a model, such as LoRA, casts or quantization, must not touch them.
@@ -9,34 +9,37 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::{
+    backend::DeviceId,
     module::{ModuleMapper, ModuleVisitor, Param, ParamId},
     tensor::{DType, Device, Int, Shape, Tensor, TensorData},
 };
 
 use super::{
-    memory::{Carried, MemoryState},
+    device::DeviceState,
     more::{More, halves, whole},
     offer::{Shown, show},
-    reading::Reading,
     rows::RowTensors,
     schedule::Progress,
 };
 
-/// The integers of `state`: the fields of [`Header`], each as a low and a high half.
+/// The integers of `state`: the fields of [`Header`], each as a low and a high half, with room that earlier versions used.
 const HEADER: usize = 16;
 
-/// Where in the module tree a memory is saved.
-#[derive(Debug, Clone)]
-pub(crate) struct MemoryRecord {
-    ids: [ParamId; 5],
-    device: Device,
+/// A state that is saved or loaded, and the device that it is of, if that is known.
+#[derive(Debug)]
+pub(super) struct Saved {
+    pub(super) device: Option<DeviceId>,
+    pub(super) state: DeviceState,
 }
 
-/// A state without its tensors, and their shapes.
+/// The ids of a state's tensors in the module tree.
+#[derive(Debug, Clone)]
+pub(super) struct StateRecord([ParamId; 5]);
+
+/// The part of a state that has one shape for ever, and the shapes of the rest.
 struct Header {
-    progress: Progress,
-    carried: Option<Carried>,
-    rate: Option<f64>,
+    step: u64,
+    k: usize,
     rows: usize,
     /// The words in a value of a row.
     words: usize,
@@ -45,31 +48,27 @@ struct Header {
 }
 
 impl Header {
-    fn of(state: &MemoryState, more: usize) -> Self {
-        let rows = state.rows.as_ref();
+    fn of(state: &DeviceState, more: usize) -> Self {
+        let rows = state.rows.front();
         Self {
-            progress: state.progress,
-            carried: state.carried.clone(),
-            rate: state.rate,
+            step: state.progress.step,
+            k: state.progress.k,
             rows: rows.map_or(0, |rows| rows.input.dims()[0]),
             words: rows.map_or(1, |rows| words_in(rows.input.dtype())),
             more,
         }
     }
 
-    /// Waits for the device, if it has not computed the share of the score mass yet.
     fn encode(&self) -> Vec<i32> {
-        let Progress { step, k, ratio, .. } = self.progress;
-        // NaN stands for none.
-        let bits = |value: Option<f64>| value.unwrap_or(f64::NAN).to_bits();
-        let carried = self.carried.as_ref();
+        // Earlier versions kept here what they had measured; NaN stood for none.
+        let none = f64::NAN.to_bits();
         let fields: [u64; HEADER / 2] = [
-            step,
-            k as u64,
-            bits(ratio),
-            bits(carried.map(|carried| carried.ratio)),
-            bits(carried.map(Carried::read)),
-            bits(self.rate),
+            self.step,
+            self.k as u64,
+            none,
+            none,
+            none,
+            none,
             self.rows as u64,
             self.words as u64 | (self.more as u64) << 32,
         ];
@@ -78,24 +77,9 @@ impl Header {
 
     fn decode(values: &[i32]) -> Self {
         let field = |index: usize| whole(&values[2 * index..]);
-        // A share of the rows; anything else in the record is no measurement.
-        let share = |index: usize| {
-            let value = f64::from_bits(field(index));
-            (0.0..=1.0).contains(&value).then_some(value)
-        };
         Self {
-            progress: Progress {
-                step: field(0),
-                k: field(1) as usize,
-                ratio: share(2),
-                chosen: None,
-                input_chosen: None,
-            },
-            carried: share(3).zip(share(4)).map(|(ratio, share)| Carried {
-                ratio,
-                share: Reading::there([share]),
-            }),
-            rate: Some(f64::from_bits(field(5))).filter(|rate| *rate > 0.0 && rate.is_finite()),
+            step: field(0),
+            k: field(1) as usize,
             rows: field(6) as usize,
             words: (field(7) & 0xFFFF_FFFF) as usize,
             more: (field(7) >> 32) as usize,
@@ -103,35 +87,27 @@ impl Header {
     }
 }
 
-impl MemoryRecord {
-    pub(crate) fn new(device: &Device) -> Self {
-        Self {
-            ids: std::array::from_fn(|_| ParamId::new()),
-            device: device.clone().inner(),
-        }
+impl StateRecord {
+    pub(super) fn new() -> Self {
+        Self(std::array::from_fn(|_| ParamId::new()))
     }
 
-    pub(crate) fn on_device(&self, device: &Device) -> Self {
-        Self {
-            device: device.clone().inner(),
-            ..self.clone()
-        }
-    }
-
-    pub(crate) fn visit<V: ModuleVisitor>(
+    /// Visits the first of some states, and the others as parts of it.
+    pub(super) fn visit<V: ModuleVisitor>(
         &self,
-        state: &MemoryState,
-        workers: &[(usize, MemoryState)],
+        states: Vec<Saved>,
         shown: Shown,
         visitor: &mut V,
     ) {
-        let workers_of = workers.iter().map(|(number, _)| *number).collect();
-        self.visit_state(state, workers_of, Some(shown), visitor);
-        for (number, state) in workers {
-            let name = worker_name(*number);
+        let numbers = 0..states.len().saturating_sub(1);
+        let mut states = states.into_iter();
+        if let Some(first) = states.next() {
+            self.visit_state(&first, numbers.clone().collect(), Some(shown), visitor);
+        }
+        for (number, saved) in numbers.zip(states) {
+            let name = worker_name(number);
             visitor.enter_module(&name, CONTAINER);
-            let record = Self::new(&self.device);
-            record.visit_state(state, Vec::new(), None, visitor);
+            Self::new().visit_state(&saved, Vec::new(), None, visitor);
             visitor.exit_module(&name, CONTAINER);
         }
     }
@@ -139,12 +115,12 @@ impl MemoryRecord {
     /// `more` and the rows are lazy: most visitors do not look at the values.
     fn visit_state<V: ModuleVisitor>(
         &self,
-        state: &MemoryState,
-        workers: Vec<usize>,
+        Saved { device, state }: &Saved,
+        others: Vec<usize>,
         shown: Option<Shown>,
         visitor: &mut V,
     ) {
-        let more = More::of(state, workers);
+        let more = More::of(state, *device, others);
         let header = Header::of(state, more.len());
         let words = header.words;
         let header = self.tensor(0, [HEADER], move |device| {
@@ -160,7 +136,7 @@ impl MemoryRecord {
             at(visitor, "more", |visitor| visitor.visit_int(&more));
         }
 
-        let Some(rows) = state.rows.clone() else {
+        let Some(rows) = state.rows.front().cloned() else {
             return;
         };
         let fields = [
@@ -178,31 +154,33 @@ impl MemoryRecord {
         }
     }
 
-    /// The states of the layer and of its workers that the mapper puts in place of the present ones, if it
-    /// is loading a record.
-    pub(crate) fn map<M: ModuleMapper>(
+    /// The states that the mapper puts in place of the present ones, if it is loading a record, with their rows on
+    /// `device`.
+    pub(super) fn map<M: ModuleMapper>(
         &self,
         widths: [usize; 2],
+        device: &Device,
         mapper: &mut M,
-    ) -> Option<(MemoryState, Vec<(usize, MemoryState)>)> {
-        let (state, workers) = self.map_state(widths, mapper)?;
-        let workers = workers.into_iter().flat_map(|number| {
+    ) -> Option<Vec<Saved>> {
+        let (first, others) = self.map_state(widths, device, mapper)?;
+        let mut states = vec![first];
+        for number in others {
             let name = worker_name(number);
             mapper.enter_module(&name, CONTAINER);
-            let worker = self.map_state(widths, mapper);
+            let other = self.map_state(widths, device, mapper);
             mapper.exit_module(&name, CONTAINER);
-            worker.map(|(state, _)| (number, state))
-        });
-        let workers = workers.collect();
-        Some((state, workers))
+            states.extend(other.map(|(state, _)| state));
+        }
+        Some(states)
     }
 
-    /// A state, and the numbers of the workers that the record names.
+    /// A state, and the numbers of the others that the record names.
     fn map_state<M: ModuleMapper>(
         &self,
         widths: [usize; 2],
+        device: &Device,
         mapper: &mut M,
-    ) -> Option<(MemoryState, Vec<usize>)> {
+    ) -> Option<(Saved, Vec<usize>)> {
         let header = self.load(mapper, "state", 0, [HEADER])?;
         let header = Header::decode(&header);
         // Where partial loading is allowed, a memory that cannot be read is as one that is missing.
@@ -219,7 +197,7 @@ impl MemoryRecord {
         let mut load = |name, index, width: usize| {
             let shape = [header.rows, width.saturating_mul(header.words)];
             let words = self.load(mapper, name, index, shape)?;
-            from_words(words, [header.rows, width], header.words, &self.device)
+            from_words(words, [header.rows, width], header.words, device)
         };
         let rows = match header.rows {
             0 => None,
@@ -232,21 +210,27 @@ impl MemoryRecord {
                 rows.map(|((input, grad), age)| RowTensors { input, grad, age })
             }
         };
-        let state = MemoryState {
+        let state = DeviceState {
             progress: Progress {
+                step: header.step,
+                k: header.k,
                 chosen: more.chosen,
                 input_chosen: more.input_chosen,
-                ..header.progress
             },
-            carried: header.carried,
+            // Records without the number are of versions that drew once a step at most, but for layers used several
+            // times in one.
+            passes: more.passes.unwrap_or(header.step),
             noise: more.noise,
             reading: more.reading,
             input_reading: more.input_reading,
-            rows,
-            rate: header.rate,
-            ..MemoryState::default()
+            rows: rows.into_iter().collect(),
+            ..DeviceState::default()
         };
-        Some((state, more.workers))
+        let saved = Saved {
+            device: more.device,
+            state,
+        };
+        Some((saved, more.workers))
     }
 
     /// Offers the mapper a tensor, and returns what it loads in its place, if it does.
@@ -291,7 +275,7 @@ impl MemoryRecord {
         mapper.exit_module(name, CONTAINER);
     }
 
-    /// An integer tensor of the memory; `values` makes it when someone looks at it.
+    /// An integer tensor of the state; `values` makes it when someone looks at it.
     fn tensor<const D: usize>(
         &self,
         index: usize,
@@ -299,16 +283,26 @@ impl MemoryRecord {
         values: impl FnOnce(&Device) -> Tensor<D, Int> + Send + Sync + 'static,
     ) -> Param<Tensor<D, Int>> {
         Param::uninitialized(
-            self.ids[index],
+            self.0[index],
             move |device, _| values(device),
-            self.device.clone(),
+            host(),
             false,
             Shape::new(shape),
         )
     }
 }
 
-const CONTAINER: &str = "Struct:LayerMemory";
+/// A device in main memory, if there is one: what is saved has been copied to the host, and is not to be copied back.
+fn host() -> Device {
+    #[cfg(feature = "flex")]
+    return Device::flex();
+    #[cfg(all(not(feature = "flex"), feature = "ndarray"))]
+    return Device::ndarray();
+    #[cfg(not(any(feature = "flex", feature = "ndarray")))]
+    Device::default()
+}
+
+pub(super) const CONTAINER: &str = "Struct:LayerMemory";
 
 fn at<V: ModuleVisitor>(visitor: &mut V, name: &str, visit: impl FnOnce(&mut V)) {
     visitor.enter_module(name, CONTAINER);
@@ -363,7 +357,11 @@ fn from_words(
                 f64::from_bits(u64::from(pair[0] as u32) | u64::from(pair[1] as u32) << 32)
             };
             let values: Vec<f64> = words.chunks_exact(2).map(value).collect();
-            Tensor::from_data(TensorData::new(values, shape), (device, DType::F64))
+            let values = TensorData::new(values, shape);
+            match device.supports_dtype(DType::F64) {
+                true => Tensor::from_data(values, (device, DType::F64)),
+                false => Tensor::from_data(values.convert::<f32>(), (device, DType::F32)),
+            }
         }
         _ => return None,
     };

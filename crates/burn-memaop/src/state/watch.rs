@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{learning_rate::SharedLearningRate, measurement::Measurement};
+use super::measurement::Measurement;
 
 /// Which gradients of a layer are measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,20 +31,9 @@ pub(crate) struct Watch {
     pub(crate) intervals: Option<Intervals>,
     /// The last gradient, if nobody has been told of it.
     pub(crate) seen: Option<Seen>,
-    pub(crate) rate: Option<SharedLearningRate>,
 }
 
 impl Watch {
-    /// Takes over the watchers of another.
-    pub(crate) fn join(&mut self, other: &Self) {
-        if other.intervals.is_some() {
-            self.intervals = other.intervals;
-        }
-        if other.rate.is_some() {
-            self.rate.clone_from(&other.rate);
-        }
-    }
-
     /// The same watchers, with nothing to tell.
     pub(crate) fn renewed(&self) -> Self {
         Self {

@@ -1,5 +1,4 @@
-//! For training with burn-train: metrics for its dashboard and logs, checkpoints that survive a kill,
-//! and a scheduler that memories follow.
+//! For training with burn-train: metrics for its dashboard and logs, and checkpoints that survive a kill.
 //!
 //! A model's training output carries an [`AopReport`], and one adaptor hands it
 //! to all metrics:
@@ -63,12 +62,10 @@
 mod checkpoint;
 mod loader;
 mod metric;
-mod scheduler;
 
 pub use checkpoint::{AtomicFileCheckpointer, Checkpoints, CheckpointsError};
 pub use loader::resume_loader;
 pub use metric::{AopFigure, AopMetric};
-pub use scheduler::FollowedLrScheduler;
 
 use burn::{tensor::ExecutionError, train::ItemLazy};
 

@@ -8,7 +8,6 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopLinear, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
-    Schedule,
     op::{AopStep, InputStep, NoiseStep, Rows, gradient_noise, input_gradient, weight_gradient},
 };
 
@@ -21,7 +20,7 @@ fn init(aop: AopConfig) -> MemAopLinear {
 }
 
 fn ratio(ratio: f64) -> AopConfig {
-    AopConfig::new().with_outer_products(OuterProducts::Ratio { ratio, minimum: 1 })
+    AopConfig::new().with_outer_products(OuterProducts::Ratio(ratio))
 }
 
 #[test]
@@ -49,15 +48,6 @@ fn ratio_not_a_number() {
 }
 
 #[test]
-#[should_panic(expected = "AopConfig.outer_products: the minimum must be at least 1, but got 0")]
-fn minimum_of_zero() {
-    init(AopConfig::new().with_outer_products(OuterProducts::Ratio {
-        ratio: 0.5,
-        minimum: 0,
-    }));
-}
-
-#[test]
 #[should_panic(expected = "AopConfig.method: the decay must be in [0, 1], but got -0.1")]
 fn negative_decay() {
     init(published().with_method(Method::TopK(Memory::Published { decay: -0.1 })));
@@ -67,35 +57,6 @@ fn negative_decay() {
 #[should_panic(expected = "AopConfig.method: the decay must be in [0, 1], but got 1.1")]
 fn decay_above_one() {
     init(published().with_method(Method::TopK(Memory::Balanced { decay: 1.1 })));
-}
-
-fn share(share: f64, interval: usize) -> AopConfig {
-    AopConfig::new().with_outer_products(OuterProducts::Share { share, interval })
-}
-
-fn schedule(schedule: Schedule) -> AopConfig {
-    AopConfig::new().with_schedule(schedule)
-}
-
-#[test]
-#[should_panic(expected = "AopConfig.schedule: the number of steps must be at least 1, but got 0")]
-fn schedule_of_no_steps() {
-    init(schedule(Schedule::Cosine {
-        exact_steps: 5,
-        steps: 0,
-    }));
-}
-
-#[test]
-#[should_panic(expected = "AopConfig.outer_products: the share must be in (0, 1), but got 1")]
-fn share_of_one() {
-    init(share(1.0, 10));
-}
-
-#[test]
-#[should_panic(expected = "AopConfig.outer_products: the interval must be at least 1, but got 0")]
-fn interval_of_zero() {
-    init(share(0.5, 0));
 }
 
 #[test]
@@ -127,10 +88,8 @@ fn bad_input_loses_no_memory() {
 fn the_configuration_survives_serialization() {
     let config = MemAopLinearConfig::new(4, 2).with_aop(
         AopConfig::new()
-            .with_outer_products(OuterProducts::Share {
-                share: 0.8,
-                interval: 50,
-            })
+            .with_outer_products(OuterProducts::Ratio(0.3))
+            .with_exact_steps(7)
             .with_method(Method::TopK(Memory::Balanced { decay: 0.5 }))
             .with_seed(u64::MAX),
     );

@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, Device},
 };
 use burn_memaop::{
-    AopConfig, InputGradient, MemAopLinear, OuterProducts, Schedule,
+    AopConfig, InputGradient, MemAopLinear, OuterProducts,
     op::{InputStep, input_gradient},
 };
 
@@ -201,7 +201,7 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
     let (m, n, p) = (12, 6, 4);
     let linear = LinearConfig::new(n, p).init(device);
     let exact = published().with_outer_products(OuterProducts::Count(5));
-    let some = |ratio| InputGradient::Largest { ratio, minimum: 1 };
+    let some = |ratio| InputGradient::Largest(ratio);
     let mut random = Random(74);
     let (x, g) = (random.matrix(m, n), random.matrix(m, p));
     let w = Matrix::from_tensor(linear.weight.val().inner());
@@ -225,13 +225,11 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
     assert!(quarter.relative_error(&expected(&g, &w, &rows)) < 1e-5);
     assert_eq!(backward(exact.with_input_gradient(some(1.0))).0, all);
 
-    // With exact gradients of the weight, and in the exact steps of a schedule.
+    // With exact gradients of the weight, and in exact steps.
     let every_product = exact.with_outer_products(OuterProducts::Count(m));
     let (quarter, _, _) = backward(every_product.with_input_gradient(some(0.25)));
     assert!(quarter.relative_error(&expected(&g, &w, &rows)) < 1e-5);
-    let scheduled = exact
-        .with_input_gradient(some(0.25))
-        .with_schedule(Schedule::Constant { exact_steps: 1 });
+    let scheduled = exact.with_input_gradient(some(0.25)).with_exact_steps(1);
     assert_eq!(backward(scheduled).0, all);
     // Also where the gradient of the weight is exact all along.
     let scheduled = scheduled.with_outer_products(OuterProducts::Count(m));
@@ -240,18 +238,12 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
 
 #[test]
 fn bad_values_are_named() {
-    let config = |ratio, minimum| {
-        AopConfig::new().with_input_gradient(InputGradient::Sampled { ratio, minimum })
-    };
+    let config = |ratio| AopConfig::new().with_input_gradient(InputGradient::Sampled(ratio));
     let message = |config: AopConfig| config.validate().unwrap_err().to_string();
     assert_eq!(
-        message(config(1.5, 1)),
+        message(config(1.5)),
         "AopConfig.input_gradient: the ratio must be in (0, 1], but got 1.5"
     );
-    assert!(message(config(f64::NAN, 1)).contains("NaN"));
-    assert_eq!(
-        message(config(0.5, 0)),
-        "AopConfig.input_gradient: the minimum must be at least 1, but got 0"
-    );
-    assert!(config(0.25, 1).validate().is_ok());
+    assert!(message(config(f64::NAN)).contains("NaN"));
+    assert!(config(0.25).validate().is_ok());
 }

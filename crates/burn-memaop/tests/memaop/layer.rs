@@ -9,7 +9,7 @@ use burn_memaop::{AopConfig, MemAopLinear, OuterProducts};
 
 use crate::{
     operation::methods,
-    oracle::{Oracle, Policy, layer_seed},
+    oracle::{Oracle, Policy},
     support::{Matrix, Random, bits, published},
 };
 
@@ -52,21 +52,15 @@ pub fn layer_equals_the_oracle(device: &Device) {
             let linear = LinearConfig::new(n, p).init(device);
             let seed = index as u64;
             let aop = published()
-                .with_outer_products(OuterProducts::Ratio {
-                    ratio: 0.3,
-                    minimum: 2,
-                })
+                .with_outer_products(OuterProducts::Ratio(0.3))
                 .with_method(policy.method(memory))
                 .with_seed(seed);
             let layer = layer(&linear, aop);
-            let mut oracle = Oracle::new(policy, memory, 0, n, p);
+            let mut oracle = Oracle::new(policy, memory, seed, n, p);
 
             macro_rules! step {
                 ($shape:expr) => {{
                     let shape = $shape;
-                    // The input is a leaf, reshaped, and flattened by the layer at ranks above 2.
-                    let place = if shape.len() > 2 { 3 } else { 2 };
-                    oracle.seed = layer_seed(seed, place);
                     let m: usize = shape[..shape.len() - 1].iter().product();
                     let x = random.matrix(m, n);
                     let g = random.matrix(m, p);
@@ -135,10 +129,7 @@ pub fn k_equal_to_m_is_the_exact_gradient(device: &Device) {
     for outer_products in [
         OuterProducts::Count(m),
         OuterProducts::Count(m + 1),
-        OuterProducts::Ratio {
-            ratio: 1.0,
-            minimum: 1,
-        },
+        OuterProducts::All,
     ] {
         let layer = layer(&linear, published().with_outer_products(outer_products));
         let (x, g) = (random.matrix(m, n), random.matrix(m, p));

@@ -11,7 +11,7 @@ use burn_memaop::{
 };
 
 use crate::{
-    oracle::{Oracle, Policy, layer_seed},
+    oracle::{Oracle, Policy},
     support::{Matrix, Random, published},
 };
 
@@ -88,10 +88,7 @@ fn all_layers_are_found_by_their_fields() {
     assert_eq!(report.layers[2].exact_flops(), 4.0 * 20.0 * 24.0);
     assert_eq!(report.layers[2].saved_flops(), 2.0 * 15.0 * 24.0);
     assert_eq!(report.layers[3].saved_flops(), 0.0);
-    let half = InputGradient::Largest {
-        ratio: 0.5,
-        minimum: 1,
-    };
+    let half = InputGradient::Largest(0.5);
     let sparse = Model::new(aop.with_input_gradient(half), &device);
     observer.observe(&sparse);
     sparse.backward(input());
@@ -173,7 +170,7 @@ pub fn figures_equal_their_definitions(device: &Device) {
             .with_method(policy.method(memory))
             .with_seed(9);
         let layer = MemAopLinearConfig::new(n, p).with_aop(aop).init(device);
-        let mut oracle = Oracle::new(policy, memory, layer_seed(9, 1), n, p);
+        let mut oracle = Oracle::new(policy, memory, 9, n, p);
         let observer = AopObserver::new(1).with_exact(2);
         observer.observe(&layer);
         let mut random = Random(51);

@@ -12,7 +12,7 @@ use burn_memaop::{
 };
 
 use crate::{
-    oracle::{Oracle, Policy, layer_seed, philox},
+    oracle::{Oracle, Policy, philox},
     support::{Matrix, Random, linear},
 };
 
@@ -412,7 +412,7 @@ pub fn layers_with_packed_inputs_equal_the_oracle(device: &Device) {
         for k in [m, 4] {
             let layer =
                 MemAopLinear::from_linear(linear.clone(), config(stored, OuterProducts::Count(k)));
-            let mut oracle = Oracle::new(Policy::Systematic, Memory::None, layer_seed(4, 2), n, p);
+            let mut oracle = Oracle::new(Policy::Systematic, Memory::None, 4, n, p);
             for step in 0..3 {
                 let (x, g) = (random.matrix(m, n), random.matrix(m, p));
                 let input = x.tensor(device, DType::F32).require_grad();
@@ -434,17 +434,14 @@ pub fn layers_with_packed_inputs_equal_the_oracle(device: &Device) {
 
                 let packing = PackStep {
                     stored,
-                    seed: layer_seed(4, 0),
+                    seed: 4,
                     step,
                 };
                 let unpacked = pack(input.inner(), packing).unpack();
                 let unpacked = Matrix::from_tensor(unpacked);
                 let expected = match k == m {
                     true => product(&unpacked, &g),
-                    false => {
-                        oracle.seed = layer_seed(4, 3);
-                        oracle.step_of_rounded(&x, &unpacked, &g, k)
-                    }
+                    false => oracle.step_of_rounded(&x, &unpacked, &g, k),
                 };
                 let found = Matrix::from_tensor(layer.weight.grad(&grads).unwrap());
                 let error = found.relative_error(&expected);
@@ -489,10 +486,8 @@ pub fn attention_packs_its_input_once(device: &Device) {
     // The first packs for all, so that the others round as if they had its seed.
     let mut apart = ours.clone();
     let layers = [&apart.query, &apart.key, &apart.value].map(Clone::clone);
-    [apart.query, apart.key, apart.value] = layers.map(|layer| {
-        layer.reset_memory();
-        layer.with_aop(aop)
-    });
+    [apart.query, apart.key, apart.value] =
+        layers.map(|layer| burn_memaop::reset(layer).with_aop(aop));
     let input = MhaInput::new(x.clone(), x.clone(), x.clone());
     for (shared, apart) in shared.iter().zip(gradients(input, &apart)) {
         let error = shared.relative_error(&apart);
@@ -501,8 +496,7 @@ pub fn attention_packs_its_input_once(device: &Device) {
 
     // One that keeps its input in another way does so by itself.
     apart.key = apart.key.with_aop(aop.with_stored_input(StoredInput::Full));
-    apart.query.reset_memory();
-    apart.value.reset_memory();
+    let apart = burn_memaop::reset(apart);
     let mixed = gradients(MhaInput::self_attn(x), &apart);
     assert!(mixed[0].relative_error(&shared[0]) < 1e-5);
     assert!(mixed[2].relative_error(&shared[2]) < 1e-5);

@@ -12,7 +12,7 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method,
-    OuterProducts, baseline::Baseline, transformer::MemAopTransformerEncoder,
+    OuterProducts, baseline::Baseline, reset, transformer::MemAopTransformerEncoder,
 };
 
 use crate::support::{Matrix, Random, bits, published};
@@ -29,11 +29,7 @@ fn device() -> Device {
 
 fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
     let aop = published()
-        // Measured before the stop, adjusted after it.
-        .with_outer_products(OuterProducts::Share {
-            share: 0.9,
-            interval: 2,
-        })
+        .with_outer_products(OuterProducts::Ratio(0.8))
         .with_method(Method::Baseline(Baseline::WeightedK(Memory::Balanced {
             decay: 0.9,
         })));
@@ -83,26 +79,21 @@ fn a_stopped_training_goes_on_to_the_same_weights() {
     let (first, second) = batches.split_at(3);
 
     let mut optimizer = AdamConfig::new().init();
-    let middle = train(start.clone(), &mut optimizer, first);
-    let straight = train(middle.clone(), &mut optimizer.clone(), second);
-
-    let record = bytes(middle.clone().into_record());
-    let resumed = model().load_record(record);
+    let middle = train(reset(start.clone()), &mut optimizer, first);
+    let record = || bytes(middle.clone().into_record());
+    let resumed = model().load_record(record());
+    let forgetful = reset(model().load_record(record()));
     assert_eq!(
         resumed.hidden.memory_stats(),
         middle.hidden.memory_stats(),
         "the memory is there"
     );
     assert_eq!(resumed.hidden.memory_stats().step, 3);
-    let resumed = train(resumed, &mut optimizer, second);
+    let straight = train(middle, &mut optimizer.clone(), second);
+    let resumed = train(resumed, &mut optimizer.clone(), second);
     assert_eq!(weights(&resumed), weights(&straight));
 
     // Without its memory, the training goes elsewhere: the test would notice a lost one.
-    let forgetful = middle.clone();
-    forgetful.hidden.reset_memory();
-    forgetful.output.reset_memory();
-    let mut optimizer = AdamConfig::new().init();
-    train(start, &mut optimizer, first);
     let forgetful = train(forgetful, &mut optimizer, second);
     assert_ne!(weights(&forgetful), weights(&straight));
 }
@@ -124,9 +115,8 @@ fn a_memory_in_double_precision_keeps_its_bits() {
     let before = layer.memory_stats();
     assert_eq!((before.rows, before.pending), (7, 5));
 
-    let mut target = layer.clone();
-    target.reset_memory();
-    target = target.load_record(bytes(layer.into_record()));
+    let target = reset(layer.clone());
+    let target = target.load_record(bytes(layer.into_record()));
     assert_eq!(target.memory_stats(), before);
 }
 

@@ -28,19 +28,13 @@ const TOLERANCE: f64 = 1e-5;
 
 fn all_rows() -> AopConfig {
     AopConfig::new()
-        .with_outer_products(OuterProducts::Ratio {
-            ratio: 1.0,
-            minimum: 1,
-        })
+        .with_outer_products(OuterProducts::All)
         .with_seed(40)
 }
 
 fn half_of_the_rows() -> AopConfig {
     AopConfig::new()
-        .with_outer_products(OuterProducts::Ratio {
-            ratio: 0.5,
-            minimum: 1,
-        })
+        .with_outer_products(OuterProducts::Ratio(0.5))
         .with_cost_rule(false)
 }
 
@@ -473,10 +467,7 @@ fn a_key_that_does_not_fit_is_named() {
 #[test]
 #[should_panic(expected = "AopConfig.outer_products: the ratio must be in (0, 1], but got 1.5")]
 fn a_bad_configuration_is_named() {
-    let aop = AopConfig::new().with_outer_products(OuterProducts::Ratio {
-        ratio: 1.5,
-        minimum: 1,
-    });
+    let aop = AopConfig::new().with_outer_products(OuterProducts::Ratio(1.5));
     let config = MemAopTransformerEncoderConfig::new(8, 12, 2, 1).with_aop(aop);
     config.init(&Device::flex());
 }

@@ -14,10 +14,7 @@ use burn::{
     tensor::Device,
     train::Learner,
 };
-use burn_memaop::{
-    SharedLearningRate,
-    train::{Checkpoints, FollowedLrScheduler, resume_loader},
-};
+use burn_memaop::train::{Checkpoints, resume_loader};
 
 use crate::support::{BATCH, Net, aop, finished, loader, training};
 
@@ -30,10 +27,9 @@ fn train(folder: &Path, epochs: usize) -> Vec<u32> {
     let done = checkpoints.resumable().unwrap().unwrap_or(0);
     let device = Device::flex().autodiff();
     let model = Net::new(aop(), None, &device);
-    let rate = SharedLearningRate::new();
-    rate.attach(&model);
-    let scheduler = LinearLrSchedulerConfig::new(0.01, 0.001, EPOCHS * STEPS);
-    let scheduler = FollowedLrScheduler::new(scheduler.init().unwrap(), rate);
+    let scheduler = LinearLrSchedulerConfig::new(0.01, 0.001, EPOCHS * STEPS)
+        .init()
+        .unwrap();
     let optimizer = SgdConfig::new()
         .with_momentum(Some(MomentumConfig::new()))
         .init();

@@ -13,7 +13,7 @@ use super::later;
 use crate::{
     config::{AopConfig, StoredInput},
     layers::{
-        activation::{exact_gelu, gelu, relu},
+        activation::{exact_gelu, packed_gelu, relu},
         linear::MemAopLinear,
     },
 };
@@ -153,7 +153,9 @@ impl MemAopPositionWiseFeedForward {
         use StoredInput::{Full, Half, Int4, Int8};
         match (&self.activation, self.linear_outer.aop().stored_input) {
             (Activation::Relu(_), Half | Int8 | Int4) => relu(input),
-            (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => gelu(input),
+            (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => {
+                packed_gelu(input, || self.linear_inner.pass_noise())
+            }
             (Activation::Gelu(Gelu { approximate: false }), Full | Half) => exact_gelu(input),
             _ => self.activation.forward(input),
         }

@@ -7,14 +7,14 @@ use burn::backend::{
 use burn::tensor::{Shape, TensorData};
 
 use super::{
-    HostTensors, adds, figures, from_values,
+    HostTensors, adds, from_values,
     images::{AllProducts, ChosenProducts, Convolve, Images, Place},
     positions::ScorePositions,
     rows::{Real, in_parallel},
     select, share,
 };
 use crate::op::{
-    step::{AopStep, Bias, NoiseStep, RowMemory, Share, WeightGradient},
+    step::{AopStep, Bias, RowMemory, Share, WeightGradient},
     window::Window,
 };
 
@@ -25,7 +25,7 @@ pub(crate) fn convolve<B: HostTensors<E>, E: Real>(
     bias: Option<FloatTensor<B>>,
     window: Window,
 ) -> FloatTensor<B> {
-    if !unfolds(&window, input.shape()[0]) {
+    if !unfolds(&window) {
         return B::conv2d(input, weight, bias, window.options());
     }
     let weight = B::contiguous(weight);
@@ -49,16 +49,18 @@ fn convolve_by<B: HostTensors<E>, E: Real>(
     let weights: Vec<_> = weights
         .map(|weight| from_values::<B, E>(weight, shape, &device))
         .collect();
-    let images = input.shape()[0];
     let [height, width] = window.output();
-    let shape = [images, window.channels[1], height, width];
+    let shape = [input.shape()[0], window.channels[1], height, width];
     let mut output = vec![E::zero(); shape.iter().product()];
+    let images = Images::new(B::values(&input), window);
+    let tiles = images.tiles(shape[0]);
     in_parallel(Convolve::<B, E> {
-        images: Images::new(B::values(&input), window),
+        images,
         weights: &weights,
         bias: bias.as_ref().map(B::values),
         device: &device,
-        output: &mut output,
+        tiles: &tiles,
+        outputs: &mut images.parts(&mut output, &tiles),
     });
     B::float_from_data(TensorData::new(output, shape), &device)
 }
@@ -71,7 +73,7 @@ pub(crate) fn input_gradient<B: HostTensors<E>, E: Real>(
     window: Window,
 ) -> FloatTensor<B> {
     match window.mirrored() {
-        Some(mirrored) if unfolds(&window, grad.shape()[0]) => {
+        Some(mirrored) if unfolds(&window) => {
             let weight = B::contiguous(weight);
             let weights = mirrored_weights(B::values(&weight), &window);
             convolve_by::<B, E>(grad, weights, None, mirrored)
@@ -97,19 +99,12 @@ fn mirrored_weights<E: Real>(weight: &[E], window: &Window) -> Vec<Vec<E>> {
     groups.map(mirrored).collect()
 }
 
-/// Whether patches are unfolded here. A pointwise convolution is a product already, one with an input channel in each of
-/// several groups has loops of its own in Burn, and images are shared out to the cores, so that there must be one for each.
-fn unfolds(window: &Window, images: usize) -> bool {
+/// Whether patches are unfolded here. A pointwise convolution is a product already, and one with an input channel in each
+/// of several groups has loops of its own in Burn.
+fn unfolds(window: &Window) -> bool {
     let pointwise = window.taps() == 1 && window.stride == [1, 1];
     let depthwise = window.groups > 1 && window.group()[0] == 1;
-    !pointwise && !depthwise && images >= cores()
-}
-
-fn cores() -> usize {
-    #[cfg(feature = "rayon")]
-    return rayon::current_num_threads();
-    #[cfg(not(feature = "rayon"))]
-    1
+    !pointwise && !depthwise
 }
 
 /// The exact gradient of the weight, shape `[channels, patch]`.
@@ -198,20 +193,6 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
             false => Share::Skipped,
         },
     }
-}
-
-/// The same result as the default body.
-pub(crate) fn noise<B: HostTensors<E>, E: Real>(
-    input: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    gradient: FloatTensor<B>,
-    window: Window,
-    step: NoiseStep,
-) -> FloatTensor<B> {
-    let (input, grad) = (B::contiguous(input), B::contiguous(grad));
-    let images = Images::new(B::values(&input), window);
-    let (scores, _) = scores(images, B::values(&grad), false);
-    figures::<B, E>(scores, gradient, &step)
 }
 
 /// `|x| |g|` of every position, and the sums of the channels of the gradient, if they are asked for.

@@ -166,9 +166,25 @@ impl<'a, E: Real> Images<'a, E> {
         tiles.collect()
     }
 
-    /// What [`RowWork::width`] is to say so that work on images is split down to a tile and no further.
-    fn grain(&self) -> usize {
-        GRAIN.div_ceil((TILE / self.positions().max(1)).max(1))
+    /// The parts of an output that each tile fills: for each of its images one for each channel.
+    pub(super) fn parts<'o>(&self, output: &'o mut [E], tiles: &[Tile]) -> Vec<Vec<&'o mut [E]>> {
+        let channels = self.window.channels[1];
+        let parts = tiles
+            .iter()
+            .map(|tile| Vec::with_capacity(tile.images.len() * channels));
+        let mut parts: Vec<_> = parts.collect();
+        let (mut rest, mut first) = (output, 0);
+        for alike in tiles.chunk_by(|tile, next| tile.images == next.images) {
+            for _ in 0..alike[0].images.len() * channels {
+                for (tile, parts) in alike.iter().zip(&mut parts[first..]) {
+                    let (part, after) = rest.split_at_mut(tile.rows.len() * tile.columns.len());
+                    parts.push(part);
+                    rest = after;
+                }
+            }
+            first += alike.len();
+        }
+        parts
     }
 }
 
@@ -250,66 +266,57 @@ pub(super) struct Place<E> {
     pub(super) weight: E,
 }
 
-/// The convolution of images, shape `[images, channels, height, width]`.
-pub(super) struct Convolve<'a, B: HostTensors<E>, E> {
+/// The convolution of images, tile by tile.
+pub(super) struct Convolve<'a, 'o, B: HostTensors<E>, E> {
     pub(super) images: Images<'a, E>,
     /// Of each group, shape `[channels, patch]`.
     pub(super) weights: &'a [FloatTensor<B>],
     pub(super) bias: Option<&'a [E]>,
     pub(super) device: &'a Device<B>,
-    pub(super) output: &'a mut [E],
+    pub(super) tiles: &'a [Tile],
+    /// The [parts](Images::parts) of the output that the tiles fill.
+    pub(super) outputs: &'a mut [Vec<&'o mut [E]>],
 }
 
-impl<B: HostTensors<E>, E: Real> Convolve<'_, B, E> {
-    fn values(&self) -> usize {
-        self.images.window.channels[1] * self.images.positions()
-    }
-}
-
-impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, B, E> {
+impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, '_, B, E> {
     type Output = ();
 
     fn rows(&self) -> usize {
-        self.output.len() / self.values()
+        self.tiles.len()
     }
 
     fn width(&self) -> usize {
-        self.images.grain()
+        GRAIN
     }
 
-    fn split_at(self, image: usize) -> (Self, Self) {
-        let at = image * self.values();
-        let images = self.images.split_at(image);
-        let output = self.output.split_at_mut(at);
-        let work = |images, output| Self {
-            images,
-            output,
+    fn split_at(self, tile: usize) -> (Self, Self) {
+        let tiles = self.tiles.split_at(tile);
+        let outputs = self.outputs.split_at_mut(tile);
+        let work = |tiles, outputs| Self {
+            tiles,
+            outputs,
             ..self
         };
-        (work(images.0, output.0), work(images.1, output.1))
+        (work(tiles.0, outputs.0), work(tiles.1, outputs.1))
     }
 
     #[inline(always)]
     fn run(self) {
-        let Images {
-            window,
-            height,
-            width,
-            ..
-        } = self.images;
+        let window = self.images.window;
         let [channels, of_group] = [window.channels[1], window.group()[1]];
-        for tile in self.images.tiles(self.rows()) {
+        for (tile, outputs) in self.tiles.iter().zip(self.outputs) {
             let columns = tile.positions();
             for (group, weight) in self.weights.iter().enumerate() {
-                let patches = self.images.unfold(group, &tile);
+                let patches = self.images.unfold(group, tile);
                 let shape = [window.patch(), columns];
                 let patches = from_values::<B, E>(patches, shape, self.device);
                 let product = B::contiguous(B::float_matmul(weight.clone(), patches));
                 let product = B::values(&product).chunks_exact(columns);
                 for (channel, product) in (group * of_group..).zip(product) {
                     let bias = self.bias.map(|bias| bias[channel]);
-                    for (to, from) in tile.runs(channels, channel, [height, width]) {
-                        let (to, from) = (&mut self.output[to], &product[from]);
+                    let product = product.chunks_exact(columns / tile.images.len());
+                    for (image, from) in product.enumerate() {
+                        let to = &mut *outputs[image * channels + channel];
                         match bias {
                             None => to.copy_from_slice(from),
                             Some(bias) => to.iter_mut().zip(from).for_each(|(to, &value)| {

@@ -5,10 +5,10 @@ use burn::backend::{
 };
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::{Chosen, cast, figures, floats, read, share, working_dtype};
+use super::{Chosen, cast, floats, read, share, working_dtype};
 use crate::op::{
     selection::{self, Selection},
-    step::{AopStep, Bias, NoiseStep, RowMemory, Share, WeightGradient},
+    step::{AopStep, Bias, RowMemory, Share, WeightGradient},
     window::Window,
 };
 
@@ -64,18 +64,6 @@ pub(crate) fn bias_gradient<B: Backend>(grad: FloatTensor<B>) -> FloatTensor<B> 
     let sums = B::float_sum_dim(B::float_reshape(grad, rows), 2);
     let sums = B::float_sum_dim(sums, 0);
     B::float_reshape(sums, Shape::new([channels]))
-}
-
-pub(crate) fn noise<B: Backend>(
-    input: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    gradient: FloatTensor<B>,
-    window: Window,
-    step: NoiseStep,
-) -> FloatTensor<B> {
-    let working = working_dtype(grad.dtype());
-    let (input, grad) = (cast::<B>(input, working), cast::<B>(grad, working));
-    figures::<B>(scores::<B>(&input, &grad, &window), gradient, &step)
 }
 
 /// `|x| |g|` of every position, shape `[positions]`; of several groups the root of the sum of the squares.

@@ -1,0 +1,367 @@
+//! Who shares the state of a layer, and what is kept apart: clones, forks, threads, devices, records.
+
+use std::{sync::Barrier, thread};
+
+use burn::{
+    module::{Module, ModuleMapper},
+    nn::LinearConfig,
+    optim::{GradientsParams, LBFGSConfig},
+    store::ModuleRecord,
+    tensor::{DType, Device, Tensor},
+};
+use burn_memaop::{
+    AopConfig, MemAopLinear, Memory, Method, OuterProducts, baseline::Baseline, reset, with_aop,
+};
+
+use crate::{
+    memory::{K, N, assert_close, batch, device, layer, oracle, step},
+    support::{Random, bits},
+};
+
+struct Optimizer;
+impl ModuleMapper for Optimizer {}
+
+fn saved(layer: &MemAopLinear) -> ModuleRecord {
+    let bytes = layer.clone().into_record().into_bytes().unwrap();
+    ModuleRecord::from_bytes(bytes).unwrap()
+}
+
+/// Each pass through another copy of the layer: as `LBFGS` trains, as a loop over clones does, as burn-train's workers do.
+#[test]
+fn a_training_through_copies_is_one_training() {
+    let mut random = Random(26);
+    let (mut model, mut oracle) = (layer(), oracle());
+    for number in 0..8 {
+        let (x, g) = batch(&mut random, 10);
+        let copy = match number % 4 {
+            0 => model.clone(),
+            1 => model.clone().fork(&device()),
+            2 => model.clone().valid().train(),
+            _ => model.clone().to_device(&device()).map(&mut Optimizer),
+        };
+        assert_close(&step(&copy, &x, &g), &oracle.step(&x, &g, K));
+        assert_eq!(model.memory_stats().step, number + 1);
+        model = model.map(&mut Optimizer);
+    }
+}
+
+#[test]
+fn a_clone_between_the_passes_is_in_the_same_training() {
+    let mut random = Random(27);
+    let (x, g) = batch(&mut random, 10);
+    let layer = layer();
+    let output = layer.forward(x.tensor(&device(), DType::F32));
+    let clone = layer.clone();
+    drop(layer);
+    (output * g.tensor(&device(), DType::F32)).sum().backward();
+    assert_eq!(
+        (clone.memory_stats().step, clone.memory_stats().pending),
+        (1, 10 - K)
+    );
+}
+
+#[test]
+fn lbfgs_trains_the_layer() {
+    let device = device();
+    let mut layer = layer();
+    let x = Random(28).matrix(10, N).tensor(&device, DType::F32);
+    let mut optimizer = LBFGSConfig::new().with_max_iter(4).init();
+    let mut evaluations = 0;
+    for _ in 0..2 {
+        let closure = |layer: MemAopLinear| {
+            evaluations += 1;
+            let loss = (layer.forward(x.clone()) - 1.0).square().mean();
+            let grads = GradientsParams::from_grads(loss.backward(), &layer);
+            (loss.into_scalar::<f32>().into(), grads)
+        };
+        (layer, _) = optimizer.step(0.1, layer, closure);
+    }
+    assert!(evaluations > 2);
+    assert_eq!(layer.memory_stats().step, evaluations);
+    assert!(layer.memory_stats().pending > 0);
+}
+
+/// Passes at the same time have a set of rows each, and none is lost.
+#[test]
+fn threads_share_the_steps_and_keep_all_rows() {
+    const THREADS: usize = 4;
+    const PASSES: usize = 25;
+    let layer = layer();
+    let barrier = Barrier::new(THREADS);
+    thread::scope(|scope| {
+        for number in 0..THREADS {
+            let (layer, barrier) = (layer.clone(), &barrier);
+            scope.spawn(move || {
+                let mut random = Random(30 + number as u64);
+                for _ in 0..PASSES {
+                    let (x, g) = batch(&mut random, 10);
+                    barrier.wait();
+                    step(&layer, &x, &g);
+                }
+            });
+        }
+    });
+    let stats = layer.memory_stats();
+    assert_eq!(stats.step, (THREADS * PASSES) as u64);
+    let sets = stats.rows / 10;
+    assert!(
+        (1..=THREADS).contains(&sets) && stats.rows == 10 * sets,
+        "{stats:?}"
+    );
+    assert!(stats.pending >= sets * (10 - K), "{stats:?}");
+    // All of them are in the record.
+    let loaded = reset(layer.clone()).load_record(saved(&layer));
+    assert_eq!(loaded.memory_stats(), stats);
+    // Each is used in its turn: after as many passes as there are sets no row is as old as the training.
+    let (x, g) = batch(&mut Random(29), 10);
+    for _ in 0..40 * sets {
+        step(&loaded, &x, &g);
+    }
+    assert!(loaded.memory_stats().rows == stats.rows);
+}
+
+/// What gives a layer a state of its own, and how.
+#[test]
+fn some_calls_give_a_state_of_its_own() {
+    let mut random = Random(31);
+    let model = layer();
+    let (x, g) = batch(&mut random, 10);
+    step(&model, &x, &g);
+    let before = model.memory_stats();
+    let other = layer();
+    for _ in 0..3 {
+        step(&other, &x, &g);
+    }
+    let nothing = saved(&layer()).allow_partial(true).allow_unused(true);
+    let linear_record = LinearConfig::new(N, 4).init(&device()).into_record();
+    type Call<'a> = Box<dyn FnOnce(MemAopLinear) -> MemAopLinear + 'a>;
+    let calls: [(&str, u64, Call<'_>); 6] = [
+        ("reset", 0, Box::new(|layer| reset(layer))),
+        (
+            "with_aop",
+            1,
+            Box::new(|layer| {
+                let aop = layer.aop();
+                layer.with_aop(aop)
+            }),
+        ),
+        (
+            "with_aop of a model",
+            1,
+            Box::new(|layer| with_aop(layer, |_, aop| aop)),
+        ),
+        (
+            "from_linear",
+            0,
+            Box::new(|layer| {
+                let aop = layer.aop();
+                MemAopLinear::from_linear(layer.into_linear(), aop)
+            }),
+        ),
+        (
+            "load_record",
+            3,
+            Box::new(|layer| layer.load_record(saved(&other))),
+        ),
+        (
+            "load_record of Linear",
+            0,
+            Box::new(|layer| layer.load_record(linear_record.allow_partial(true))),
+        ),
+    ];
+    for (name, steps, call) in calls {
+        let apart = call(model.clone());
+        assert_eq!(apart.memory_stats().step, steps, "{name}");
+        assert_eq!(
+            apart.memory_stats().rows,
+            if steps > 0 { 10 } else { 0 },
+            "{name}"
+        );
+        for _ in 0..2 {
+            step(&apart, &x, &g);
+        }
+        assert_eq!(apart.memory_stats().step, steps + 2, "{name}");
+        assert_eq!(model.memory_stats(), before, "{name}");
+    }
+    assert_eq!(other.memory_stats().step, 3);
+    drop(nothing);
+
+    // Nor does what happens to the one that was given.
+    let apart = with_aop(model.clone(), |_, aop| aop);
+    step(&model, &x, &g);
+    assert_eq!(
+        (apart.memory_stats(), model.memory_stats().step),
+        (before, 2)
+    );
+}
+
+/// A record that has nothing for a layer leaves it what it has, but on its own.
+#[test]
+fn a_record_of_other_layers_keeps_the_state() {
+    #[derive(Module, Debug)]
+    struct Pair {
+        first: MemAopLinear,
+        second: MemAopLinear,
+    }
+    #[derive(Module, Debug)]
+    struct First {
+        first: MemAopLinear,
+    }
+    let mut random = Random(32);
+    let (x, g) = batch(&mut random, 10);
+    let pair = Pair {
+        first: layer(),
+        second: layer(),
+    };
+    step(&pair.second, &x, &g);
+    let record = First { first: layer() }.into_record();
+    let loaded = pair.clone().load_record(record.allow_partial(true));
+    assert_eq!(loaded.second.memory_stats(), pair.second.memory_stats());
+    step(&loaded.second, &x, &g);
+    assert_eq!(
+        (
+            loaded.second.memory_stats().step,
+            pair.second.memory_stats().step
+        ),
+        (2, 1)
+    );
+}
+
+#[test]
+fn a_forward_pass_alone_costs_nothing() {
+    let mut random = Random(33);
+    let (model, mut oracle) = (layer(), oracle());
+    for _ in 0..4 {
+        let (x, g) = batch(&mut random, 10);
+        assert_close(&step(&model, &x, &g), &oracle.step(&x, &g, K));
+        let before = (
+            model.memory_stats(),
+            saved(&model).into_bytes().unwrap().len(),
+        );
+        let worker = model.clone().fork(&device());
+        let _never_propagated = worker.forward(x.tensor(&device(), DType::F32));
+        let teacher = worker.clone().no_grad();
+        teacher.forward(x.tensor(&device(), DType::F32));
+        let after = (
+            model.memory_stats(),
+            saved(&model).into_bytes().unwrap().len(),
+        );
+        assert_eq!(before, after);
+    }
+}
+
+/// Draws, signs and the rows kept: each device has its own, whatever the other does.
+fn each_device_has_its_own_state(devices: [Device; 2]) {
+    let memory = Memory::Balanced { decay: 0.9 };
+    let configs = [
+        AopConfig::new().with_method(Method::Baseline(Baseline::WeightedK(memory))),
+        AopConfig::new().with_outer_products(OuterProducts::Ratio(0.5)),
+        // K chosen by each.
+        AopConfig::new(),
+    ];
+    let linear = LinearConfig::new(N, 4).init(&devices[0].clone().autodiff());
+    for config in configs.map(|config| config.with_cost_rule(false)) {
+        let new = || MemAopLinear::from_linear(linear.clone(), config);
+        // The passes of each device are the same whatever the order in which the devices take theirs.
+        let pass = |model: &MemAopLinear, device: usize, number: u64| {
+            let on = devices[device].clone().autodiff();
+            let worker = model.clone().fork(&on);
+            let mut random = Random(100 * device as u64 + number);
+            let (x, g) = batch(&mut random, 20);
+            let output = worker.forward(x.tensor(&on, DType::F32));
+            let grads = (output * g.tensor(&on, DType::F32)).sum().backward();
+            bits(worker.weight.grad(&grads).unwrap())
+        };
+        let train = |model: &MemAopLinear, steps: std::ops::Range<u64>, turns: bool| {
+            let mut found = Vec::new();
+            for number in steps {
+                let reversed = turns && number % 2 == 1;
+                let mut both = match reversed {
+                    false => [0, 1].map(|device| (device, pass(model, device, number))),
+                    true => [1, 0].map(|device| (device, pass(model, device, number))),
+                };
+                both.sort_by_key(|(device, _)| *device);
+                found.push(both);
+            }
+            found
+        };
+        let expected = train(&new(), 0..40, false);
+        assert!(train(&new(), 0..40, true) == expected, "{config:?}");
+        // Resumed, wherever the one that saved it is.
+        for stop in [1, 17] {
+            let first = new();
+            train(&first, 0..stop, true);
+            let first = first.fork(&devices[1].clone().autodiff());
+            let resumed = new().load_record(saved(&first));
+            let found = train(&resumed, stop..40, true);
+            assert!(found[..] == expected[stop as usize..], "{config:?} {stop}");
+        }
+    }
+}
+
+#[cfg(feature = "ndarray")]
+#[test]
+#[allow(deprecated)]
+fn flex_and_ndarray_have_their_own_states() {
+    each_device_has_its_own_state([Device::flex(), Device::ndarray()]);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn flex_and_wgpu_have_their_own_states() {
+    if let Some(device) = crate::backends::wgpu() {
+        each_device_has_its_own_state([Device::flex(), device]);
+    }
+}
+
+/// The state of a model that is trained on one device goes on wherever its record is loaded.
+#[cfg(feature = "ndarray")]
+#[test]
+#[allow(deprecated)]
+fn a_record_goes_on_on_another_device() {
+    let mut random = Random(34);
+    let model = layer();
+    let (x, g) = batch(&mut random, 10);
+    step(&model, &x, &g);
+    let record = || saved(&model);
+    let elsewhere = Device::ndarray().autodiff();
+    let linear = LinearConfig::new(N, 4).init(&elsewhere);
+    let loaded = MemAopLinear::from_linear(linear, model.aop()).load_record(record());
+    assert_eq!(loaded.memory_stats(), model.memory_stats());
+    let x = x.tensor(&elsewhere, DType::F32);
+    loaded.forward(x).sum().backward();
+    assert_eq!(loaded.memory_stats().step, 2);
+    // A layer on the device of the record that is forked to another leaves the rows where they are.
+    let loaded = layer().load_record(record());
+    let fork = loaded.clone().fork(&elsewhere);
+    assert_eq!(fork.memory_stats().step, 0);
+    fork.forward(Tensor::<2>::ones([10, N], &elsewhere))
+        .sum()
+        .backward();
+    assert_eq!(fork.memory_stats().step, 1);
+    assert_eq!(loaded.memory_stats(), model.memory_stats());
+}
+
+/// Results depend on the seed and the number of the pass, not on what else is in the model.
+#[test]
+fn the_rows_drawn_do_not_depend_on_the_rest_of_the_model() {
+    let device = device();
+    let aop = AopConfig::new()
+        .with_outer_products(OuterProducts::Ratio(0.25))
+        .with_cost_rule(false);
+    let linear = LinearConfig::new(N, 4).init(&device);
+    let (x, g) = batch(&mut Random(35), 20);
+    let gradient = |operations: usize| {
+        let layer = MemAopLinear::from_linear(linear.clone(), aop);
+        let mut input = x.tensor(&device, DType::F32).require_grad();
+        for _ in 0..operations {
+            input = input * 1.0;
+        }
+        let grads = (layer.forward(input) * g.tensor(&device, DType::F32))
+            .sum()
+            .backward();
+        bits(layer.weight.grad(&grads).unwrap())
+    };
+    assert_eq!(gradient(0), gradient(1));
+    assert_eq!(gradient(0), gradient(5));
+}
