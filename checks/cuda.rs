@@ -17,7 +17,8 @@ fn run_on_cuda() {
     device.sync().unwrap();
 }
 
-/// Steps of a layer that measures the noise of its gradient at the first and the twelfth, and ends without a wait.
+/// Steps of a layer that measures the noise of its gradient at the first step and again by the sixth, and ends without a
+/// wait.
 fn step(steps: usize) {
     let device = Device::cuda(0).autodiff();
     let aop = AopConfig::new().with_cost_rule(false);
@@ -31,14 +32,14 @@ fn step(steps: usize) {
 
 #[test]
 #[ignore = "the test below runs it"]
-fn eleven_steps() {
-    step(11);
+fn one_step() {
+    step(1);
 }
 
 #[test]
 #[ignore = "the test below runs it"]
-fn twelve_steps() {
-    step(12);
+fn six_steps() {
+    step(6);
 }
 
 #[test]
@@ -50,7 +51,9 @@ fn figures_are_waited_for_when_the_next_are_measured() {
         assert!(compiled.output.status.success(), "{message}");
         compiled.ptx.matches("// waited").count()
     };
-    assert_eq!((waits("eleven_steps"), waits("twelve_steps")), (0, 1));
+    assert_eq!(waits("one_step"), 0);
+    // One or two, as the passes to measure are drawn.
+    assert!((1..=2).contains(&waits("six_steps")));
 }
 
 #[test]

@@ -138,13 +138,23 @@ static AUTO_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     layer.into_record().into_bytes().unwrap().to_vec()
 });
 
-/// The record of a layer that two workers have trained.
+/// Another device than Flex, where there is one.
+#[allow(deprecated)]
+fn other_device() -> Device {
+    #[cfg(feature = "ndarray")]
+    return Device::ndarray();
+    #[cfg(not(feature = "ndarray"))]
+    Device::flex()
+}
+
+/// The record of a layer that workers on two devices have trained.
 static WORKERS_RECORD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let layer = layer();
-    let input = Tensor::<2>::ones([5, 3], &Device::flex().autodiff());
-    for worker in [layer.clone(), layer.clone()] {
-        let fork = worker.fork(&Device::flex());
-        fork.forward(input.clone()).sum().backward();
+    for device in [Device::flex(), other_device()].map(Device::autodiff) {
+        let fork = layer.clone().fork(&device);
+        fork.forward(Tensor::<2>::ones([5, 3], &device))
+            .sum()
+            .backward();
     }
     layer.into_record().into_bytes().unwrap().to_vec()
 });
@@ -246,22 +256,21 @@ fn what_is_damaged_is_whole_before() {
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(AUTO_RECORD.clone())).unwrap();
     assert_eq!(record.len(), 2 + 2, "parameters, state and more");
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(WORKERS_RECORD.clone())).unwrap();
+    let devices = 1 + usize::from(cfg!(feature = "ndarray"));
     assert_eq!(
         record.len(),
-        2 + 2 + 2 * 4,
-        "parameters, the model's memory, those of two workers"
+        2 + 5 * devices,
+        "parameters, and a state for each device"
     );
-    assert_eq!(
-        layer().try_load_record(record).unwrap().memory_stats().step,
-        1
-    );
+    let loaded = layer().try_load_record(record).unwrap();
+    assert_eq!(loaded.memory_stats().pending, 3);
 }
 
 #[test]
 fn a_memory_of_another_type_is_refused() {
     let mut bytes = RECORD.clone();
     let integers = bytes.windows(3).filter(|window| window == b"I32").count();
-    assert_eq!(integers, 4, "state, input, grad and age");
+    assert_eq!(integers, 5, "state, more, input, grad and age");
     let at = bytes
         .windows(3)
         .position(|window| window == b"I32")
@@ -275,14 +284,14 @@ fn a_memory_of_another_type_is_refused() {
 /// The shapes that a damaged header tells of are compared, and not allocated.
 #[test]
 fn a_damaged_header_allocates_nothing() {
-    // Rows and words in a value, the last two of the eight numbers of a state, follow its three that are none
-    // and the rate.
+    // Rows and words in a value are the last two of the eight numbers of a state, and follow four that are none.
     let none = f64::NAN.to_bits().to_le_bytes().repeat(4);
     let whole: &Vec<u8> = &RECORD;
     let header = [
         none,
         5u64.to_le_bytes().to_vec(),
-        1u64.to_le_bytes().to_vec(),
+        // A word in a value, and five integers of `more`.
+        (1u64 | 5 << 32).to_le_bytes().to_vec(),
     ]
     .concat();
     let at = whole

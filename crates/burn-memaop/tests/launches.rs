@@ -324,13 +324,17 @@ fn choosing_layer(device: &Device) {
     let aop = AopConfig::new().with_cost_rule(false);
     let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
     let input = Tensor::<2>::ones([64, 20], &device);
-    let (kernels, reads) = observe(&device, || {
-        for _ in 0..30 {
-            layer.forward(input.clone()).sum().backward();
-        }
-    });
-    // At steps 0, 11 and 22.
-    assert_eq!(reads, 3, "{kernels:?}");
+    let reads = |steps: usize| {
+        let (_, reads) = observe(&device, || {
+            for _ in 0..steps {
+                layer.forward(input.clone()).sum().backward();
+            }
+        });
+        reads
+    };
+    // Six in the first steps, and one in ten or more steps after them.
+    let (first, later) = (reads(30), reads(60));
+    assert!((6..=8).contains(&first) && later <= 6, "{first} {later}");
     assert!(layer.memory_stats().k < 64);
 }
 
@@ -363,8 +367,8 @@ fn layer(device: &Device) {
     }
 }
 
-/// The squares of the planes, the scores, the selection and the patches, and never a wait, also where K is chosen and
-/// images are kept in few bits.
+/// The squares of the planes, the scores, the selection and the patches, and never a wait, also where images are kept in
+/// few bits.
 fn convolution(device: &Device) {
     let device = device.clone().autodiff();
     let images = Tensor::<4>::random([4, 6, 9, 8], Distribution::Normal(0.0, 1.0), &device);
@@ -401,13 +405,12 @@ fn convolution(device: &Device) {
     assert_eq!(reads, 0, "{kernels:?}");
 
     let observer = AopObserver::new(1);
-    let choosing = layer(AopConfig::new().with_stored_input(StoredInput::Int8));
+    let packed = layer(AopConfig::new().with_stored_input(StoredInput::Int8));
     let (kernels, reads) = observe(&device, || {
         for _ in 0..30 {
-            choosing.forward(images.clone()).sum().backward();
-            observer.observe(&choosing);
+            packed.forward(images.clone()).sum().backward();
+            observer.observe(&packed);
         }
     });
-    // At steps 0, 11 and 22.
-    assert_eq!(reads, 3, "{kernels:?}");
+    assert_eq!(reads, 0, "{kernels:?}");
 }

@@ -80,18 +80,17 @@ const LEAST_WIDTH: usize = 512;
 const MOST_WIDTH: usize = 8 * LEAST_WIDTH;
 
 /// The width of the rows in which so many values are worked on, of which `last` follow each other on the last axis: a row
-/// is what a core or a cube takes.
-fn row_width(values: usize, last: usize) -> usize {
+/// is what a core or a cube takes. None where no width that is neither narrow nor wide divides them.
+fn row_width(values: usize, last: usize) -> Option<usize> {
     let rows = values / last;
     let least = LEAST_WIDTH.div_ceil(last);
     let wide =
         (least..=MOST_WIDTH / last.min(MOST_WIDTH)).find(|&merged| rows.is_multiple_of(merged));
     match wide {
-        _ if least <= 1 => last,
-        Some(merged) => merged * last,
-        // Few values, or a number of them that has no such divisor.
-        None if values <= MOST_WIDTH || last < 32 => values,
-        None => last,
+        _ if least <= 1 => Some(last),
+        Some(merged) => Some(merged * last),
+        None if values <= MOST_WIDTH => Some(values),
+        None => (last >= 32).then_some(last),
     }
 }
 
@@ -105,8 +104,17 @@ fn as_matrix<const D: usize>(
     if values == 0 {
         return input;
     }
-    let width = row_width(values, shape[D - 1]);
-    function(input.reshape([values / width, width])).reshape(shape)
+    if let Some(width) = row_width(values, shape[D - 1]) {
+        return function(input.reshape([values / width, width])).reshape(shape);
+    }
+    // A prime number of narrow rows, say: zeros fill the last row up.
+    let rows = values.div_ceil(LEAST_WIDTH);
+    let zeros = [rows * LEAST_WIDTH - values];
+    let zeros = Tensor::<1>::zeros(zeros, (&input.device(), input.dtype()));
+    let filled = Tensor::cat(vec![input.reshape([values]), zeros], 0);
+    let output = function(filled.reshape([rows, LEAST_WIDTH]));
+    let output = output.reshape([rows * LEAST_WIDTH]);
+    output.slice(0..values).reshape(shape)
 }
 
 /// Applies [`relu`], as [`burn::nn::Relu`] does.
@@ -210,11 +218,11 @@ mod tests {
             (128, 10, 640),
             // A prime number of rows, wide enough by themselves or not.
             (8191, 256, 256),
-            (8191, 3, 3 * 8191),
             (7, 300, 2100),
             (1, 9, 9),
         ] {
-            assert_eq!(row_width(rows * last, last), width, "{rows} {last}");
+            assert_eq!(row_width(rows * last, last), Some(width), "{rows} {last}");
         }
+        assert_eq!(row_width(3 * 8191, 3), None);
     }
 }

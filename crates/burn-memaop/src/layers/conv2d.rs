@@ -181,8 +181,8 @@ impl MemAopConv2d {
         let expected = weight.dims()[1] * self.groups;
         assert!(
             channels == expected,
-            "MemAopConv2d: the input must have {expected} channels, but has the shape {:?}",
-            input.dims()
+            "MemAopConv2d: Number of channels in input tensor and input channels of convolution must be equal. \
+             got: {channels}, expected: {expected}"
         );
         let window = self.window([height, width]);
         let Some(output) = window.checked_output() else {

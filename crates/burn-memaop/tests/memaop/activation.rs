@@ -25,6 +25,8 @@ pub fn activations_equal_burns(device: &Device) {
         [7, 10, 600],
         [2, 300, 520],
         [3, 67, 100],
+        // No width divides them.
+        [1, 2003, 3],
     ] {
         let input = Tensor::<3>::random(shape, Distribution::Normal(0.0, 2.0), &inner);
         let upstream = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &inner);

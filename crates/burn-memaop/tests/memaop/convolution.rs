@@ -696,7 +696,7 @@ fn a_memory_is_refused_at_once() {
 
 #[test]
 #[should_panic(
-    expected = "MemAopConv2d: the input must have 2 channels, but has the shape [1, 3, 5, 5]"
+    expected = "MemAopConv2d: Number of channels in input tensor and input channels of convolution must be equal. got: 3, expected: 2"
 )]
 fn other_channels_are_refused() {
     let device = Device::flex();

@@ -22,5 +22,6 @@ mod record;
 mod selection;
 mod sharing;
 mod support;
+mod threads;
 mod transformer;
 mod unbiased;

@@ -227,7 +227,7 @@ fn the_memory_moves_between_backends() {
     };
 
     let device = Device::ndarray();
-    let moved = layer.clone().to_device(&device.clone().autodiff());
+    let moved = layer.valid().to_device(&device).train();
     let stats = moved.memory_stats();
     assert_eq!((stats.step, stats.rows, stats.pending), (1, 10, 10 - K));
     assert!((stats.input_norm - before.input_norm).abs() < 1e-6);
@@ -275,7 +275,7 @@ fn display_names_the_settings() {
     let layer = MemAopLinearConfig::new(3, 5).init(&Device::flex());
     assert_eq!(
         format!("{layer}"),
-        "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Auto, method: Systematic, schedule: Constant { exact_steps: 0 }, \
+        "MemAopLinear {d_input: 3, d_output: 5, bias: true, outer_products: Auto, method: Systematic, exact_steps: 0, \
          stored_input: Full, params: 20}"
     );
 }

@@ -37,7 +37,11 @@ fn a_training_through_copies_is_one_training() {
             0 => model.clone(),
             1 => model.clone().fork(&device()),
             2 => model.clone().valid().train(),
-            _ => model.clone().to_device(&device()).map(&mut Optimizer),
+            _ => model
+                .valid()
+                .to_device(&Device::flex())
+                .train()
+                .map(&mut Optimizer),
         };
         assert_close(&step(&copy, &x, &g), &oracle.step(&x, &g, K));
         assert_eq!(model.memory_stats().step, number + 1);

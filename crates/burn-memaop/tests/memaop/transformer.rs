@@ -285,7 +285,7 @@ fn conversions_keep_parameters_and_count_the_seeds() {
     assert_eq!(of_block(1), [46, 47, 48, 49, 50, 51]);
     let display = format!("{}", ours.layers[0].mha);
     assert!(display.contains("n_heads: 2"), "{display}");
-    assert!(display.contains("ratio: 0.5"), "{display}");
+    assert!(display.contains("Ratio(0.5)"), "{display}");
 
     let back = ours.clone().into_encoder();
     let weight = |encoder: &transformer::TransformerEncoder| {

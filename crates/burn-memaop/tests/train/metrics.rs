@@ -41,10 +41,10 @@ fn the_noise_is_logged_once_it_is_known() {
         .metric_train_numeric(AopMetric::new(AopFigure::Noise).of_layer("first"))
         .num_epochs(1);
     finished(training.launch(Learner::new(model, SgdConfig::new().init(), 1e-3)));
-    // The first measurement is read at step 11.
+    // The first measurement is read at the second, which is at step 5 at the latest.
     for name in ["AOP noise", "AOP noise (first)"] {
         let noise = logged(folder.path(), name);
-        assert_eq!(noise.len(), 14, "{name}");
+        assert!((20..25).contains(&noise.len()), "{name}: {}", noise.len());
         assert!(noise.iter().all(|&noise| noise > 0.0), "{noise:?}");
     }
 }

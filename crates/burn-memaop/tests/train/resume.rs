@@ -4,11 +4,13 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use burn::{
+    data::dataloader::DataLoader,
     lr_scheduler::linear::LinearLrSchedulerConfig,
     optim::{SgdConfig, momentum::MomentumConfig},
     tensor::Device,
@@ -16,7 +18,7 @@ use burn::{
 };
 use burn_memaop::train::{Checkpoints, resume_loader};
 
-use crate::support::{BATCH, Net, aop, finished, loader, training};
+use crate::support::{BATCH, Batch, Net, aop, finished, loader, training};
 
 const EPOCHS: usize = 8;
 const STEPS: usize = 12;
@@ -156,4 +158,27 @@ fn broken_checkpoints_are_reported_and_left_alone() {
     assert_eq!(checkpoints.resumable().unwrap(), Some(2));
     let nothing = Checkpoints::new(folder.path().join("elsewhere"));
     assert_eq!(nothing.resumable().unwrap(), None);
+}
+
+/// In a loop of one's own, and on a device, as burn-train does.
+#[test]
+fn a_resumed_loader_goes_on_with_the_shuffles() {
+    let epoch = |loader: &Arc<dyn DataLoader<Batch>>| -> Vec<f32> {
+        let batches = loader.iter().map(|batch| batch.unwrap().input);
+        batches
+            .flat_map(|input| input.into_data().iter::<f32>().collect::<Vec<_>>())
+            .collect()
+    };
+    let device = Device::flex();
+    for moved in [false, true] {
+        let place = |loader: Arc<dyn DataLoader<Batch>>| match moved {
+            false => loader,
+            true => loader.to_device(&device),
+        };
+        let whole = place(loader(BATCH * STEPS, true));
+        let epochs: Vec<_> = (0..4).map(|_| epoch(&whole)).collect();
+        assert_ne!(epochs[0], epochs[2]);
+        let resumed = place(resume_loader(loader(BATCH * STEPS, true), 2));
+        assert_eq!([epoch(&resumed), epoch(&resumed)], epochs[2..]);
+    }
 }
