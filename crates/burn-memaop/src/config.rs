@@ -49,12 +49,12 @@ pub struct AopConfig {
     pub cost_rule: bool,
     /// The seed of the noise of random methods, of [`Memory::Balanced`] and of a [stored input](StoredInput).
     ///
-    /// The noise of a row depends only on the seed, the place of the layer in the autodiff graph (for rounding, the number of
-    /// the pass in its step instead), its step counter and the row's position. So every backend draws the same rows, as many as [`OuterProducts`] says (of
-    /// which [`OuterProducts::Auto`] chooses by the times of the device and the processor), a training with the same seed
-    /// can be repeated on the same kind of machine, and layers one above the other draw independently whatever their seeds are, which
-    /// unbiased gradients need. Layers side by side, such as projections of one input, draw alike where
-    /// their seeds are equal; [`transformer`](crate::transformer) gives each a seed of its own.
+    /// The random bits of a row depend on the seed, the number of the layer's pass and the position of the row. So every backend
+    /// draws the same rows, as many as [`OuterProducts`] says, and a training with the same seed can be repeated.
+    /// ([`OuterProducts::Auto`] goes by the times of the processor and the device, and repeats on the same kind of machine.)
+    /// Layers with equal seeds draw alike, which biases nothing; [`transformer`](crate::transformer) gives each a seed of its
+    /// own. Rows of the [gradient of the input](InputGradient) also depend on the place of the layer in the autodiff graph, so
+    /// that layers one above the other draw them independently whatever their seeds are, as unbiased gradients need.
     #[config(default = 0)]
     pub seed: u64,
 }
@@ -65,13 +65,16 @@ pub enum OuterProducts {
     /// The layer chooses K among M, M/2, M/4, ... M/32, so that the loss falls fastest by the clock.
     ///
     /// Rows left out add noise to a gradient that is noisy anyway, being of one batch. From the scores of its rows and
-    /// the norm of its gradient the layer estimates both, in one step of 11 to 101, and weighs the progress of a step
+    /// the norm of its gradient the layer estimates both, in one pass of 10 to 100 (of 3 at first), and weighs the progress of a step
     /// (McCandlish, Kaplan, Amodei and others, 2018, arXiv:1812.06162) against the time that it takes on this device
     /// (`docs/algorithm.md` has the rule, `docs/choosing.md` what was measured). Gradients of the weight are exact until the
     /// second measurement, where the first is read; and where nothing can be saved, all of them.
     ///
-    /// For [`Method::Systematic`], and batches of 16 rows and more; smaller ones take the share that was chosen last.
-    /// The noise that other methods add follows other laws: they take K = M/8.
+    /// One measurement takes K down by two at the most, and much more noise takes it to M at once.
+    ///
+    /// For [`Method::Systematic`] in linear layers, and batches of 16 rows and more; smaller ones take the share that was chosen last.
+    /// The noise that other methods add follows other laws: they take K = M/8. A
+    /// [convolution](crate::MemAopConv2d) takes all rows.
     Auto,
     /// K itself, at least 1.
     Count(usize),

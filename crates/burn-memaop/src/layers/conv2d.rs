@@ -91,10 +91,12 @@ impl MemAopConv2dConfig {
 /// In single and double precision on CPUs the products of a training step are this crate's own, K = M included, and the same
 /// as Burn's but for rounding; those of Burn are taken where they are as fast (`docs/convolutions.md`).
 ///
-/// There is no [memory](crate::Memory): it would be as large as the unfolded input. What the layer keeps between steps is
-/// their number and what is known of the noise of its gradient; it is part of its record, under `memory`, and of its
-/// clones and forks, as that of [`MemAopLinear`](crate::MemAopLinear) is. As there, a position is left out of the weight gradient
-/// where K < M and the norm of its patch or of its gradient is NaN, infinite or above 1.8e19.
+/// With [`OuterProducts::Auto`], the default, all positions are taken, because the rule that chooses K takes rows for
+/// independent, and positions of one image are not.
+///
+/// There is no [memory](crate::Memory): it would be as large as the unfolded input. The state of the layer is the number of its
+/// steps; who shares it is said at [`MemAopLinear`](crate::MemAopLinear#state). As there, a position is left out of the weight
+/// gradient where K < M and the norm of its patch or of its gradient is NaN, infinite or above 1.8e19.
 #[derive(Debug, Clone)]
 pub struct MemAopConv2d {
     /// Tensor of shape `[channels_out, channels_in / groups, kernel_size_1, kernel_size_2]`, initialized as that of
@@ -137,8 +139,8 @@ impl MemAopConv2d {
         }
     }
 
-    /// The same layer, approximated in another way from now on; [`with_aop`](crate::with_aop) does that for all layers of a
-    /// model. The steps that a schedule counts stay, and a K that was chosen, unless it is to be found in another way.
+    /// The same layer, approximated in another way; [`with_aop`](crate::with_aop) does that for all layers of a model. The
+    /// layer goes on with the present state, which it shares with no other layer from now on.
     ///
     /// # Panics
     ///

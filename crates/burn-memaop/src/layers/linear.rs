@@ -84,18 +84,27 @@ impl MemAopLinearConfig {
 /// precision (double for double-precision layers).
 ///
 /// - Only a backward pass changes it, once for each forward pass that it goes through; a layer used
-///   twice in a forward pass folds in twice. Passes that run at the same time do not share rows. Inference, [`valid`](Module::valid) and the
-///   recomputation of gradient checkpointing do not.
+///   twice in a forward pass folds in twice. Inference, [`valid`](Module::valid) and the recomputation of gradient
+///   checkpointing do not.
 /// - It is allocated in the first backward pass. A smaller batch uses its first rows and leaves the
 ///   others alone; a larger one grows it with rows of zeros.
-/// - A clone gets a memory of its own, with the present state. The n-th clone of a model since its last
-///   optimizer step, once [forked](Module::fork), goes on with the memory of the n-th of the step before:
-///   so each worker of burn-train's multi-device strategy has one, wherever and whenever it runs.
-/// - It moves with the layer to other devices, and is part of its record, under `memory`, with those of
-///   workers. The record of a [`Linear`] has none and loads with
+/// - Passes that run at the same time have a set of rows each, and put it back. None is lost, but their order, and with it
+///   the result, cannot be reproduced.
+///
+/// # State
+///
+/// The memory, the number of steps and the K that was chosen are the state of the layer. Clones and forks share it, as those
+/// of Burn's [`BatchNorm`](burn::nn::BatchNorm) share its running state. It is kept for each device, so that what workers on
+/// several devices do depends on no order.
+///
+/// - [`load_record`](Module::load_record), [`with_aop`](Self::with_aop), [`from_linear`](Self::from_linear) and
+///   [`reset`](crate::reset) return a layer with a state of its own.
+/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the old one. A
+///   [fork](Module::fork) on a device that has no state yet begins as a new layer does.
+/// - The states of all devices are part of the record, under `memory`. The record of a [`Linear`] has none and loads with
 ///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), the record of this layer
 ///   into a [`Linear`] with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused). Weights that
-///   are loaded without a memory empty it.
+///   are loaded without a state make it new.
 /// - burn-store, which exchanges weights with other frameworks, does not see it: models are imported and
 ///   exported as those with [`Linear`] are.
 ///
@@ -132,9 +141,10 @@ impl MemAopLinear {
         }
     }
 
-    /// The same layer, approximated in another way from now on; [`with_aop`](crate::with_aop) does that for
-    /// all layers of a model. What a memory holds stays, unless there is to be none; so do the steps that a
-    /// schedule counts, and a K that was chosen, unless it is to be found in another way.
+    /// The same layer, approximated in another way; [`with_aop`](crate::with_aop) does that for all layers of a model.
+    ///
+    /// The layer goes on with the present state, which it shares with no other layer from now on. Rows are kept unless there is
+    /// to be no memory, and a K that was chosen unless it is to be found in another way.
     ///
     /// # Panics
     ///

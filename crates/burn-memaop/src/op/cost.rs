@@ -517,7 +517,7 @@ mod tests {
             weight: 9.0,
             ..Averages::default()
         };
-        assert!(small.interval(&settled) > time(wide).interval(&settled));
+        assert!(small.interval(0, &settled) > time(wide).interval(0, &settled));
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl LayerState {
 
     /// The state on a device, for a pass in training.
     pub(crate) fn on(&self, device: &Device) -> StateHandle {
-        let id = device.as_dispatch().to_id();
+        let id = id(device);
         let mut devices = self.lock();
         if let Some(state) = find(&devices, Some(id)) {
             return state;
@@ -82,7 +82,7 @@ impl LayerState {
 
     /// The state that [`here`](Self::here) would give, if it would not be a new one.
     pub(crate) fn present(&self) -> Option<StateHandle> {
-        let id = self.device.as_dispatch().to_id();
+        let id = id(&self.device);
         let devices = self.lock();
         let found = find(&devices, Some(id)).or_else(|| find(&devices, None));
         found.or_else(|| self.before(&devices))
@@ -91,7 +91,7 @@ impl LayerState {
     /// The state on the device that this clone was moved from.
     fn before(&self, devices: &[OnDevice]) -> Option<StateHandle> {
         let before = self.moved_from.as_ref()?;
-        find(devices, Some(before.as_dispatch().to_id()))
+        find(devices, Some(id(before)))
     }
 
     /// Tells the observer, if there is one, of a gradient that is exact at every step.
@@ -115,7 +115,7 @@ impl LayerState {
     /// A state that no other layer shares, with these in the place of what is kept now. Observers stay.
     fn with_states(self, states: Vec<Saved>) -> Self {
         let mut devices: Vec<OnDevice> = Vec::new();
-        let here = self.device.as_dispatch().to_id();
+        let here = id(&self.device);
         let knows_here = states.iter().any(|saved| saved.device == Some(here));
         let states = states.into_iter().enumerate();
         for (index, Saved { device, state }) in states.filter(|(_, saved)| !saved.state.is_blank())
@@ -182,7 +182,7 @@ impl LayerState {
         if device == self.device {
             return self.clone();
         }
-        let here = self.device.as_dispatch().to_id();
+        let here = id(&self.device);
         let moved_from = match find(&self.lock(), Some(here)) {
             Some(_) => Some(self.device.clone()),
             None => self.moved_from.clone(),
@@ -210,7 +210,7 @@ impl LayerState {
         if purpose == Purpose::Exchange {
             return;
         }
-        let here = self.device.as_dispatch().to_id();
+        let here = id(&self.device);
         let state = self.present().map(|state| state.lock().clone());
         let mut states = vec![Saved {
             device: Some(here),
@@ -276,6 +276,11 @@ impl LayerState {
             (None, _) => self.detached(),
         }
     }
+}
+
+/// A device is the same with and without autodiff.
+fn id(device: &Device) -> DeviceId {
+    device.clone().inner().as_dispatch().to_id()
 }
 
 fn find(devices: &[OnDevice], device: Option<DeviceId>) -> Option<StateHandle> {

@@ -23,6 +23,7 @@ const INTERVALS: [f64; 2] = [10.0, 100.0];
 /// fall to M/32, by two at a time, is there after some twenty steps.
 const EARLY_INTERVAL: u64 = 3;
 const EARLY_WEIGHT: f64 = 4.5;
+const EARLY_PASSES: u64 = 30;
 /// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
 /// the variances of sampling, which its scores determine and which fall fast in the first steps.
 const NOISE_KEPT: f64 = 0.9;
@@ -83,8 +84,10 @@ impl StepTime {
     }
 
     /// The number of passes of which one is measured.
-    pub(crate) fn interval(&self, averages: &Averages) -> u64 {
-        if averages.weight < EARLY_WEIGHT {
+    pub(crate) fn interval(&self, pass: u64, averages: &Averages) -> u64 {
+        // Passes that tell nothing, of zeros say, are not measured so often for ever.
+        let tells = averages.weight > 0.0 || pass < EARLY_PASSES;
+        if tells && averages.weight < EARLY_WEIGHT {
             return EARLY_INTERVAL;
         }
         let all = Shares {
@@ -104,7 +107,7 @@ impl StepTime {
         averages: &Averages,
         drawn: impl Fn(u64) -> u64,
     ) -> bool {
-        let interval = self.interval(averages);
+        let interval = self.interval(pass, averages);
         pass == 0 || pass % interval == drawn(pass / interval) % interval
     }
 }
@@ -422,6 +425,7 @@ mod tests {
         let drawn = |interval: u64| interval.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;
         let mut averages = Averages::default();
         assert!(TIME.measures(0, &averages, drawn));
+        averages.weight = 1.0;
         let early = (3..300).filter(|&pass| TIME.measures(pass, &averages, drawn));
         assert_eq!(early.count(), 99);
         averages.weight = EARLY_WEIGHT;
@@ -446,13 +450,15 @@ mod tests {
             weight: EARLY_WEIGHT,
             ..Averages::default()
         };
-        assert_eq!(TIME.interval(&settled), 10);
-        assert_eq!(TIME.interval(&Averages::default()), EARLY_INTERVAL);
+        assert_eq!(TIME.interval(0, &settled), 10);
+        let nothing = Averages::default();
+        assert_eq!(TIME.interval(0, &nothing), EARLY_INTERVAL);
+        assert_eq!(TIME.interval(EARLY_PASSES, &nothing), 10);
         let dear = StepTime {
             measure: 0.89,
             ..TIME
         };
-        assert_eq!(dear.interval(&settled), 60);
+        assert_eq!(dear.interval(0, &settled), 60);
     }
 
     #[test]
