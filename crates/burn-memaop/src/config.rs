@@ -52,8 +52,8 @@ pub struct AopConfig {
     /// The random bits of a row depend on the seed, the number of the layer's pass and the position of the row. So every backend
     /// draws the same rows, as many as [`OuterProducts`] says, and a training with the same seed can be repeated.
     /// ([`OuterProducts::Auto`] goes by the times of the processor and the device, and repeats on the same kind of machine.)
-    /// Layers with equal seeds draw alike, which biases nothing; [`transformer`](crate::transformer) gives each a seed of its
-    /// own. Rows of the [gradient of the input](InputGradient) also depend on the place of the layer in the autodiff graph, so
+    /// Layers with equal seeds draw alike, which biases no gradient of a weight; [`transformer`](crate::transformer) gives each
+    /// a seed of its own. Rows of the [gradient of the input](InputGradient) also depend on the place of the layer in the autodiff graph, so
     /// that layers one above the other draw them independently whatever their seeds are, as unbiased gradients need.
     #[config(default = 0)]
     pub seed: u64,

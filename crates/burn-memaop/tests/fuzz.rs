@@ -290,8 +290,8 @@ fn a_damaged_header_allocates_nothing() {
     let header = [
         none,
         5u64.to_le_bytes().to_vec(),
-        // A word in a value, and five integers of `more`.
-        (1u64 | 5 << 32).to_le_bytes().to_vec(),
+        // A word in a value, and nine integers of `more`.
+        (1u64 | 9 << 32).to_le_bytes().to_vec(),
     ]
     .concat();
     let at = whole

@@ -335,6 +335,7 @@ fn choosing_layer(device: &Device) {
     // Six in the first steps, and one in ten or more steps after them.
     let (first, later) = (reads(30), reads(60));
     assert!((6..=8).contains(&first) && later <= 6, "{first} {later}");
+    assert!((1..=30).contains(&reads(300)), "measuring goes on");
     assert!(layer.memory_stats().k < 64);
 }
 

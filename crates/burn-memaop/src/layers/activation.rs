@@ -46,13 +46,16 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 /// the pass.
 pub(super) fn packed_gelu<const D: usize>(
     input: Tensor<D>,
-    noise: impl FnOnce() -> StepNoise,
+    noise: impl FnOnce(&Device) -> StepNoise,
 ) -> Tensor<D> {
     match packs(&input) {
         false => exact_gelu(input),
-        true => as_matrix(input, |input| {
-            Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch(), noise()))
-        }),
+        true => {
+            let noise = noise(&input.device());
+            as_matrix(input, |input| {
+                Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch(), noise))
+            })
+        }
     }
 }
 
@@ -82,12 +85,18 @@ const MOST_WIDTH: usize = 8 * LEAST_WIDTH;
 /// The width of the rows in which so many values are worked on, of which `last` follow each other on the last axis: a row
 /// is what a core or a cube takes. None where no width that is neither narrow nor wide divides them.
 fn row_width(values: usize, last: usize) -> Option<usize> {
+    if values <= LEAST_WIDTH || (LEAST_WIDTH..=MOST_WIDTH).contains(&last) {
+        return Some(last.max(values.min(LEAST_WIDTH)));
+    }
+    if last > MOST_WIDTH {
+        return (LEAST_WIDTH..=MOST_WIDTH).find(|&width| last.is_multiple_of(width));
+    }
     let rows = values / last;
-    let least = LEAST_WIDTH.div_ceil(last);
-    let wide =
-        (least..=MOST_WIDTH / last.min(MOST_WIDTH)).find(|&merged| rows.is_multiple_of(merged));
-    match wide {
-        _ if least <= 1 => Some(last),
+    let merged = LEAST_WIDTH.div_ceil(last)..=MOST_WIDTH / last;
+    match merged
+        .into_iter()
+        .find(|&merged| rows.is_multiple_of(merged))
+    {
         Some(merged) => Some(merged * last),
         None if values <= MOST_WIDTH => Some(values),
         None => (last >= 32).then_some(last),
@@ -168,12 +177,13 @@ impl Gelu {
     /// Create the module.
     pub fn new() -> Self {
         Self {
-            state: LayerState::new(&Device::default()),
+            state: LayerState::without_device(),
             seed: 0,
         }
     }
 
-    /// The same with another seed of its random bits. Modules with different seeds round independently of each other.
+    /// The same with another seed of its random bits. Modules one above the other need seeds of their own: those with equal
+    /// seeds round the same positions alike, and the product of two derivatives is then not exact on average.
     pub fn with_seed(self, seed: u64) -> Self {
         Self { seed, ..self }
     }
@@ -189,10 +199,9 @@ impl Gelu {
     ///
     /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        let device = input.device();
-        packed_gelu(input, || StepNoise {
+        packed_gelu(input, |device| StepNoise {
             seed: self.seed,
-            step: self.state.on(&device).lock().count_pass(),
+            step: self.state.on(device).lock().count_pass(),
         })
     }
 }
@@ -224,5 +233,8 @@ mod tests {
             assert_eq!(row_width(rows * last, last), Some(width), "{rows} {last}");
         }
         assert_eq!(row_width(3 * 8191, 3), None);
+        // Long rows are parted.
+        assert_eq!(row_width(2 * 100_000, 100_000), Some(625));
+        assert_eq!(row_width(2 * 1_000_003, 1_000_003), None);
     }
 }

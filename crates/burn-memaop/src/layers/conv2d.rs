@@ -230,7 +230,7 @@ impl MemAopConv2d {
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
-            state: counted.then(|| self.state.here()),
+            state: counted.then(|| self.state.clone()),
             shared: None,
         };
         Tensor::from_dispatch(Dispatch::memaop_conv2d(input, weight, bias, window, layer))
@@ -376,7 +376,7 @@ impl Module for MemAopConv2d {
         Self {
             weight: self.weight.to_device(device),
             bias: self.bias.to_device(device),
-            state: self.state.to_device(device),
+            state: self.state.moved_to(device),
             ..self
         }
     }
@@ -385,7 +385,7 @@ impl Module for MemAopConv2d {
         Self {
             weight: self.weight.fork(device),
             bias: self.bias.fork(device),
-            state: self.state.fork(device),
+            state: self.state.forked_to(device),
             ..self
         }
     }

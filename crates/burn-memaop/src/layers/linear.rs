@@ -99,9 +99,10 @@ impl MemAopLinearConfig {
 ///
 /// - [`load_record`](Module::load_record), [`with_aop`](Self::with_aop), [`from_linear`](Self::from_linear) and
 ///   [`reset`](crate::reset) return a layer with a state of its own.
-/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the old one. A
-///   [fork](Module::fork) on a device that has no state yet begins as a new layer does.
-/// - The states of all devices are part of the record, under `memory`. The record of a [`Linear`] has none and loads with
+/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the old one. So
+///   does that of a [fork](Module::fork) on a device that has no state yet, but for the rows of a memory, which may be
+///   another worker's.
+/// - The states of all devices are part of the record, under `memory`, but for rows that a pass has at that moment. The record of a [`Linear`] has none and loads with
 ///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), the record of this layer
 ///   into a [`Linear`] with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused). Weights that
 ///   are loaded without a state make it new.
@@ -246,7 +247,7 @@ impl MemAopLinear {
         let layer = AopLayer {
             config: aop,
             time: cost::step_time(&aop, device.as_dispatch(), pass),
-            state: counted.then(|| self.state.here()),
+            state: counted.then(|| self.state.clone()),
             shared: shared.cloned(),
         };
         let bias = match bias {
@@ -291,11 +292,10 @@ impl MemAopLinear {
 
     /// Reads the state of the memory on the device of the layer. Waits for the device.
     pub fn memory_stats(&self) -> MemoryStats {
-        let state = self.state.present().map(|state| state.lock().clone());
-        state.unwrap_or_default().stats()
+        self.state.present().stats()
     }
 
-    /// Random bits for a forward pass beside this layer's own.
+    /// Random bits for a forward pass, beside this layer's own.
     pub(in crate::layers) fn pass_noise(&self) -> StepNoise {
         StepNoise {
             seed: self.aop.seed,
@@ -383,7 +383,7 @@ impl Module for MemAopLinear {
             weight: self.weight.to_device(device),
             bias: self.bias.to_device(device),
             aop: self.aop,
-            state: self.state.to_device(device),
+            state: self.state.moved_to(device),
         }
     }
 
@@ -392,7 +392,7 @@ impl Module for MemAopLinear {
             weight: self.weight.fork(device),
             bias: self.bias.fork(device),
             aop: self.aop,
-            state: self.state.fork(device),
+            state: self.state.forked_to(device),
         }
     }
 

@@ -77,10 +77,7 @@ impl AopObserver {
     /// wait for the device.
     pub fn observe<M: Module>(&self, module: &M) -> AopReport {
         let report = |(name, layer): (String, Shown)| {
-            let state = layer.state.here();
-            let mut state = state.lock();
-            state.watch.intervals = Some(self.0);
-            let seen = state.watch.seen.take()?;
+            let seen = layer.state.watched(self.0)?;
             let [d_input, d_output] = layer.widths;
             Some(LayerReport {
                 name,

@@ -22,6 +22,7 @@ use super::{
     step::{Bias, Input, Packed},
     window::Window,
 };
+use crate::state::LayerState;
 
 impl<B, C> MemAopOps for Autodiff<B, C>
 where
@@ -163,7 +164,7 @@ where
         // A layer with a packed input has a state to count its passes.
         let noise = layer.state.as_ref().map(|state| StepNoise {
             seed: layer.config.seed,
-            step: state.lock().count_pass(),
+            step: state.here().lock().count_pass(),
         });
         B::memaop_pack(input.clone(), packing, noise)
     };
@@ -298,26 +299,29 @@ fn propagate<B>(
         None => grad.shape()[0],
         Some(window) => grad.shape()[0] * window.positions(),
     };
-    let step = LayerStep {
+    let state = layer.state.as_ref().map(LayerState::in_step);
+    let step = state.as_ref().map(|(state, maps)| LayerStep {
         config: &layer.config,
+        state,
+        maps: *maps,
         time: layer.time,
         rows,
         with_input: input_node.is_some(),
         with_bias: bias_node.is_some(),
-    };
-    let planned = layer.state.as_ref().map(|state| (step.plan(state), state));
+    });
+    let mut planned = step.as_ref().map(|step| (step, step.plan()));
 
     if let (Some(node), Some(weight)) = (input_node, weight) {
         let grad = grad.clone();
-        let gradient = match (&input, &planned) {
+        let gradient = match (&input, &mut planned) {
             (Factor::Convolution(images, window), _) => {
                 B::memaop_convolve_input_gradient(images.clone(), weight, grad, *window)
             }
             // As `Linear` computes it, rows of zeros included.
             (_, None) => portable::exact_input_gradient::<B>(grad, weight),
-            (_, Some((plan, state))) => {
+            (_, Some((step, plan))) => {
                 let key = stream(layer.config.seed, order as u64);
-                step.input_gradient::<B>(grad, weight, plan, state, key)
+                step.input_gradient::<B>(grad, weight, plan, key)
             }
         };
         grads.register::<B>(node, gradient);
@@ -327,7 +331,7 @@ fn propagate<B>(
         Some(node) => {
             let (gradient, sums) = match planned {
                 None => (input.exact_gradient(grad.clone()), Bias::None),
-                Some((plan, state)) => step.weight_gradient::<B>(input, grad.clone(), plan, state),
+                Some((step, plan)) => step.weight_gradient::<B>(input, grad.clone(), plan),
             };
             let gradient = match window {
                 None => gradient,

@@ -66,6 +66,9 @@ impl<B: MemAopOps> Factor<B> {
 /// One backward pass of a layer that counts its steps.
 pub(super) struct LayerStep<'a> {
     pub(super) config: &'a AopConfig,
+    pub(super) state: &'a StateHandle,
+    /// How often the layer has been mapped before.
+    pub(super) maps: u64,
     pub(super) time: StepTime,
     pub(super) rows: usize,
     /// Whether the gradient of the input is asked for.
@@ -85,13 +88,14 @@ pub(super) struct Plan {
     due: Option<Due>,
     /// The set of rows that the pass works with.
     kept: Option<RowTensors>,
+    input_reading: Option<Reading<FIGURES>>,
 }
 
 /// What is to be known of a pass when it is over.
 #[derive(Default)]
 struct Outcome {
     kept: Option<RowTensors>,
-    reading: Option<Reading<FIGURES>>,
+    readings: [Option<Reading<FIGURES>>; 2],
     measurement: Option<Arc<Measurement>>,
 }
 
@@ -99,10 +103,9 @@ impl LayerStep<'_> {
     /// Counts the pass and says what it does. Passes of one layer may run at the same time, and so the state is not locked
     /// while they compute: on CPUs that takes place on a pool of threads, which may meanwhile take up another pass of the
     /// same layer.
-    pub(super) fn plan(&self, handle: &StateHandle) -> Plan {
-        let mut state = handle.lock();
-        let step = state.progress.step;
-        state.progress.step += 1;
+    pub(super) fn plan(&self) -> Plan {
+        let mut state = self.state.lock();
+        let step = state.count_step(self.maps);
         let measures = self.measures(&state, step);
         let readings = match measures {
             true => [state.reading.take(), state.input_reading.take()],
@@ -112,7 +115,7 @@ impl LayerStep<'_> {
             // Waits for the device.
             drop(state);
             let figures = readings.map(|reading| reading.map(|reading| reading.read()));
-            state = handle.lock();
+            state = self.state.lock();
             self.choose(&mut state, figures);
         }
 
@@ -142,21 +145,26 @@ impl LayerStep<'_> {
                 true => state.take_rows(),
                 false => None,
             },
+            input_reading: None,
         }
     }
 
     /// Notes what a pass has left behind.
-    fn note(&self, handle: &StateHandle, step: u64, outcome: Outcome) {
-        let mut state = handle.lock();
+    fn note(&self, step: u64, outcome: Outcome) {
+        let mut state = self.state.lock();
         state.put_back(outcome.kept);
-        if outcome.reading.is_some() {
-            state.reading = outcome.reading;
-        }
+        let [reading, input_reading] = outcome.readings;
+        // Readings of a pass at the same time may have to be waited for, and so they go when the lock has gone.
+        let _before = (
+            reading.and_then(|reading| state.reading.replace(reading)),
+            input_reading.and_then(|reading| state.input_reading.replace(reading)),
+        );
         if let Some(seen) = state.watch.seen.as_mut()
             && seen.step == step
         {
             seen.measurement = outcome.measurement;
         }
+        drop(state);
     }
 
     fn chooses(&self) -> bool {
@@ -217,8 +225,7 @@ impl LayerStep<'_> {
         &self,
         grad: FloatTensor<B>,
         weight: FloatTensor<B>,
-        plan: &Plan,
-        handle: &StateHandle,
+        plan: &mut Plan,
         key: u64,
     ) -> FloatTensor<B>
     where
@@ -226,8 +233,7 @@ impl LayerStep<'_> {
         DispatchTensor: DispatchKindConversion<B>,
     {
         if plan.measures && self.chooses_input_rows() {
-            let reading = self.measure_input::<B>(&grad);
-            handle.lock().input_reading = Some(reading);
+            plan.input_reading = Some(self.measure_input::<B>(&grad));
         }
         let step = InputStep {
             k: plan.input_rows,
@@ -247,7 +253,6 @@ impl LayerStep<'_> {
         input: Factor<B>,
         grad: FloatTensor<B>,
         plan: Plan,
-        handle: &StateHandle,
     ) -> (FloatTensor<B>, Bias<B>)
     where
         B: MemAopOps,
@@ -266,10 +271,10 @@ impl LayerStep<'_> {
         if plan.k >= self.rows {
             let gradient = input.exact_gradient(grad);
             let outcome = Outcome {
-                reading: read(&gradient),
+                readings: [read(&gradient), plan.input_reading],
                 ..Outcome::default()
             };
-            self.note(handle, plan.step, outcome);
+            self.note(plan.step, outcome);
             return (gradient, Bias::None);
         }
 
@@ -307,11 +312,11 @@ impl LayerStep<'_> {
             ))
         });
         let outcome = Outcome {
-            reading: read(&gradient.weight),
+            readings: [read(&gradient.weight), plan.input_reading],
             kept,
             measurement,
         };
-        self.note(handle, plan.step, outcome);
+        self.note(plan.step, outcome);
         (gradient.weight, gradient.bias)
     }
 

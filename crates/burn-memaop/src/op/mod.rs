@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     config::AopConfig,
-    state::{device::StateHandle, noise_scale::StepTime, reading::Transfer},
+    state::{LayerState, noise_scale::StepTime, reading::Transfer},
 };
 
 /// The rows that earlier steps left out, in gradient units (no learning rate in them): one pair of factors
@@ -262,7 +262,7 @@ pub(crate) struct AopLayer {
     /// Of a step, for the choice of K.
     pub(crate) time: StepTime,
     /// None where the gradients are exact at every step, and steps are not counted.
-    pub(crate) state: Option<StateHandle>,
+    pub(crate) state: Option<LayerState>,
     /// The packed input, where other layers have the same.
     pub(crate) shared: Option<SharedRows>,
 }

@@ -26,6 +26,9 @@ pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 
 /// The key of a stream of random bits beside that of the seed itself.
 ///
+/// Stream 0 rounds the derivative of an activation, whose layer rounds its input by the seed itself. The number of an interval
+/// draws the pass that is measured in it.
+///
 /// Rows that a layer leaves out of the gradient of its input are missing in all layers below it, so what these draw must
 /// not go by the same numbers: an estimator that is unbiased for every G is not if the draw that shaped G is known. The
 /// stream of such a draw is therefore the place of the layer in the autodiff graph, which falls at every operation on the

@@ -30,16 +30,12 @@ pub(crate) struct DeviceState {
     /// passes have run at the same time.
     pub(super) rows: VecDeque<RowTensors>,
     pub(crate) watch: Watch,
+    /// The number of maps of the layer before the last step, and what was known then.
+    pub(super) maps: u64,
+    pub(super) known: (Progress, Averages),
 }
 
 impl DeviceState {
-    pub(super) fn watched_by(watch: Watch) -> Self {
-        Self {
-            watch,
-            ..Self::default()
-        }
-    }
-
     /// A state of nothing but rows.
     pub(super) fn of_rows(rows: RowTensors) -> Self {
         Self {
@@ -62,6 +58,50 @@ impl DeviceState {
         }
     }
 
+    /// What was known before the optimizer step that follows so many maps.
+    pub(super) fn before(&self, maps: u64) -> Self {
+        let (progress, noise) = match self.maps == maps {
+            true => self.known,
+            false => (self.progress, self.noise),
+        };
+        Self {
+            progress,
+            noise,
+            ..Self::default()
+        }
+    }
+
+    /// Goes on with the state of another device; observers and rows that are here stay.
+    pub(super) fn go_on_from(&mut self, other: Self) {
+        let passes = self.passes.max(other.passes);
+        let here = mem::take(self);
+        *self = Self {
+            passes,
+            watch: here.watch,
+            ..other
+        };
+        self.rows.extend(here.rows);
+    }
+
+    /// Takes over a saved state, of which the first has all but further rows.
+    pub(super) fn load(&mut self, saved: Self) {
+        match self.is_blank() {
+            true => *self = saved,
+            false => self.rows.extend(saved.rows),
+        }
+    }
+
+    /// Counts a step that follows so many maps of the layer; returns the number of steps before.
+    pub(crate) fn count_step(&mut self, maps: u64) -> u64 {
+        if self.maps != maps {
+            self.maps = maps;
+            self.known = (self.progress, self.noise);
+        }
+        let step = self.progress.step;
+        self.progress.step += 1;
+        step
+    }
+
     /// A set of rows for a pass, which puts it back; a pass that finds none begins with zeros.
     pub(crate) fn take_rows(&mut self) -> Option<RowTensors> {
         self.rows.pop_front()
@@ -69,10 +109,6 @@ impl DeviceState {
 
     pub(crate) fn put_back(&mut self, rows: Option<RowTensors>) {
         self.rows.extend(rows);
-    }
-
-    pub(super) fn take_rows_of(&mut self, other: Self) {
-        self.rows.extend(other.rows);
     }
 
     /// The number of passes before this one that have drawn random bits.

@@ -1,6 +1,9 @@
 //! The state of a layer as a part of its module.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use burn::{
     backend::{Device as _, DeviceId},
@@ -14,7 +17,7 @@ use super::{
     device::{DeviceState, StateHandle},
     offer::{self, Purpose, Shown, Wish},
     record::{self, Saved, StateRecord},
-    watch::Seen,
+    watch::{Intervals, Seen},
 };
 use crate::config::AopConfig;
 
@@ -24,79 +27,151 @@ use crate::config::AopConfig;
 /// a state of its own, what workers on several devices do depends on no order.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerState {
-    devices: Arc<Mutex<Vec<OnDevice>>>,
-    /// The device of this clone, without autodiff.
-    device: Device,
-    /// The device that this clone was moved from. The first step here goes on with the state there.
-    moved_from: Option<Device>,
+    shared: Arc<Shared>,
+    /// The device of this clone, without autodiff. A module without weights has none, and is where its input is.
+    device: Option<Device>,
+    origin: Option<Origin>,
     record: StateRecord,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    devices: Mutex<Vec<OnDevice>>,
+    /// How often a clone of the layer has been mapped, as an optimizer does at each step.
+    maps: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
 struct OnDevice {
-    /// None where a record does not tell, or was loaded on another device: the first device to ask takes the state.
-    device: Option<DeviceId>,
+    device: DeviceId,
     state: StateHandle,
+}
+
+/// The device from which a clone has come to its own.
+#[derive(Debug, Clone)]
+struct Origin {
+    device: DeviceId,
+    /// None in a fork. A clone that was moved takes the state there along at its first step, once.
+    moved: Option<Arc<AtomicBool>>,
 }
 
 impl LayerState {
     pub(crate) fn new(device: &Device) -> Self {
         Self {
-            devices: Arc::default(),
-            device: device.clone().inner(),
-            moved_from: None,
+            device: Some(device.clone().inner()),
+            ..Self::without_device()
+        }
+    }
+
+    /// The state of a module without weights.
+    pub(crate) fn without_device() -> Self {
+        Self {
+            shared: Arc::default(),
+            device: None,
+            origin: None,
             record: StateRecord::new(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OnDevice>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        let devices = self.shared.devices.lock();
+        devices.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state on the device of this clone, for a pass in training.
-    pub(crate) fn here(&self) -> StateHandle {
-        self.on(&self.device)
+    fn device(&self) -> Option<DeviceId> {
+        self.device.as_ref().map(id)
     }
 
-    /// The state on a device, for a pass in training.
+    /// The state on a device, for a forward pass: it changes nothing but what the pass counts.
     pub(crate) fn on(&self, device: &Device) -> StateHandle {
-        let id = id(device);
+        self.at(id(device))
+    }
+
+    /// The state on the device of this clone, for a forward pass.
+    pub(crate) fn here(&self) -> StateHandle {
+        let device = self.device.as_ref();
+        self.on(device.expect("only modules without weights have no device"))
+    }
+
+    fn at(&self, device: DeviceId) -> StateHandle {
         let mut devices = self.lock();
-        if let Some(state) = find(&devices, Some(id)) {
+        if let Some(state) = find(&devices, device) {
             return state;
         }
-        if let Some(unclaimed) = devices.iter_mut().find(|on| on.device.is_none()) {
-            unclaimed.device = Some(id);
-            return unclaimed.state.clone();
-        }
-        let before = self.before(&devices);
-        let state = before.map_or_else(StateHandle::default, |before| {
-            StateHandle::new(before.lock().move_out())
-        });
+        let state = StateHandle::default();
         devices.push(OnDevice {
-            device: Some(id),
+            device,
             state: state.clone(),
         });
         state
     }
 
-    /// The state that [`here`](Self::here) would give, if it would not be a new one.
-    pub(crate) fn present(&self) -> Option<StateHandle> {
-        let id = id(&self.device);
-        let devices = self.lock();
-        let found = find(&devices, Some(id)).or_else(|| find(&devices, None));
-        found.or_else(|| self.before(&devices))
+    /// The state on the device of this clone, for a backward pass, and the number of maps before it.
+    ///
+    /// A clone that was moved goes on with the state on the device before. A fork on a device without a state goes on with the
+    /// progress and the averages there. It leaves the rows, which may be those of another worker, and takes what was known
+    /// before the present optimizer step, because workers take their passes in no order.
+    pub(crate) fn in_step(&self) -> (StateHandle, u64) {
+        let maps = self.shared.maps.load(Ordering::Relaxed);
+        let here = self.here();
+        let origin = self.origin.as_ref();
+        let Some((origin, before)) = origin.zip(self.before()) else {
+            return (here, maps);
+        };
+        let step = here.lock().progress.step;
+        let mut before = before.lock();
+        let moved = match &origin.moved {
+            Some(moved) if moved.swap(true, Ordering::Relaxed) => None,
+            Some(_) => (before.progress.step > step).then(|| before.move_out()),
+            None => (step == 0).then(|| before.before(maps)),
+        };
+        drop(before);
+        if let Some(moved) = moved {
+            let mut here = here.lock();
+            // Another worker may have been first.
+            if here.progress.step == step {
+                here.go_on_from(moved);
+            }
+        }
+        (here, maps)
     }
 
-    /// The state on the device that this clone was moved from.
-    fn before(&self, devices: &[OnDevice]) -> Option<StateHandle> {
-        let before = self.moved_from.as_ref()?;
-        find(devices, Some(id(before)))
+    /// What the layer knows of itself where this clone is.
+    pub(crate) fn present(&self) -> DeviceState {
+        let here = find_or_blank(&self.lock(), self.device());
+        match self.is_to_move(&here) {
+            Some(before) => before.lock().clone(),
+            None => here,
+        }
+    }
+
+    /// The state that the next step of this clone, which was moved, takes along.
+    fn is_to_move(&self, here: &DeviceState) -> Option<StateHandle> {
+        let moved = self.origin.as_ref()?.moved.as_ref()?;
+        let before = self.before().filter(|_| !moved.load(Ordering::Relaxed))?;
+        let is_ahead = before.lock().progress.step > here.progress.step;
+        is_ahead.then_some(before)
+    }
+
+    /// The state on the device that this clone has come from.
+    fn before(&self) -> Option<StateHandle> {
+        let origin = self.origin.as_ref()?;
+        let before = find(&self.lock(), origin.device);
+        before.filter(|_| self.device() != Some(origin.device))
+    }
+
+    /// Has the gradients on the device of this clone measured; returns the last one, if nobody has been told of it.
+    pub(crate) fn watched(&self, intervals: Intervals) -> Option<Seen> {
+        let state = self.here();
+        let mut state = state.lock();
+        state.watch.intervals = Some(intervals);
+        state.watch.seen.take()
     }
 
     /// Tells the observer, if there is one, of a gradient that is exact at every step.
     pub(crate) fn note_exact(&self, rows: usize, input: bool) {
-        let Some(state) = self.present() else {
+        let found = self.device().and_then(|device| find(&self.lock(), device));
+        let Some(state) = found else {
             return;
         };
         let mut state = state.lock();
@@ -114,39 +189,36 @@ impl LayerState {
 
     /// A state that no other layer shares, with these in the place of what is kept now. Observers stay.
     fn with_states(self, states: Vec<Saved>) -> Self {
-        let mut devices: Vec<OnDevice> = Vec::new();
-        let here = id(&self.device);
-        let knows_here = states.iter().any(|saved| saved.device == Some(here));
-        let states = states.into_iter().enumerate();
-        for (index, Saved { device, state }) in states.filter(|(_, saved)| !saved.state.is_blank())
-        {
-            // The state of the model itself, where it was saved on another device.
-            let device = device.filter(|_| index > 0 || knows_here);
-            match find(&devices, device) {
-                Some(same) => same.lock().take_rows_of(state),
-                None => devices.push(OnDevice {
-                    device,
-                    state: StateHandle::new(state),
-                }),
+        let here = self.device();
+        let mut own = Self {
+            shared: Arc::default(),
+            origin: None,
+            ..self.clone()
+        };
+        let mut first = None;
+        for Saved { device, state } in states {
+            // Records of before do not tell.
+            let Some(device) = device.or(here) else {
+                continue;
+            };
+            if !state.is_blank() {
+                first.get_or_insert(device);
+                own.at(device).lock().load(state);
             }
         }
+        // The state of a model that was saved on another device is that of the model.
+        let saved_here = here.is_none_or(|here| find(&own.lock(), here).is_some());
+        own.origin = first.filter(|_| !saved_here).map(|device| Origin {
+            device,
+            moved: Some(Arc::default()),
+        });
         for before in self.lock().iter() {
             let watch = before.state.lock().watch.renewed();
-            let known = devices.iter().find(|on| on.device == before.device);
-            match known {
-                Some(on) => on.state.lock().watch = watch,
-                None if watch.intervals.is_none() => {}
-                None => devices.push(OnDevice {
-                    device: before.device,
-                    state: StateHandle::new(DeviceState::watched_by(watch)),
-                }),
+            if watch.intervals.is_some() {
+                own.at(before.device).lock().watch = watch;
             }
         }
-        Self {
-            devices: Arc::new(Mutex::new(devices)),
-            moved_from: None,
-            ..self
-        }
+        own
     }
 
     /// A new state, that no other layer shares. Observers stay.
@@ -160,9 +232,14 @@ impl LayerState {
             device: on.device,
             state: StateHandle::new(on.state.lock().clone()),
         };
-        let devices = self.lock().iter().map(copy).collect();
+        let shared = Shared {
+            devices: Mutex::new(self.lock().iter().map(copy).collect()),
+            maps: self.shared.maps.load(Ordering::Relaxed).into(),
+        };
+        let origin = self.origin.as_ref().map(Origin::detached);
         Self {
-            devices: Arc::new(Mutex::new(devices)),
+            shared: Arc::new(shared),
+            origin,
             ..self
         }
     }
@@ -177,29 +254,31 @@ impl LayerState {
     }
 
     /// The same state. The first step on the new device goes on with that on the old one, and takes its rows.
-    pub(crate) fn to_device(&self, device: &Device) -> Self {
-        let device = device.clone().inner();
-        if device == self.device {
-            return self.clone();
-        }
-        let here = id(&self.device);
-        let moved_from = match find(&self.lock(), Some(here)) {
-            Some(_) => Some(self.device.clone()),
-            None => self.moved_from.clone(),
-        };
-        Self {
-            device,
-            moved_from,
-            ..self.clone()
-        }
+    pub(crate) fn moved_to(self, device: &Device) -> Self {
+        self.come_to(device, Some(Arc::default()))
     }
 
-    /// The same state. On a device that has none yet a fork begins anew.
-    pub(crate) fn fork(self, device: &Device) -> Self {
-        let device = device.clone().inner();
+    /// The same state. On a device that has none yet a fork goes on from that on the old one, without its rows.
+    pub(crate) fn forked_to(self, device: &Device) -> Self {
+        self.come_to(device, None)
+    }
+
+    fn come_to(self, device: &Device, moved: Option<Arc<AtomicBool>>) -> Self {
+        let (to, from) = (id(device), self.device());
+        let Some(from) = from.filter(|&from| from != to) else {
+            return self;
+        };
+        // A clone that has not taken a step where it is comes from where it came from.
+        let here = find(&self.lock(), from).map(|state| state.lock().clone());
+        let waits = self.is_to_move(&here.clone().unwrap_or_default()).is_some();
+        let origin = match (here, &self.origin) {
+            (Some(here), _) if !here.is_blank() && !waits => Some(from),
+            (_, Some(origin)) => Some(origin.device),
+            (_, None) => None,
+        };
         Self {
-            moved_from: self.moved_from.filter(|_| device == self.device),
-            device,
+            device: Some(device.clone().inner()),
+            origin: origin.map(|device| Origin { device, moved }),
             ..self
         }
     }
@@ -210,47 +289,43 @@ impl LayerState {
         if purpose == Purpose::Exchange {
             return;
         }
-        let here = id(&self.device);
-        let state = self.present().map(|state| state.lock().clone());
         let mut states = vec![Saved {
-            device: Some(here),
-            state: state.unwrap_or_default(),
+            device: self.device(),
+            state: self.present(),
         }];
         if purpose == Purpose::Record {
             states = self.to_save(states.remove(0));
         }
-        let shown = Shown {
+        let shown = self.device.is_some().then(|| Shown {
             widths,
             state: self.clone(),
-        };
+        });
         self.record.visit(states, shown, visitor);
     }
 
     /// The state of this clone first, then those of other devices in order. Each has one set of rows at most.
     fn to_save(&self, here: Saved) -> Vec<Saved> {
+        // What the next step takes along is the state of this clone already.
+        let there = find_or_blank(&self.lock(), self.device());
+        let moved = self.is_to_move(&there).and(self.origin.as_ref());
+        let taken = moved.map(|origin| origin.device);
         let devices = self.lock();
         let others = devices.iter().filter_map(|on| {
-            // What is unclaimed is that of this clone already.
-            let device = on.device.filter(|_| on.device != here.device)?;
+            let device = Some(on.device);
+            if device == here.device || device == taken {
+                return None;
+            }
             let state = on.state.lock().clone();
-            (!state.is_blank()).then_some(Saved {
-                device: Some(device),
-                state,
-            })
+            (!state.is_blank()).then_some(Saved { device, state })
         });
         let mut others: Vec<_> = others.collect();
         others.sort_by_key(|saved| saved.device);
         let all = std::iter::once(here).chain(others);
         all.flat_map(|Saved { device, mut state }| {
-            let more = state
-                .rows
-                .drain(1.min(state.rows.len())..)
-                .collect::<Vec<_>>();
-            let more = more.into_iter().map(DeviceState::of_rows);
+            let more = state.rows.drain(1.min(state.rows.len())..);
+            let more: Vec<_> = more.map(DeviceState::of_rows).collect();
             let states = std::iter::once(state).chain(more);
-            states
-                .map(move |state| Saved { device, state })
-                .collect::<Vec<_>>()
+            states.map(move |state| Saved { device, state })
         })
         .collect()
     }
@@ -266,14 +341,29 @@ impl LayerState {
         let purpose = Purpose::of::<M>();
         let loaded = match purpose {
             Purpose::Exchange => None,
-            Purpose::Record | Purpose::Other => self.record.map(widths, &self.device, mapper),
+            Purpose::Record | Purpose::Other => {
+                self.record.map(widths, self.device.as_ref(), mapper)
+            }
         };
         match (loaded, purpose) {
             (Some(states), _) => self.with_states(states),
-            (None, Purpose::Other) => self,
+            (None, Purpose::Other) => {
+                self.shared.maps.fetch_add(1, Ordering::Relaxed);
+                self
+            }
             // What is pending belongs to the weight that it was left by.
             (None, _) if replaced => self.renewed(),
             (None, _) => self.detached(),
+        }
+    }
+}
+
+impl Origin {
+    fn detached(&self) -> Self {
+        let moved = self.moved.as_ref();
+        Self {
+            device: self.device,
+            moved: moved.map(|moved| Arc::new(moved.load(Ordering::Relaxed).into())),
         }
     }
 }
@@ -283,9 +373,14 @@ fn id(device: &Device) -> DeviceId {
     device.clone().inner().as_dispatch().to_id()
 }
 
-fn find(devices: &[OnDevice], device: Option<DeviceId>) -> Option<StateHandle> {
+fn find(devices: &[OnDevice], device: DeviceId) -> Option<StateHandle> {
     let found = devices.iter().find(|on| on.device == device)?;
     Some(found.state.clone())
+}
+
+fn find_or_blank(devices: &[OnDevice], device: Option<DeviceId>) -> DeviceState {
+    let found = device.and_then(|device| find(devices, device));
+    found.map(|state| state.lock().clone()).unwrap_or_default()
 }
 
 /// The state of a module that has no weight.
@@ -308,11 +403,11 @@ impl Module for LayerState {
     }
 
     fn to_device(self, device: &Device) -> Self {
-        Self::to_device(&self, device)
+        self.moved_to(device)
     }
 
     fn fork(self, device: &Device) -> Self {
-        Self::fork(self, device)
+        self.forked_to(device)
     }
 
     fn valid(&self) -> Self {

@@ -49,7 +49,7 @@ impl More {
         Self {
             workers,
             device: device.filter(|_| !state.is_blank()),
-            passes: (state.passes > 0).then_some(state.passes),
+            passes: (!state.is_blank()).then_some(state.passes),
             chosen: state.progress.chosen,
             noise: state.noise,
             reading: state.reading.clone(),

@@ -19,8 +19,8 @@ pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 /// The share of a step's time that measuring may take, spread over the steps between.
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
-/// The interval, and the sum of the weights of the measurements below which it is taken: that of six. So a K that is to
-/// fall to M/32, by two at a time, is there after some twenty steps.
+/// At first the interval is short, so that a K that is to fall to M/32, by two at a time, is there after some twenty steps:
+/// until the weights of the measurements sum to that of six, or for so many passes where nothing can be measured.
 const EARLY_INTERVAL: u64 = 3;
 const EARLY_WEIGHT: f64 = 4.5;
 const EARLY_PASSES: u64 = 30;
@@ -35,7 +35,7 @@ const HYSTERESIS: f64 = 0.01;
 const LARGEST: f64 = 1000.0;
 /// How many times the average a measurement of the noise must be to take its place.
 const JUMP: f64 = 4.0;
-/// What K may be of what it was, at the least.
+/// The least share of its value that one measurement leaves of K.
 const LEAST_FALL: f64 = 0.5;
 const MOST_OF_ONE: f64 = 2.0;
 
@@ -98,9 +98,9 @@ impl StepTime {
         steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
     }
 
-    /// Whether the noise of a pass is measured: that of the first, and of one in each interval, which is `drawn` by the number
-    /// of the interval. A layer that is used several times in a step does not know where steps begin, and is so measured
-    /// at each use.
+    /// Whether the noise of a pass is measured. The first pass is, and one in each interval. Which one that is, is `drawn` from
+    /// the number of the interval. A layer that is used several times in a step does not know where steps begin, and in this way
+    /// each of its uses is measured alike.
     pub(crate) fn measures(
         &self,
         pass: u64,
@@ -422,7 +422,7 @@ mod tests {
     /// One of the passes of each interval, and each of the uses of a layer alike, whatever their number is.
     #[test]
     fn passes_are_measured_as_they_are_drawn() {
-        let drawn = |interval: u64| interval.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;
+        let drawn = |interval: u64| crate::op::noise::stream(3, interval);
         let mut averages = Averages::default();
         assert!(TIME.measures(0, &averages, drawn));
         averages.weight = 1.0;

@@ -96,13 +96,13 @@ impl StateRecord {
     pub(super) fn visit<V: ModuleVisitor>(
         &self,
         states: Vec<Saved>,
-        shown: Shown,
+        shown: Option<Shown>,
         visitor: &mut V,
     ) {
         let numbers = 0..states.len().saturating_sub(1);
         let mut states = states.into_iter();
         if let Some(first) = states.next() {
-            self.visit_state(&first, numbers.clone().collect(), Some(shown), visitor);
+            self.visit_state(&first, numbers.clone().collect(), shown, visitor);
         }
         for (number, saved) in numbers.zip(states) {
             let name = worker_name(number);
@@ -159,7 +159,7 @@ impl StateRecord {
     pub(super) fn map<M: ModuleMapper>(
         &self,
         widths: [usize; 2],
-        device: &Device,
+        device: Option<&Device>,
         mapper: &mut M,
     ) -> Option<Vec<Saved>> {
         let (first, others) = self.map_state(widths, device, mapper)?;
@@ -178,7 +178,7 @@ impl StateRecord {
     fn map_state<M: ModuleMapper>(
         &self,
         widths: [usize; 2],
-        device: &Device,
+        device: Option<&Device>,
         mapper: &mut M,
     ) -> Option<(Saved, Vec<usize>)> {
         let header = self.load(mapper, "state", 0, [HEADER])?;
@@ -197,7 +197,8 @@ impl StateRecord {
         let mut load = |name, index, width: usize| {
             let shape = [header.rows, width.saturating_mul(header.words)];
             let words = self.load(mapper, name, index, shape)?;
-            from_words(words, [header.rows, width], header.words, device)
+            let device = device.cloned().unwrap_or_else(host);
+            from_words(words, [header.rows, width], header.words, &device)
         };
         let rows = match header.rows {
             0 => None,

@@ -27,6 +27,7 @@ pub fn activations_equal_burns(device: &Device) {
         [3, 67, 100],
         // No width divides them.
         [1, 2003, 3],
+        [1, 2, 5003],
     ] {
         let input = Tensor::<3>::random(shape, Distribution::Normal(0.0, 2.0), &inner);
         let upstream = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &inner);

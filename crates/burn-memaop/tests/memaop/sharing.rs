@@ -10,7 +10,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, Method, OuterProducts, baseline::Baseline, reset, with_aop,
+    AopConfig, AopObserver, MemAopLinear, Memory, Method, OuterProducts, baseline::Baseline, reset,
+    with_aop,
 };
 
 use crate::{
@@ -116,12 +117,18 @@ fn threads_share_the_steps_and_keep_all_rows() {
     // All of them are in the record.
     let loaded = reset(layer.clone()).load_record(saved(&layer));
     assert_eq!(loaded.memory_stats(), stats);
-    // Each is used in its turn: after as many passes as there are sets no row is as old as the training.
+    // Each set is used in its turn, and so none holds rows of all of the steps that follow.
+    let before = loaded.memory_stats().oldest;
     let (x, g) = batch(&mut Random(29), 10);
-    for _ in 0..40 * sets {
+    for _ in 0..40 {
         step(&loaded, &x, &g);
     }
-    assert!(loaded.memory_stats().rows == stats.rows);
+    let after = loaded.memory_stats();
+    assert_eq!(after.rows, stats.rows);
+    assert!(
+        after.oldest <= before + 40usize.div_ceil(sets),
+        "{before} {after:?}"
+    );
 }
 
 /// What gives a layer a state of its own, and how.
@@ -316,32 +323,127 @@ fn flex_and_wgpu_have_their_own_states() {
     }
 }
 
-/// The state of a model that is trained on one device goes on wherever its record is loaded.
+/// The state of a model that is trained on one device goes on wherever its record is loaded, all sets of rows too, and
+/// also if the model was observed before.
 #[cfg(feature = "ndarray")]
 #[test]
 #[allow(deprecated)]
 fn a_record_goes_on_on_another_device() {
-    let mut random = Random(34);
-    let model = layer();
-    let (x, g) = batch(&mut random, 10);
-    step(&model, &x, &g);
-    let record = || saved(&model);
+    let model = with_two_sets();
+    let before = model.memory_stats();
+    assert_eq!(before.rows, 20);
     let elsewhere = Device::ndarray().autodiff();
     let linear = LinearConfig::new(N, 4).init(&elsewhere);
-    let loaded = MemAopLinear::from_linear(linear, model.aop()).load_record(record());
-    assert_eq!(loaded.memory_stats(), model.memory_stats());
-    let x = x.tensor(&elsewhere, DType::F32);
-    loaded.forward(x).sum().backward();
-    assert_eq!(loaded.memory_stats().step, 2);
-    // A layer on the device of the record that is forked to another leaves the rows where they are.
-    let loaded = layer().load_record(record());
-    let fork = loaded.clone().fork(&elsewhere);
-    assert_eq!(fork.memory_stats().step, 0);
-    fork.forward(Tensor::<2>::ones([10, N], &elsewhere))
-        .sum()
-        .backward();
-    assert_eq!(fork.memory_stats().step, 1);
-    assert_eq!(loaded.memory_stats(), model.memory_stats());
+    for observed in [false, true] {
+        let target = MemAopLinear::from_linear(linear.clone(), model.aop());
+        let observer = AopObserver::new(1);
+        if observed {
+            observer.observe(&target);
+        }
+        let loaded = target.load_record(saved(&model));
+        assert_eq!(loaded.memory_stats(), before);
+        pass(&loaded, &elsewhere);
+        let after = loaded.memory_stats();
+        assert_eq!((after.step, after.rows), (before.step + 1, before.rows));
+        assert_eq!(
+            observer.observe(&loaded).layers.len(),
+            usize::from(observed)
+        );
+        // Nothing is left under the device of the record.
+        let again = saved(&loaded).into_bytes().unwrap().len();
+        assert!(again < saved(&model).into_bytes().unwrap().len() + 200);
+    }
+}
+
+/// After passes at the same time.
+fn with_two_sets() -> MemAopLinear {
+    loop {
+        let model = layer();
+        let barrier = Barrier::new(2);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                let (model, barrier) = (model.clone(), &barrier);
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        barrier.wait();
+                        pass(&model, &device());
+                    }
+                });
+            }
+        });
+        if model.memory_stats().rows == 20 {
+            return model;
+        }
+    }
+}
+
+fn pass(model: &MemAopLinear, device: &Device) {
+    let x = Tensor::<2>::ones([10, N], device);
+    model.forward(x).sum().backward();
+}
+
+/// A moved layer takes its state along at its first step, there and back. What is not stepped changes nothing.
+#[cfg(feature = "ndarray")]
+#[test]
+#[allow(deprecated)]
+fn a_moved_layer_takes_its_state_along() {
+    let here = device();
+    let there = Device::ndarray().autodiff();
+    let model = layer();
+    pass(&model, &here);
+    let before = model.memory_stats();
+    let bytes = || saved(&model).into_bytes().unwrap().len();
+    let size = bytes();
+
+    let moved = model.valid().to_device(&there.clone().inner()).train();
+    assert_eq!(moved.memory_stats(), before);
+    assert!(
+        saved(&moved).into_bytes().unwrap().len() < size + 200,
+        "it is saved once"
+    );
+    AopObserver::new(1).observe(&moved);
+    let _never_propagated = moved.forward(Tensor::<2>::ones([10, N], &there));
+    assert_eq!((model.memory_stats(), bytes()), (before, size));
+
+    for step in 2..5 {
+        pass(&moved, &there);
+        let stats = moved.memory_stats();
+        assert_eq!((stats.step, stats.rows), (step, 10));
+    }
+    assert_eq!(
+        (model.memory_stats().step, model.memory_stats().rows),
+        (1, 0)
+    );
+    let back = moved.valid().to_device(&here.clone().inner()).train();
+    assert_eq!(back.memory_stats(), moved.memory_stats());
+    pass(&back, &here);
+    assert_eq!(
+        (back.memory_stats().step, back.memory_stats().rows),
+        (5, 10)
+    );
+    assert_eq!(moved.memory_stats().rows, 0);
+}
+
+/// As Burn says to go on with training elsewhere: steps and the choice of K go on, rows stay.
+#[cfg(feature = "ndarray")]
+#[test]
+#[allow(deprecated)]
+fn a_fork_on_another_device_goes_on_with_what_is_known() {
+    let there = Device::ndarray().autodiff();
+    let mut model = layer();
+    for _ in 0..3 {
+        pass(&model, &device());
+        model = model.map(&mut Optimizer);
+    }
+    let before = model.memory_stats();
+    let fork = model.clone().fork(&there);
+    // A worker that has been first in this step changes nothing.
+    pass(&model, &device());
+    pass(&fork, &there);
+    assert_eq!((before.step, fork.memory_stats().step), (3, 4));
+    let fork = fork.memory_stats();
+    assert_eq!((fork.rows, fork.oldest), (10, 1));
+    assert_eq!(model.memory_stats().step, 4);
 }
 
 /// Results depend on the seed and the number of the pass, not on what else is in the model.

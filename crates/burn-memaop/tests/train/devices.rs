@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::{
     module::Module,
-    optim::SgdConfig,
+    optim::{GradientsParams, SgdConfig},
     tensor::{Device, Tensor},
     train::{ExecutionStrategy, Learner, MultiDeviceOptim, TrainStep},
 };
@@ -13,7 +13,7 @@ use burn_memaop::{
     train::{Checkpoints, resume_loader},
 };
 
-use crate::support::{BATCH, Net, aop, finished, loader, training};
+use crate::support::{BATCH, Batch, Net, aop, finished, loader, training};
 
 const STEPS: usize = 6;
 const RATE: f64 = 1e-3;
@@ -55,23 +55,33 @@ fn train(aop: AopConfig, devices: &[Device], steps: usize, folder: &Path, epochs
     finished(training.launch(learner))
 }
 
-/// Every pass counts, and the rows of passes at the same time are kept apart.
+/// Every pass counts, and the rows of passes at the same time are kept apart. With all rows the result does not depend on
+/// the order, and is that of a larger batch.
 #[test]
 fn workers_of_one_device_take_turns() {
     let device = Device::flex().autodiff();
-    for optim in [
-        MultiDeviceOptim::OptimMainDevice,
-        MultiDeviceOptim::OptimSharded,
-    ] {
+    let trained = |aop: AopConfig, optim: Option<MultiDeviceOptim>| {
         let folder = tempfile::tempdir().unwrap();
         let devices = vec![device.clone(), device.clone()];
-        let strategy = ExecutionStrategy::multi(devices, optim);
+        let strategy = match optim {
+            Some(optim) => ExecutionStrategy::multi(devices, optim),
+            None => ExecutionStrategy::single(device.clone()),
+        };
         let training = training(folder.path(), loader(2 * BATCH * STEPS, false))
             .with_training_strategy(strategy.into())
             .num_epochs(1);
-        let model = Net::new(aop(), None, &device);
+        let model = Net::new(aop, None, &device);
         let learner = Learner::new(model, SgdConfig::new().init(), RATE);
-        let model = finished(training.launch(learner));
+        finished(training.launch(learner))
+    };
+    let all_rows = aop().with_outer_products(OuterProducts::All);
+    let optims = [
+        MultiDeviceOptim::OptimMainDevice,
+        MultiDeviceOptim::OptimSharded,
+    ];
+    let expected = weights(&by_hand(&device));
+    for optim in optims {
+        let model = trained(aop(), Some(optim));
         for layer in [&model.first, &model.second] {
             let stats = layer.memory_stats();
             assert_eq!(stats.step, 2 * STEPS as u64, "{optim:?}");
@@ -80,7 +90,30 @@ fn workers_of_one_device_take_turns() {
                 "{optim:?} {stats:?}"
             );
         }
+        let error = distance(&weights(&trained(all_rows, Some(optim))), &expected);
+        assert!(error < 1e-6, "{optim:?}: {error:e}");
     }
+    let single = weights(&trained(all_rows, None));
+    assert!(distance(&single, &expected) > 1e-4);
+}
+
+/// Each worker takes its half of the data in order, and the weights move by the sum of their exact gradients.
+fn by_hand(device: &Device) -> Net {
+    let mut model = Net::new(aop().with_outer_products(OuterProducts::All), None, device);
+    let data = loader(2 * BATCH * STEPS, false).to_device(device);
+    let halves = [0, 1].map(|half| data.slice(half * BATCH * STEPS, (half + 1) * BATCH * STEPS));
+    let mut batches: Vec<_> = halves.iter().map(|half| half.iter()).collect();
+    let mut optimizer = SgdConfig::new().init();
+    for _ in 0..STEPS {
+        let losses = batches.iter_mut().map(|batches| {
+            let batch: Batch = batches.next().unwrap().unwrap();
+            (model.forward(batch.input) - batch.target).square().mean()
+        });
+        let loss = losses.reduce(|a, b| a + b).unwrap();
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        model = optimizer.step(RATE, model, grads);
+    }
+    model.valid()
 }
 
 /// Two devices, stopped after the first of two epochs and resumed: exact steps, the choice of K, random bits and the

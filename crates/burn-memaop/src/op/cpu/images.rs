@@ -166,23 +166,26 @@ impl<'a, E: Real> Images<'a, E> {
         tiles.collect()
     }
 
-    /// The parts of an output that each tile fills: for each of its images one for each channel.
+    /// The parts of an output that each tile fills, of all channels of an image after another. A tile of whole images has them
+    /// in one piece.
     pub(super) fn parts<'o>(&self, output: &'o mut [E], tiles: &[Tile]) -> Vec<Vec<&'o mut [E]>> {
         let channels = self.window.channels[1];
-        let parts = tiles
-            .iter()
-            .map(|tile| Vec::with_capacity(tile.images.len() * channels));
-        let mut parts: Vec<_> = parts.collect();
-        let (mut rest, mut first) = (output, 0);
+        let mut parts = Vec::with_capacity(tiles.len());
+        let mut rest = output;
         for alike in tiles.chunk_by(|tile, next| tile.images == next.images) {
-            for _ in 0..alike[0].images.len() * channels {
+            let first = parts.len();
+            let planes = alike[0].images.len() * channels;
+            // In one piece each, or a piece for each channel.
+            let pieces = if alike.len() == 1 { 1 } else { planes };
+            parts.extend(alike.iter().map(|_| Vec::with_capacity(pieces)));
+            for _ in 0..pieces {
                 for (tile, parts) in alike.iter().zip(&mut parts[first..]) {
-                    let (part, after) = rest.split_at_mut(tile.rows.len() * tile.columns.len());
+                    let length = tile.rows.len() * tile.columns.len() * planes / pieces;
+                    let (part, after) = rest.split_at_mut(length);
                     parts.push(part);
                     rest = after;
                 }
             }
-            first += alike.len();
         }
         parts
     }
@@ -306,6 +309,11 @@ impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, '_, B, E> {
         let [channels, of_group] = [window.channels[1], window.group()[1]];
         for (tile, outputs) in self.tiles.iter().zip(self.outputs) {
             let columns = tile.positions();
+            let plane = columns / tile.images.len();
+            let planes = outputs
+                .iter_mut()
+                .flat_map(|part| part.chunks_exact_mut(plane));
+            let mut planes: Vec<_> = planes.collect();
             for (group, weight) in self.weights.iter().enumerate() {
                 let patches = self.images.unfold(group, tile);
                 let shape = [window.patch(), columns];
@@ -314,9 +322,8 @@ impl<B: HostTensors<E>, E: Real> RowWork for Convolve<'_, '_, B, E> {
                 let product = B::values(&product).chunks_exact(columns);
                 for (channel, product) in (group * of_group..).zip(product) {
                     let bias = self.bias.map(|bias| bias[channel]);
-                    let product = product.chunks_exact(columns / tile.images.len());
-                    for (image, from) in product.enumerate() {
-                        let to = &mut *outputs[image * channels + channel];
+                    for (image, from) in product.chunks_exact(plane).enumerate() {
+                        let to = &mut *planes[image * channels + channel];
                         match bias {
                             None => to.copy_from_slice(from),
                             Some(bias) => to.iter_mut().zip(from).for_each(|(to, &value)| {
