@@ -64,13 +64,15 @@ pub struct AopConfig {
 pub enum OuterProducts {
     /// The layer chooses K among M, M/2, M/4, ... M/32, so that the loss falls fastest by the clock.
     ///
-    /// Rows left out add noise to a gradient that is noisy anyway, being of one batch. From the scores of its rows and
-    /// the norm of its gradient the layer estimates both, in one pass of 10 to 100 (of 3 at first), and weighs the progress of a step
-    /// (McCandlish, Kaplan, Amodei and others, 2018, arXiv:1812.06162) against the time that it takes on this device
-    /// (`docs/algorithm.md` has the rule, `docs/choosing.md` what was measured). Gradients of the weight are exact until the
-    /// second measurement, where the first is read; and where nothing can be saved, all of them.
+    /// Rows left out add noise to a gradient that has some anyway, being of one batch. The layer estimates both from the scores of
+    /// its rows and the norm of its gradient. It weighs the progress of a step (McCandlish, Kaplan, Amodei and others, 2018,
+    /// arXiv:1812.06162) against the time that the step takes on this device (`docs/algorithm.md` has the rule,
+    /// `docs/choosing.md` what was measured). Where the gradient is mostly noise every row counts, and K is near M. Where the
+    /// batch is larger than it need be, K is small.
     ///
-    /// One measurement takes K down by two at the most, and much more noise takes it to M at once.
+    /// One pass in 10 to 100 is measured, and one in 3 at first. A measurement is read at the next one, so gradients of the weight
+    /// are exact until the second. One measurement can at most halve K. If the noise is more than four times what it was, K rises
+    /// at once to what the new noise asks for, M for instance.
     ///
     /// For [`Method::Systematic`] in linear layers, and batches of 16 rows and more; smaller ones take the share that was chosen last.
     /// The noise that other methods add follows other laws: they take K = M/8. A
@@ -78,7 +80,7 @@ pub enum OuterProducts {
     Auto,
     /// K itself, at least 1.
     Count(usize),
-    /// All M: the exact gradient.
+    /// All M: the exact gradient of the weight (but for an input that is [stored](StoredInput) in few bits).
     All,
     /// K as a share of the rows of the batch, in `(0, 1]`: `round(ratio * M)`, and 1 at least.
     Ratio(f64),

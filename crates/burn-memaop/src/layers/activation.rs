@@ -154,9 +154,10 @@ impl Relu {
 /// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does; its derivative is kept in 8 bits, with a scale for
 /// each 64 values, and is at most 0.009 off.
 ///
-/// The derivative is rounded up or down at random, with the distances as odds, by random bits of its own for each pass, so
-/// that the expected gradient is the exact one. A derivative that is not finite makes the 64 NaN. The number of passes is kept
-/// for each device, shared by clones and part of the record, as what the [layers](crate::MemAopLinear) keep is.
+/// The derivative is rounded up or down at random, with the distances as odds, by random bits of its own for each pass. So the
+/// expected gradient of one `Gelu` is the exact one; in a stack of several each needs a [seed](Self::with_seed) of its own. A
+/// derivative that is not finite makes the 64 NaN. The number of passes is state, as a [layer](crate::MemAopLinear#state) has it:
+/// kept for each device, shared by clones, and part of the record.
 ///
 /// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed where [`relu`] is Burn's
 /// own.
@@ -182,8 +183,8 @@ impl Gelu {
         }
     }
 
-    /// The same with another seed of its random bits. Modules one above the other need seeds of their own: those with equal
-    /// seeds round the same positions alike, and the product of two derivatives is then not exact on average.
+    /// The same with another seed of its random bits; without one it is 0. Modules with equal seeds round the same positions
+    /// alike. If one is above the other, the expected gradient is then no longer exact.
     pub fn with_seed(self, seed: u64) -> Self {
         Self { seed, ..self }
     }

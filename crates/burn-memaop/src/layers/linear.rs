@@ -83,26 +83,27 @@ impl MemAopLinearConfig {
 /// left out since the position was last chosen: `rows * (d_input + d_output)` values, in single
 /// precision (double for double-precision layers).
 ///
-/// - Only a backward pass changes it, once for each forward pass that it goes through; a layer used
-///   twice in a forward pass folds in twice. Inference, [`valid`](Module::valid) and the recomputation of gradient
-///   checkpointing do not.
+/// - Only a backward pass changes it, once for each use of the layer in the forward pass. Inference,
+///   [`valid`](Module::valid) and the recomputation of gradient checkpointing do not.
 /// - It is allocated in the first backward pass. A smaller batch uses its first rows and leaves the
 ///   others alone; a larger one grows it with rows of zeros.
-/// - Passes that run at the same time have a set of rows each, and put it back. None is lost, but their order, and with it
-///   the result, cannot be reproduced.
+/// - Passes that overlap each take a set of rows, and return it afterwards. No row is lost, but the order of such passes, and
+///   with it the result, varies from run to run.
 ///
 /// # State
 ///
 /// The memory, the number of steps and the K that was chosen are the state of the layer. Clones and forks share it, as those
-/// of Burn's [`BatchNorm`](burn::nn::BatchNorm) share its running state. It is kept for each device, so that what workers on
-/// several devices do depends on no order.
+/// of Burn's [`BatchNorm`](burn::nn::BatchNorm) share its running state. Each device has a state of its own, so that results
+/// with one worker for each device do not depend on the order in which the workers run.
 ///
 /// - [`load_record`](Module::load_record), [`with_aop`](Self::with_aop), [`from_linear`](Self::from_linear) and
-///   [`reset`](crate::reset) return a layer with a state of its own.
-/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the old one. So
-///   does that of a [fork](Module::fork) on a device that has no state yet, but for the rows of a memory, which may be
-///   another worker's.
-/// - The states of all devices are part of the record, under `memory`, but for rows that a pass has at that moment. The record of a [`Linear`] has none and loads with
+///   [`reset`](crate::reset) return a layer with a state that it shares with no other.
+/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the last one on
+///   the old device.
+/// - A [fork](Module::fork) uses the state of its device. If there is none, it goes on with the steps and the K of the device
+///   that it comes from, and with an empty memory, because the rows there may belong to another worker.
+/// - A record holds the states of all devices, under the name `memory`. One that is saved while a backward pass runs lacks the
+///   rows which that pass has. The record of a [`Linear`] has no state and loads with
 ///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), the record of this layer
 ///   into a [`Linear`] with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused). Weights that
 ///   are loaded without a state make it new.

@@ -47,9 +47,8 @@ fn layer(path: &[String]) -> String {
 
 /// The model with other configurations for its layers, [`MemAopLinear`](crate::MemAopLinear) and
 /// [`MemAopConv2d`](crate::MemAopConv2d): `config` is given the fields that lead
-/// to a layer, separated by dots, and its present configuration. What the layers keep between steps goes on in the model
-/// that is returned, as [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and is not shared with clones of
-/// the model that was given.
+/// to a layer, separated by dots, and its present configuration. The layers go on with their present state, as
+/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and do not share it with clones of the model that was given.
 ///
 /// ```
 /// # use burn::{prelude::*, tensor::Device};
@@ -57,8 +56,8 @@ fn layer(path: &[String]) -> String {
 /// # #[derive(Module, Debug)]
 /// # struct Model { hidden: MemAopLinear, output: MemAopLinear }
 /// # let device = Device::flex();
-/// # let layer = MemAopLinearConfig::new(3, 3).init(&device);
-/// # let model = Model { hidden: layer.clone(), output: layer };
+/// # let layer = || MemAopLinearConfig::new(3, 3).init(&device);
+/// # let model = Model { hidden: layer(), output: layer() };
 /// // Half of the outer products from here on, but for the last layer.
 /// let model = burn_memaop::with_aop(model, |layer, aop| match layer {
 ///     "output" => aop,
@@ -102,11 +101,11 @@ impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
     }
 }
 
-/// The model with all that its layers keep between steps made new: steps are counted from 0, a memory is empty, and
-/// K is yet to be chosen. Clones and forks of the model that was given keep what they have.
+/// The model with a new [state](crate::MemAopLinear#state) for each of its layers: steps are counted from 0, a memory is empty,
+/// and K is yet to be chosen. Clones and forks of the model that was given keep what they have.
 ///
-/// For a second training that begins with the weights of a first: a record brings along what belongs to the task that it
-/// was trained on. For two trainings from one model: clones share what their layers keep.
+/// Use it to begin a new task with the weights of a record, which also brings along the state that belongs to the old task.
+/// Use it too for two trainings from one model, because plain clones share the state of their layers.
 ///
 /// ```
 /// # use burn::tensor::{Device, Tensor};
