@@ -82,7 +82,6 @@ fn main() -> Result<()> {
                 let settings = AopStep {
                     k,
                     method,
-                    memory_precision: burn_memaop::MemoryPrecision::Full,
                     seed: 0,
                     step,
                     bias: false,

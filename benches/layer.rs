@@ -17,7 +17,7 @@ use burn_memaop::{
 };
 use clap::Parser;
 use memaop_benches::{Buffers, Common, Method, Observed, Precision, interleaved, observe, random};
-use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
+use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
 
 /// One layer, exact and approximate; without sizes, a table of several
@@ -59,7 +59,6 @@ const SIZES: [(usize, usize, usize); 5] = [
 struct Row {
     backend: Backend,
     dtype: Precision,
-    memory_precision: MemoryPrecisionOption,
     m: usize,
     n: usize,
     p: usize,
@@ -194,7 +193,6 @@ fn measure(
         let settings = AopStep {
             k,
             method: config.method,
-            memory_precision: config.memory_precision,
             seed: config.seed,
             step,
             bias: false,
@@ -248,7 +246,7 @@ fn measure(
     // A copy reads and writes as many bytes as the batch has. Without a memory the pass reads the
     // batch; with one it also reads and writes the memory, which can have wider values.
     let value_bytes = common.dtype.dtype().size() as f64;
-    let wider = common.memory_dtype().size() as f64 / value_bytes;
+    let wider = size_of::<f32>() as f64 / value_bytes;
     let passes = match method.memory {
         MemoryOption::None => 1.0,
         _ => 1.0 + 2.0 * wider,
@@ -257,7 +255,6 @@ fn measure(
     Ok(Row {
         backend: common.backend,
         dtype: common.dtype,
-        memory_precision: common.memory_precision,
         m,
         n,
         p,

@@ -9,7 +9,7 @@ use burn::{
 };
 use burn_memaop::{AopConfig, OuterProducts};
 use clap::{Args, ValueEnum};
-use memaop_examples::{Backend, MemoryOption, MemoryPrecisionOption, PolicyOption};
+use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
 
 mod buffers;
@@ -28,9 +28,6 @@ pub struct Common {
     /// Type of activations, weights and gradients
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     pub dtype: Precision,
-    /// The precision in which a memory is kept
-    #[arg(long, value_enum, default_value_t)]
-    pub memory_precision: MemoryPrecisionOption,
     /// Approximates layers too for which the exact gradient takes less time
     #[arg(long)]
     pub no_cost_rule: bool,
@@ -54,23 +51,13 @@ impl Common {
     pub fn device(&self) -> Result<Device> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
         let device = self.backend.device()?;
-        for dtype in [self.dtype.dtype(), self.memory_dtype()] {
-            ensure!(
-                device.supports_dtype(dtype),
-                "the device {device:?} does not have {dtype:?}"
-            );
-        }
+        let dtype = self.dtype.dtype();
+        ensure!(
+            device.supports_dtype(dtype),
+            "the device {device:?} does not have {dtype:?}"
+        );
         device.seed(0);
         Ok(device)
-    }
-
-    /// The type of a memory.
-    pub fn memory_dtype(&self) -> DType {
-        match self.memory_precision {
-            MemoryPrecisionOption::Full => DType::F32,
-            MemoryPrecisionOption::F16 => DType::F16,
-            MemoryPrecisionOption::Bf16 => DType::BF16,
-        }
     }
 
     /// Writes the rows as JSON, if that is asked for.
@@ -166,7 +153,6 @@ impl Method {
                 self.policy
                     .method(self.memory.memory(self.memory.default_decay()))?,
             )
-            .with_memory_precision(common.memory_precision.precision())
             .with_cost_rule(!common.no_cost_rule);
         config.validate()?;
         Ok(config)

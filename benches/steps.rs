@@ -8,9 +8,7 @@ use burn::{
 };
 use burn_memaop::AopConfig;
 use clap::Args;
-use memaop_examples::{
-    Backend, InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
-};
+use memaop_examples::{Backend, InputGradientOptions, KRatio, MemoryOption, PolicyOption};
 use serde::Serialize;
 
 use crate::{Common, Method, Precision, interleaved};
@@ -48,7 +46,6 @@ pub type Step<'a> = Box<dyn FnMut() + 'a>;
 struct Row {
     backend: Backend,
     dtype: Precision,
-    memory_precision: MemoryPrecisionOption,
     #[serde(flatten)]
     size: Size,
     k_ratio: KRatio,
@@ -107,7 +104,6 @@ pub fn step_table<'a>(
             rows.push(Row {
                 backend: common.backend,
                 dtype: common.dtype,
-                memory_precision: common.memory_precision,
                 size,
                 k_ratio,
                 policy: method.policy,

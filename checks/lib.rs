@@ -13,8 +13,8 @@ use burn::{
     tensor::{DType, Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
-    Method, OuterProducts, StoredInput,
+    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, Method, OuterProducts,
+    StoredInput,
     activation::{Gelu, relu},
     baseline::Baseline,
     op::{
@@ -92,21 +92,13 @@ fn gradients(device: &Device, dtype: DType) {
         Method::Baseline(Baseline::RandK(Memory::None)),
         Method::Baseline(Baseline::WeightedK(Memory::Balanced { decay: 1.0 })),
     ];
-    for (method, precision) in methods.into_iter().flat_map(|method| {
-        [
-            MemoryPrecision::Full,
-            MemoryPrecision::F16,
-            MemoryPrecision::BF16,
-        ]
-        .map(|precision| (method, precision))
-    }) {
+    for method in methods {
         // Of widths that are read as vectors, and of others.
         for (rows, width) in [(300, 64), (300, 7), (3000, 7)] {
             for measure in [false, true] {
                 let step = AopStep {
                     k: 40,
                     method,
-                    memory_precision: precision,
                     seed: 1,
                     step: 0,
                     bias: true,
@@ -157,7 +149,6 @@ fn others(device: &Device, dtype: DType) {
             let step = AopStep {
                 k: 40,
                 method: Method::Systematic,
-                memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
                 bias: false,

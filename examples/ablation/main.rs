@@ -19,8 +19,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
-    StoredInputOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption, parallel,
 };
 
 use crate::{
@@ -82,9 +81,6 @@ struct Grid {
     decay: Vec<f64>,
     #[command(flatten)]
     input_gradient: InputGradientOptions,
-    /// The precision in which the memory is kept
-    #[arg(long, value_enum, default_value_t)]
-    memory_precision: MemoryPrecisionOption,
     /// How inputs are kept for the backward pass
     #[arg(long, value_enum, default_value_t)]
     stored_input: StoredInputOption,
@@ -214,7 +210,6 @@ impl Grid {
             policy,
             memory,
             decay,
-            memory_precision: self.memory_precision,
             stored_input: self.stored_input,
             input_gradient: self.input_gradient,
             cost_rule: !self.no_cost_rule,

@@ -6,8 +6,7 @@ use std::{fmt::Write, path::PathBuf};
 use anyhow::{Result, ensure};
 use clap::Args;
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
-    StoredInputOption, parallel,
+    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption, parallel,
     statistics::{confidence, mean_and_error},
 };
 use serde::Serialize;
@@ -176,7 +175,6 @@ impl Race {
                 policy: PolicyOption::TopK,
                 memory: MemoryOption::None,
                 decay: 1.0,
-                memory_precision: MemoryPrecisionOption::Full,
                 stored_input: StoredInputOption::Full,
                 input_gradient: InputGradientOptions::default(),
                 cost_rule: true,

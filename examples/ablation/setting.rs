@@ -2,8 +2,7 @@ use anyhow::{Result, ensure};
 use burn_memaop::AopConfig;
 use clap::ValueEnum;
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
-    StoredInputOption,
+    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption,
 };
 use serde::{Deserialize, Serialize};
 
@@ -33,8 +32,6 @@ pub struct Setting {
     #[serde(flatten)]
     pub input_gradient: InputGradientOptions,
     #[serde(default)]
-    pub memory_precision: MemoryPrecisionOption,
-    #[serde(default)]
     pub stored_input: StoredInputOption,
     /// Whether layers for which the exact gradient takes less time are exact.
     pub cost_rule: bool,
@@ -51,7 +48,6 @@ impl Setting {
             policy: PolicyOption::TopK,
             memory: MemoryOption::None,
             decay: 1.0,
-            memory_precision: MemoryPrecisionOption::Full,
             stored_input: StoredInputOption::Full,
             input_gradient: InputGradientOptions::default(),
             cost_rule: true,
@@ -78,7 +74,6 @@ impl Setting {
         let config = AopConfig::new()
             .with_outer_products(self.k_ratio.outer_products())
             .with_method(self.policy.method(self.memory.memory(self.decay))?)
-            .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
             .with_stored_input(self.stored_input.stored_input())
             .with_cost_rule(self.cost_rule)
@@ -155,10 +150,6 @@ impl Setting {
             MemoryOption::None => policy.to_string(),
             MemoryOption::Published => format!("{policy}, published {}", self.decay),
             MemoryOption::Balanced => format!("{policy}, balanced {}", self.decay),
-        };
-        let method = match self.memory_precision {
-            MemoryPrecisionOption::Full => method,
-            precision => format!("{method} in {precision:?}").to_lowercase(),
         };
         let method = method + &self.input_gradient.suffix();
         let method = method + &self.stored_input.suffix();

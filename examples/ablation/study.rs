@@ -3,7 +3,6 @@
 use memaop_examples::{
     InputGradientOptions, KRatio,
     MemoryOption::{self, Balanced, None, Published},
-    MemoryPrecisionOption,
     PolicyOption::{
         self, Bernoulli, ColumnRow, RandK, ScaledRandK, Systematic, TopK, WeightedK, WinnerTakeAll,
     },
@@ -116,7 +115,6 @@ fn exact((optimizer, lr, momentum, batch, hidden, epochs): Regime) -> Setting {
         policy: TopK,
         memory: None,
         decay: 1.0,
-        memory_precision: MemoryPrecisionOption::Full,
         stored_input: StoredInputOption::Full,
         input_gradient: InputGradientOptions::default(),
         cost_rule: true,

@@ -17,7 +17,7 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, Memory, MemoryPrecision, Method, OuterProducts,
+    AopConfig, AopObserver, Memory, Method, OuterProducts,
     op::{AopStep, weight_gradient},
 };
 use serde::Serialize;
@@ -116,7 +116,6 @@ async fn gradients(device: &Device) -> Result<Vec<Gradient>, JsError> {
             let step = AopStep {
                 k: rows / 8,
                 method,
-                memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
                 bias: false,

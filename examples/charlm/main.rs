@@ -18,8 +18,8 @@ use burn::tensor::Device;
 use burn_memaop::AopConfig;
 use clap::Parser;
 use memaop_examples::{
-    AopOptions, Backend, InputGradientOptions, KRatio, MemoryPrecisionOption, PolicyOption,
-    StoredInputOption, check, parallel,
+    AopOptions, Backend, InputGradientOptions, KRatio, PolicyOption, StoredInputOption, check,
+    parallel,
 };
 use rand::{SeedableRng, rngs::StdRng};
 
@@ -207,7 +207,6 @@ impl Options {
                 policy,
                 memory: None,
                 decay: None,
-                memory_precision: MemoryPrecisionOption::Full,
                 input_gradient: match k_ratio {
                     KRatio::ALL => InputGradientOptions::default(),
                     _ => self.input_gradient,

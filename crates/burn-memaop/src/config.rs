@@ -28,9 +28,6 @@ pub struct AopConfig {
     /// Which rows they are, and what becomes of the others.
     #[config(default = "Method::Systematic")]
     pub method: Method,
-    /// The precision in which a memory is kept.
-    #[config(default = "MemoryPrecision::Full")]
-    pub memory_precision: MemoryPrecision,
     /// Which rows of the gradient of the input are computed.
     #[config(default = "InputGradient::Exact")]
     pub input_gradient: InputGradient,
@@ -42,8 +39,7 @@ pub struct AopConfig {
     pub exact_steps: usize,
     /// Whether a gradient is exact (and an input kept as it is) where anything else would take longer, those of weight and input each for
     /// itself: on CPUs in layers with few inputs or outputs (`docs/benchmarks.md` has the rule and the costs
-    /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, a memory
-    /// in half precision there, double precision on GPUs, LibTorch, CubeCL's CPU runtime. Off for research, where K rows are to be
+    /// behind it), and wherever there is no fast code for the approximation: half precision on CPUs, double precision on GPUs, LibTorch, CubeCL's CPU runtime. Off for research, where K rows are to be
     /// evaluated whatever it costs.
     #[config(default = true)]
     pub cost_rule: bool,
@@ -210,23 +206,6 @@ impl Memory {
             Self::Published { decay } | Self::Balanced { decay } => Some(decay),
         }
     }
-}
-
-/// The precision in which a [`Memory`] is kept.
-///
-/// A memory is as large as input and output of the layer together. In half precision it takes half
-/// of that, and a pass over it moves fewer bytes; the rows of the gradient are then rounded to that
-/// precision too, and on CPUs the gradient would take longer and is exact by the cost rule. Scores and norms are always computed in
-/// single precision at least. On a device that cannot compute in a type, a memory is kept in full precision.
-#[derive(Config, Debug, Copy, PartialEq, Eq)]
-pub enum MemoryPrecision {
-    /// Single precision; double where the input has it.
-    Full,
-    /// `f16`: 11 significant bits, from 6e-8 to 65504. Values outside that range are lost or
-    /// infinite (a row with such a value is dropped): scale the loss where gradients are small.
-    F16,
-    /// `bf16`: 8 significant bits, and the range of `f32`.
-    BF16,
 }
 
 /// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.

@@ -76,8 +76,7 @@ mod state;
 mod config;
 
 pub use config::{
-    AopConfig, AopConfigError, InputGradient, Memory, MemoryPrecision, Method, OuterProducts,
-    StoredInput,
+    AopConfig, AopConfigError, InputGradient, Memory, Method, OuterProducts, StoredInput,
 };
 pub use layers::{
     activation,

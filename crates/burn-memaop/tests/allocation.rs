@@ -15,8 +15,7 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
-    activation,
+    AopConfig, MemAopLinear, Memory, Method, OuterProducts, StoredInput, activation,
     op::{AopStep, weight_gradient},
     transformer::{MemAopMultiHeadAttention, MhaInput},
 };
@@ -85,7 +84,6 @@ fn operation(memory: Memory) -> Vec<usize> {
         let settings = AopStep {
             k: 32,
             method: Method::TopK(memory),
-            memory_precision: MemoryPrecision::Full,
             seed: 0,
             step: number,
             bias: false,

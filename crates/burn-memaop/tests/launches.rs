@@ -11,8 +11,8 @@ use std::sync::{
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_memaop::{
-    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, MemoryPrecision,
-    Method, OuterProducts, StoredInput,
+    AopConfig, AopObserver, MemAopConv2dConfig, MemAopLinearConfig, Memory, Method, OuterProducts,
+    StoredInput,
     activation::{Gelu, relu},
     baseline::Baseline,
     op::{self, AopStep, InputStep, PackStep},
@@ -133,7 +133,6 @@ fn operation(device: &Device) {
             let settings = AopStep {
                 k: 25,
                 method,
-                memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
                 bias: false,
@@ -157,7 +156,6 @@ fn operation(device: &Device) {
                 let settings = AopStep {
                     k: 25,
                     method,
-                    memory_precision: MemoryPrecision::Full,
                     seed: 1,
                     step,
                     bias: false,
@@ -259,7 +257,6 @@ fn packed(device: &Device) {
             let settings = AopStep {
                 k: 25,
                 method: Method::Systematic,
-                memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
                 bias: false,
@@ -306,7 +303,6 @@ fn host_selection_is_reported(device: &Device) {
             AopStep {
                 k: 8,
                 method: Method::Baseline(Baseline::Bernoulli),
-                memory_precision: MemoryPrecision::Full,
                 seed: 1,
                 step: 0,
                 bias: false,

@@ -12,6 +12,5 @@ pub mod statistics;
 pub use backend::Backend;
 pub use encoder::Encoder;
 pub use options::{
-    AopOptions, InputGradientOptions, KRatio, MemoryOption, MemoryPrecisionOption, PolicyOption,
-    StoredInputOption,
+    AopOptions, InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption,
 };

@@ -2,8 +2,7 @@ use std::{fmt, str::FromStr};
 
 use anyhow::{Result, anyhow, bail};
 use burn_memaop::{
-    AopConfig, InputGradient, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
-    baseline::Baseline,
+    AopConfig, InputGradient, Memory, Method, OuterProducts, StoredInput, baseline::Baseline,
 };
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -175,29 +174,6 @@ impl MemoryOption {
     }
 }
 
-/// The precision of a memory on the command line.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[value(rename_all = "lower")]
-#[allow(missing_docs)]
-pub enum MemoryPrecisionOption {
-    #[default]
-    Full,
-    F16,
-    Bf16,
-}
-
-impl MemoryPrecisionOption {
-    /// The precision of that name.
-    pub fn precision(self) -> MemoryPrecision {
-        match self {
-            Self::Full => MemoryPrecision::Full,
-            Self::F16 => MemoryPrecision::F16,
-            Self::Bf16 => MemoryPrecision::BF16,
-        }
-    }
-}
-
 /// How inputs are kept, on the command line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -286,9 +262,6 @@ pub struct AopOptions {
     /// balanced]
     #[arg(long)]
     pub decay: Option<f64>,
-    /// The precision in which the memory is kept
-    #[arg(long, value_enum, default_value_t)]
-    pub memory_precision: MemoryPrecisionOption,
     #[command(flatten)]
     pub input_gradient: InputGradientOptions,
     /// How inputs are kept for the backward pass
@@ -314,7 +287,6 @@ impl AopOptions {
                 None => self.k_ratio.outer_products(),
             })
             .with_method(self.policy.method(memory.memory(decay))?)
-            .with_memory_precision(self.memory_precision.precision())
             .with_input_gradient(self.input_gradient.input_gradient())
             .with_stored_input(self.stored_input.stored_input())
             .with_cost_rule(!self.no_cost_rule)

@@ -6,7 +6,7 @@ use burn::{backend::DispatchDevice, tensor::DType};
 
 use super::portable::LEAST_DECAY;
 use crate::{
-    config::{AopConfig, InputGradient, Memory, MemoryPrecision, OuterProducts, StoredInput},
+    config::{AopConfig, InputGradient, Memory, OuterProducts, StoredInput},
     state::noise_scale::{DIVISORS, ProductTime, StepTime, k_of},
 };
 
@@ -97,10 +97,8 @@ fn has_fast_scores(dtype: DType, cpu: bool) -> bool {
 }
 
 fn has_fast_weight(config: &AopConfig, dtype: DType, cpu: bool) -> bool {
-    let fast_memory = config.method.memory().decay().is_none_or(|decay| {
-        let full = config.memory_precision == MemoryPrecision::Full;
-        decay >= LEAST_DECAY && (full || !cpu)
-    });
+    let decay = config.method.memory().decay();
+    let fast_memory = decay.is_none_or(|decay| decay >= LEAST_DECAY);
     fast_memory && has_fast_scores(dtype, cpu)
 }
 
@@ -561,8 +559,6 @@ mod tests {
         let kept = config(BALANCED, 64);
         assert!(approximate(kept, DType::F32) && approximate(kept, DType::F64));
         assert!(!approximate(kept, DType::F16) && !approximate(kept, DType::BF16));
-        let half = kept.with_memory_precision(MemoryPrecision::F16);
-        assert!(!approximate(half, DType::F32));
         assert!(approximate(config(Memory::None, 64), DType::F32));
     }
 }

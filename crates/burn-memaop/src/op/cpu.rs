@@ -23,7 +23,7 @@ use self::{
     },
 };
 use crate::{
-    config::{Memory, MemoryPrecision},
+    config::Memory,
     op::noise::StepNoise,
     op::packing::Packing,
     op::portable::{self, LEAST_DECAY},
@@ -60,8 +60,7 @@ pub(crate) fn weight_gradient<B: HostTensors<E>, E: Real>(
     step: AopStep,
 ) -> WeightGradient<B> {
     let decay = step.method.memory().decay();
-    let full = step.memory_precision == MemoryPrecision::Full;
-    if decay.is_some_and(|decay| decay < LEAST_DECAY || !full) {
+    if decay.is_some_and(|decay| decay < LEAST_DECAY) {
         return portable::weight_gradient::<B>(input, grad, memory, step);
     }
     let device = grad.device();

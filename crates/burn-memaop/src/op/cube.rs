@@ -89,7 +89,7 @@ pub(crate) fn weight_gradient(
                 Input::Packed(packed) => packed::unpack(&packed, dtype.into()),
             };
             let batch = [input, grad];
-            let kept = at_least(memory, &batch, &step);
+            let kept = at_least(memory, &batch);
             let scores = fold::fold_in(&batch, &kept, &step);
             let chosen = select::choose(&scores, &step);
             let scale = (1.0 / decay.sqrt()) as f32;
@@ -316,21 +316,17 @@ fn row_major(matrix: CubeTensor) -> CubeTensor {
 
 /// The memory (`m^X`, `m^G`, ages) with at least as many rows as the batch, new ones being zero, in
 /// buffers that no other tensor shares.
-fn at_least(
-    memory: RowMemory<CubeBackend>,
-    batch: &[CubeTensor; 2],
-    step: &AopStep,
-) -> [CubeTensor; 3] {
-    let precision = portable::memory_dtype(batch[0].dtype, step);
+fn at_least(memory: RowMemory<CubeBackend>, batch: &[CubeTensor; 2]) -> [CubeTensor; 3] {
     let [input, grad] = batch.each_ref().map(|batch| batch.shape()[1]);
-    let described = [(input, precision), (grad, precision), (1, FloatDType::F32)];
+    let widths = [input, grad, 1];
     let kept = match memory {
         RowMemory::Empty => [None, None, None],
         RowMemory::Rows { input, grad, age } => [Some(input), Some(grad), Some(age)],
     };
     let (rows, device) = (batch[0].shape()[0], batch[0].device());
     let mut kept = kept.into_iter();
-    described.map(|(width, dtype)| {
+    let dtype = FloatDType::F32;
+    widths.map(|width| {
         let kept = match kept.next().flatten() {
             None => CubeBackend::float_zeros(Shape::new([rows, width]), &device, dtype),
             Some(kept) => {

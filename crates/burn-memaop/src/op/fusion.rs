@@ -52,11 +52,10 @@ pub(crate) fn weight_gradient<B: FusionBackend + MemAopOps>(
     // In the order of `results`.
     let mut outputs = vec![(Shape::new([d_input, d_output]), dtype)];
     if step.method.memory().decay().is_some() {
-        let memory = DType::from(portable::memory_dtype(dtype, &step));
-        let age = DType::from(portable::working_dtype(dtype));
+        let memory = DType::from(portable::working_dtype(dtype));
         let rows = rows.max(kept);
-        let widths = [(d_input, memory), (d_output, memory), (1, age)];
-        outputs.extend(widths.map(|(width, dtype)| (Shape::new([rows, width]), dtype)));
+        let widths = [d_input, d_output, 1];
+        outputs.extend(widths.map(|width| (Shape::new([rows, width]), memory)));
     }
     if step.bias {
         outputs.push((Shape::new([d_output]), dtype));

@@ -278,17 +278,14 @@ impl LayerStep<'_> {
             return (gradient, Bias::None);
         }
 
-        let device = grad.device();
         let step = AopStep {
             k: plan.k,
             method: self.config.method,
-            memory_precision: self.config.memory_precision,
             seed: self.config.seed,
             step: plan.step,
             bias: self.with_bias,
             measure: plan.due.is_some(),
         };
-        let step = step.of_device(|dtype| B::supports_dtype(&device, dtype));
         let kept = match &input {
             Factor::Linear(input) => self.memory::<B>(plan.kept, input, &grad),
             Factor::Convolution(..) => RowMemory::Empty,

@@ -107,8 +107,6 @@ pub fn weight_gradient(
         "{NAME}: step.k must be in 1..={rows}, the rows of the batch, but is {}",
         step.k
     );
-    let device = grad.device();
-    let step = step.of_device(|dtype| device.supports_dtype(dtype));
     let memory = match memory {
         None => RowMemory::Empty,
         Some(Rows {

@@ -8,7 +8,7 @@ use burn::backend::{
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Shape, Slice, TensorData, try_read_sync};
 
 use crate::{
-    config::{Memory, MemoryPrecision},
+    config::Memory,
     op::noise::StepNoise,
     op::packing::{Packing, pack_row, unpack_row},
     op::selection::{self, Selection},
@@ -72,7 +72,7 @@ pub(crate) fn weight_gradient<B: Backend>(
     let memory = match step.method.memory().decay() {
         None => RowMemory::Empty,
         Some(decay) => {
-            let precision = memory_dtype(DType::from(dtype), &step);
+            let precision = working_dtype(DType::from(dtype));
             let kept = (factors, age);
             keep::<B>(kept, scores, chosen.rows, idle, decay, precision)
         }
@@ -467,16 +467,7 @@ fn finite<B: Backend>(scores: FloatTensor<B>) -> BoolTensor<B> {
     B::float_lower_equal_elem(scores, largest, bools)
 }
 
-/// The dtype in which a memory is kept, for an input of some dtype.
-pub(crate) fn memory_dtype(input: DType, step: &AopStep) -> FloatDType {
-    match step.memory_precision {
-        MemoryPrecision::Full => working_dtype(input),
-        MemoryPrecision::F16 => FloatDType::F16,
-        MemoryPrecision::BF16 => FloatDType::BF16,
-    }
-}
-
-/// The dtype of sums and scores: half-precision factors would overflow when squared and lose
+/// The dtype of sums, scores and a memory: half-precision factors would overflow when squared and lose
 /// what they accumulate.
 pub(crate) fn working_dtype(dtype: DType) -> FloatDType {
     match dtype {

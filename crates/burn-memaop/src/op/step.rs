@@ -4,10 +4,9 @@ use burn::backend::{
     Backend, ExtensionType, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::DType;
 
 use super::packing::Packing;
-use crate::config::{MemoryPrecision, Method, StoredInput};
+use crate::config::{Method, StoredInput};
 
 /// The input of a layer, as its backward pass finds it.
 #[derive(ExtensionType, Debug, Clone)]
@@ -106,8 +105,6 @@ pub struct AopStep {
     pub k: usize,
     /// Which rows they are, and what becomes of the others.
     pub method: Method,
-    /// The precision in which the others are kept.
-    pub memory_precision: MemoryPrecision,
     /// The seed of the noise.
     pub seed: u64,
     /// The number of gradients the layer has computed before this one.
@@ -116,21 +113,6 @@ pub struct AopStep {
     pub bias: bool,
     /// Whether to measure the share of the score mass that the chosen rows carry.
     pub measure: bool,
-}
-
-impl AopStep {
-    /// With a memory in full precision, where the device cannot compute in the other.
-    pub(crate) fn of_device(self, supports: impl Fn(DType) -> bool) -> Self {
-        let precision = match self.memory_precision {
-            MemoryPrecision::F16 if !supports(DType::F16) => MemoryPrecision::Full,
-            MemoryPrecision::BF16 if !supports(DType::BF16) => MemoryPrecision::Full,
-            precision => precision,
-        };
-        Self {
-            memory_precision: precision,
-            ..self
-        }
-    }
 }
 
 /// The settings with which rows are packed.

@@ -32,7 +32,6 @@ macro_rules! suite {
                 the_largest_of_many_rows_equal_the_oracle,
                 unbiased_draws_leave_broken_rows_out,
                 ten_steps_leave_the_memory_of_the_oracle,
-                a_memory_in_half_precision_is_close_to_the_oracle,
                 a_change_of_precision_keeps_the_memory,
                 half_and_double_precision_equal_the_oracle,
                 rows_that_are_not_finite_are_left_out,

@@ -7,7 +7,7 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, MemoryPrecision, Method, OuterProducts,
+    AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts,
     op::{AopStep, InputStep, NoiseStep, Rows, gradient_noise, input_gradient, weight_gradient},
 };
 
@@ -112,7 +112,6 @@ fn arguments_that_do_not_fit_are_named() {
     let step = AopStep {
         k: 2,
         method: Method::TopK(Memory::Published { decay: 1.0 }),
-        memory_precision: MemoryPrecision::Full,
         seed: 0,
         step: 0,
         bias: false,

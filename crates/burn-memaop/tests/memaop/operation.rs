@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_memaop::{
-    Memory, MemoryPrecision, Method,
+    Memory, Method,
     op::{AopStep, Rows, weight_gradient},
 };
 
@@ -39,7 +39,6 @@ pub fn methods() -> impl Iterator<Item = (Policy, Memory)> {
 struct Operation {
     policy: Policy,
     memory: Memory,
-    precision: MemoryPrecision,
     seed: u64,
     step: u64,
     rows: Option<Rows>,
@@ -52,7 +51,6 @@ impl Operation {
         Self {
             policy,
             memory,
-            precision: MemoryPrecision::Full,
             seed,
             step: 0,
             rows: None,
@@ -64,7 +62,6 @@ impl Operation {
         let step = AopStep {
             k,
             method: self.policy.method(self.memory),
-            memory_precision: self.precision,
             seed: self.seed,
             step: self.step,
             bias: true,
@@ -354,7 +351,6 @@ pub fn draws_of_many_rows_equal_the_oracle(device: &Device) {
                 let step = AopStep {
                     k,
                     method: Method::Systematic,
-                    memory_precision: MemoryPrecision::Full,
                     seed,
                     step: 0,
                     bias: false,
@@ -392,7 +388,6 @@ pub fn the_largest_of_many_rows_equal_the_oracle(device: &Device) {
             let step = AopStep {
                 k,
                 method: policy.method(Memory::None),
-                memory_precision: MemoryPrecision::Full,
                 seed: 5,
                 step: 0,
                 bias: false,
@@ -427,7 +422,6 @@ pub fn unbiased_draws_leave_broken_rows_out(device: &Device) {
             let step = AopStep {
                 k: 3 * m / 4,
                 method: policy.method(Memory::None),
-                memory_precision: MemoryPrecision::Full,
                 seed: 5,
                 step: 0,
                 bias: false,
@@ -448,36 +442,6 @@ pub fn ten_steps_leave_the_memory_of_the_oracle(device: &Device) {
         let mut comparison = Comparison::new(device, policy, memory, n, p);
         for _ in 0..10 {
             comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
-        }
-    }
-}
-
-pub fn a_memory_in_half_precision_is_close_to_the_oracle(device: &Device) {
-    let mut random = Random(14);
-    let (m, n, p, k) = (40, 8, 6, 9);
-    let precisions = [
-        (MemoryPrecision::F16, DType::F16, 2e-3),
-        (MemoryPrecision::BF16, DType::BF16, 2e-2),
-    ];
-    for (precision, dtype, tolerance) in precisions {
-        // Devices without the type keep the memory in full precision.
-        let (dtype, tolerance) = match device.supports_dtype(dtype) {
-            true => (dtype, tolerance),
-            false => (DType::F32, 1e-5),
-        };
-        for memory in MEMORIES
-            .into_iter()
-            .filter(|&memory| memory != Memory::None)
-        {
-            let mut comparison = Comparison::new(device, Policy::RandK, memory, n, p);
-            comparison.operation.precision = precision;
-            comparison.tolerance = tolerance;
-            comparison.memory_tolerance = tolerance;
-            for _ in 0..4 {
-                comparison.step(&random.matrix(m, n), &random.matrix(m, p), k);
-                let Rows { input, grad, .. } = comparison.operation.rows.as_ref().unwrap();
-                assert_eq!((input.dtype(), grad.dtype()), (dtype, dtype));
-            }
         }
     }
 }

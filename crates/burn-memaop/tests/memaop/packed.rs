@@ -5,8 +5,7 @@ use burn::{
     tensor::{DType, Device, Tensor, activation},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, MemoryPrecision, Method, OuterProducts, StoredInput,
-    activation as compact,
+    AopConfig, MemAopLinear, Memory, Method, OuterProducts, StoredInput, activation as compact,
     op::{AopStep, NoiseStep, PackStep, gradient_noise, pack, weight_gradient},
     transformer::{MemAopMultiHeadAttention, MhaInput},
 };
@@ -171,7 +170,6 @@ fn step_of(policy: Policy, memory: Memory, k: usize, step: u64) -> AopStep {
     AopStep {
         k,
         method: policy.method(memory),
-        memory_precision: MemoryPrecision::Full,
         seed: 2,
         step,
         bias: true,

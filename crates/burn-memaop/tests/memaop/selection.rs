@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device};
 use burn_memaop::{
-    Memory, MemoryPrecision,
+    Memory,
     op::{AopStep, weight_gradient},
 };
 
@@ -23,7 +23,6 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
         AopStep {
             k,
             method: policy.method(Memory::Published { decay: 1.0 }),
-            memory_precision: MemoryPrecision::Full,
             seed: 99,
             step,
             bias: false,

@@ -3,7 +3,7 @@
 
 use burn::tensor::{DType, Device};
 use burn_memaop::{
-    Memory, MemoryPrecision, Method,
+    Memory, Method,
     op::{AopStep, Rows, weight_gradient},
 };
 
@@ -87,7 +87,6 @@ fn measure(policy: Policy) -> Measured {
         let step = AopStep {
             k: K,
             method: policy.method(Memory::None),
-            memory_precision: MemoryPrecision::Full,
             seed: 77,
             step,
             bias: false,
@@ -140,7 +139,6 @@ fn systematic_sampling_is_not_misled_by_a_period() {
             let step = AopStep {
                 k,
                 method: policy.method(Memory::None),
-                memory_precision: MemoryPrecision::Full,
                 seed: 78,
                 step,
                 bias: false,
@@ -266,7 +264,6 @@ fn balanced(batches: &[(Matrix, Matrix)], decay: f64, seed: u64) -> (Matrix, Mat
         let step = AopStep {
             k: 1,
             method: Method::TopK(Memory::Balanced { decay }),
-            memory_precision: MemoryPrecision::Full,
             seed,
             step: step as u64,
             bias: false,
