@@ -232,7 +232,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     };
     let layer = |stored| MemAopLinear::from_linear(linear.clone(), aop(stored));
     let attention = |stored| MemAopMultiHeadAttention::from_mha(mha.clone(), aop(stored));
-    let [half, int8, int4] = [StoredInput::Half, StoredInput::Int8, StoredInput::Int4].map(layer);
+    let [int8, int4] = [StoredInput::Int8, StoredInput::Int4].map(layer);
     let [mha_full, mha_int8, mha_int4] =
         [StoredInput::Full, StoredInput::Int8, StoredInput::Int4].map(attention);
     let ours = |mha: MemAopMultiHeadAttention| {
@@ -242,7 +242,6 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     let linear_forward = move |x| linear.forward(x);
     let modules: Vec<(&'static str, Forward)> = vec![
         ("Linear", Box::new(linear_forward)),
-        ("MemAopLinear, half", Box::new(move |x| half.forward(x))),
         ("MemAopLinear, int8", Box::new(move |x| int8.forward(x))),
         ("MemAopLinear, int4", Box::new(move |x| int4.forward(x))),
         ("ReLU", Box::new(activation::relu)),
@@ -331,9 +330,8 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
         aop.validate()?;
         Ok(aop)
     };
-    let [full, half, int8, int4] = [
+    let [full, int8, int4] = [
         aop(StoredInput::Full)?,
-        aop(StoredInput::Half)?,
         aop(StoredInput::Int8)?,
         aop(StoredInput::Int4)?,
     ];
@@ -362,12 +360,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
                 // As below another layer.
                 move |layer: &Linear| layer.forward(input.clone().require_grad() * 1.0).sum()
             })];
-            for (name, aop) in [
-                ("full", full),
-                ("half", half),
-                ("int8", int8),
-                ("int4", int4),
-            ] {
+            for (name, aop) in [("full", full), ("int8", int8), ("int4", int4)] {
                 let (input, linear) = (input.clone(), linear.clone());
                 let layer = move || MemAopLinear::from_linear(linear(), aop);
                 sides.push(side(name, layer, move |layer| {
@@ -397,7 +390,6 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
             for (name, aop, compact) in [
                 ("full", full, false),
                 ("int8, Burn's ReLU", int8, false),
-                ("half", half, true),
                 ("int8", int8, true),
                 ("int4", int4, true),
             ] {
@@ -441,7 +433,6 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
             for (name, aop, compact) in [
                 ("full", full, true),
                 ("int8, Burn's GELU", int8, false),
-                ("half", half, true),
                 ("int8", int8, true),
                 ("int4", int4, true),
             ] {

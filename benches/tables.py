@@ -220,7 +220,8 @@ def memory(rows):
     """The rows of the bench `memory`, each to the first of its model."""
     first = {}
     cells = []
-    for row in rows:
+    # The kept runs also have inputs in half precision, which the crate no longer has.
+    for row in (row for row in rows if row["side"] != "half"):
         key = (row["model"], row["checkpointing"])
         base = first.setdefault(key, row)
 

@@ -137,7 +137,7 @@ fn others(device: &Device, dtype: DType) {
         let ks = [rows, 150, 75, 40, 20, 10];
         let gradient = random([70, 12], device, dtype);
         gradient_noise(x.clone(), g.clone(), gradient, NoiseStep { ks });
-        for stored in [StoredInput::Half, StoredInput::Int8, StoredInput::Int4] {
+        for stored in [StoredInput::Int8, StoredInput::Int4] {
             let packed = pack(
                 x.clone(),
                 PackStep {

@@ -263,15 +263,12 @@ impl InputGradient {
 /// pass needs little, which the feed-forward network of [`transformer`](crate::transformer) takes by itself; its GELU then has a
 /// derivative in 8 bits. A memory ([`Method::TopK`]) widens all rows for a moment, and so does a gradient of all rows.
 ///
-/// The input is kept as it is where nothing would be saved (`Half` of half precision) and, by the [cost
-/// rule](AopConfig::cost_rule), where values could only be packed by way of the host and with gradient checkpointing: what is
+/// The input is kept as it is by the [cost rule](AopConfig::cost_rule) where values could only be packed by way of the host and with gradient checkpointing: what is
 /// computed again takes nothing, and would be kept in few bits instead.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum StoredInput {
     /// As it is: a reference to the tensor.
     Full,
-    /// `bf16`: half of single precision.
-    Half,
     /// 8 bits a value: 0.266 of single precision, with the scales.
     Int8,
     /// 4 bits a value: 0.141 of single precision, with the scales.

@@ -136,7 +136,6 @@ fn inputs_are_kept_in_as_many_bytes_as_are_asked_for() {
     for outer_products in [OuterProducts::Count(M), OuterProducts::Count(M / 8)] {
         for (stored_input, least, most) in [
             (StoredInput::Full, 0.99, 1.02),
-            (StoredInput::Half, 0.49, 0.51),
             (StoredInput::Int8, 0.26, 0.27),
             (StoredInput::Int4, 0.13, 0.15),
         ] {

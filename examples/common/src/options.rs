@@ -182,7 +182,6 @@ impl MemoryOption {
 pub enum StoredInputOption {
     #[default]
     Full,
-    Half,
     Int8,
     Int4,
 }
@@ -192,7 +191,6 @@ impl StoredInputOption {
     pub fn stored_input(self) -> StoredInput {
         match self {
             Self::Full => StoredInput::Full,
-            Self::Half => StoredInput::Half,
             Self::Int8 => StoredInput::Int8,
             Self::Int4 => StoredInput::Int4,
         }

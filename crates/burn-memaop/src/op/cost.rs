@@ -42,10 +42,6 @@ pub(crate) struct Pass {
 /// gain from smaller layers too.
 pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
     let mut ruled = *config;
-    // As wide already.
-    if config.stored_input == StoredInput::Half && pass.dtype.size() <= 2 {
-        ruled.stored_input = StoredInput::Full;
-    }
     if !config.cost_rule {
         return ruled;
     }
@@ -531,12 +527,11 @@ mod tests {
             };
             ruled(&config, device.as_dispatch(), pass).stored_input
         };
-        use StoredInput::{Full, Half, Int8};
+        use StoredInput::{Full, Int8};
         assert_eq!(stored(Int8, DType::F32, true), Int8);
         assert_eq!(stored(Int8, DType::F16, true), Full);
         assert_eq!(stored(Int8, DType::F16, false), Int8);
-        assert_eq!(stored(Half, DType::F64, true), Half);
-        assert_eq!(stored(Half, DType::F16, false), Full);
+        assert_eq!(stored(Int8, DType::F64, true), Int8);
 
         let again = device.autodiff().gradient_checkpointing();
         let config = config(Memory::None, 64).with_stored_input(Int8);

@@ -3,8 +3,8 @@
 //! A row is a run of 32-bit words: the scales of its groups of [`GROUP`] values, in single precision, then the groups
 //! themselves. A value v of a group with the scale s is kept as the integer `v / s + levels`, rounded up or down
 //! at random with the distances as odds, so that what is unpacked is v on average. Values that follow each other lie in bytes
-//! that do; in four bits, the first half of a group has the lower halves of the bytes and the second half the upper ones. With
-//! 16 bits a value is rounded to a `bf16`, with one it is above zero or not, and there are no scales.
+//! that do; in four bits, the first half of a group has the lower halves of the bytes and the second half the upper ones. In
+//! one bit a value is above zero or not, and there are no scales.
 //!
 //! A group with a value that is not finite is unpacked as NaN.
 
@@ -31,7 +31,6 @@ pub(crate) enum Bits {
     One,
     Four,
     Eight,
-    Sixteen,
 }
 
 impl Bits {
@@ -39,7 +38,6 @@ impl Bits {
     pub(crate) fn of(stored: StoredInput) -> Option<Self> {
         match stored {
             StoredInput::Full => None,
-            StoredInput::Half => Some(Self::Sixteen),
             StoredInput::Int8 => Some(Self::Eight),
             StoredInput::Int4 => Some(Self::Four),
         }
@@ -50,7 +48,6 @@ impl Bits {
             Self::One => 1,
             Self::Four => 4,
             Self::Eight => 8,
-            Self::Sixteen => 16,
         }
     }
 
@@ -59,7 +56,7 @@ impl Bits {
         match self {
             Self::Four => 7,
             Self::Eight => 127,
-            Self::One | Self::Sixteen => 0,
+            Self::One => 0,
         }
     }
 
@@ -113,7 +110,6 @@ pub(crate) fn pack_row<E: Copy>(
         let noise = noises(key, number * GROUP);
         match packing.bits {
             Bits::One => pack_bits(&values, words),
-            Bits::Sixteen => pack_halves(&values, &noise, words),
             Bits::Four | Bits::Eight => {
                 let (scale, codes) = quantized(&values, &noise, packing.bits.levels());
                 scales[number] = scale.to_bits() as i32;
@@ -136,7 +132,6 @@ pub(crate) fn unpack_row(packing: Packing, words: &[i32], mut take: impl FnMut(u
         let mut values = [0.0; GROUP];
         match packing.bits {
             Bits::One => unpack_bits(words, &mut values),
-            Bits::Sixteen => unpack_halves(words, &mut values),
             Bits::Four | Bits::Eight => {
                 let mut codes = [0; GROUP];
                 match packing.bits {
@@ -238,34 +233,6 @@ fn unpack_nibbles(words: &[i32], codes: &mut [u8; GROUP]) {
     for ((low, high), both) in low.iter_mut().zip(high).zip(both) {
         *low = both & 15;
         *high = both >> 4;
-    }
-}
-
-#[inline(always)]
-fn pack_halves(values: &[f32; GROUP], noise: &[u32; GROUP], words: &mut [i32]) {
-    let mut halves = [0; GROUP];
-    for ((half, value), noise) in halves.iter_mut().zip(values).zip(noise) {
-        let bits = value.to_bits();
-        let size = bits & 0x7FFF_FFFF;
-        let rounded = match size {
-            ..0x7F80_0000 => (size + noise).min(0x7F7F_FFFF) >> 16,
-            0x7F80_0000 => 0x7F80,
-            _ => 0x7FC0,
-        };
-        *half = rounded | bits >> 31 << 15;
-    }
-    let (pairs, _) = halves.as_chunks::<2>();
-    for (word, [low, high]) in words.iter_mut().zip(pairs) {
-        *word = (low | high << 16) as i32;
-    }
-}
-
-#[inline(always)]
-fn unpack_halves(words: &[i32], values: &mut [f32; GROUP]) {
-    let (pairs, _) = values.as_chunks_mut::<2>();
-    for (pair, &word) in pairs.iter_mut().zip(words) {
-        let word = word as u32;
-        *pair = [word << 16, word & 0xFFFF_0000].map(f32::from_bits);
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{
     support::{Matrix, Random, linear},
 };
 
-const STORED: [StoredInput; 3] = [StoredInput::Half, StoredInput::Int8, StoredInput::Int4];
+const STORED: [StoredInput; 2] = [StoredInput::Int8, StoredInput::Int4];
 
 /// The noise of a value, in `(0, 1)`: the fourth word of its row's block, and its column, mixed.
 fn noise(row: usize, column: usize, seed: u64, step: u64) -> f64 {
@@ -41,17 +41,11 @@ fn rounded(x: &Matrix, stored: StoredInput, seed: u64, step: u64) -> (Matrix, Ma
             let value = x.0[row][column];
             let unit = match stored {
                 StoredInput::Full => unreachable!("nothing is rounded"),
-                // 8 significant bits.
-                StoredInput::Half => 2f64.powi(value.abs().log2().floor() as i32 - 7),
                 StoredInput::Int8 => largest / 127.0,
                 StoredInput::Int4 => largest / 7.0,
             };
             let noise = noise(row, column, seed, step);
-            // In half precision the size is rounded, in the others the number.
-            let rounded = match stored {
-                StoredInput::Half => (value.abs() / unit + noise).floor() * value.signum(),
-                _ => (value / unit + noise).floor(),
-            };
+            let rounded = (value / unit + noise).floor();
             (kept.0[row][column], units.0[row][column]) = match unit {
                 0.0 => (0.0, 0.0),
                 unit => (rounded * unit, unit),
@@ -107,7 +101,6 @@ pub fn packed_rows_equal_the_oracle(device: &Device) {
             if width >= 512 {
                 let share = packed.bytes() as f64 / (4 * rows * width) as f64;
                 let most = match stored {
-                    StoredInput::Half => 0.502,
                     StoredInput::Int8 => 0.27,
                     _ => 0.15,
                 };
@@ -262,11 +255,7 @@ pub fn values_that_are_not_finite_stay_in_their_group(device: &Device) {
         for row in 0..3 {
             for column in 0..150 {
                 let value = found.0[row][column];
-                let broken = match stored {
-                    // Values have no scale in common.
-                    StoredInput::Half => column == 70,
-                    _ => column / 64 == 1,
-                };
+                let broken = column / 64 == 1;
                 assert_eq!(
                     !value.is_finite(),
                     broken,
@@ -310,15 +299,6 @@ pub fn zeros_and_tiny_values_are_kept_as_zeros(device: &Device) {
         let found = Matrix::from_tensor(pack(x.tensor(device, DType::F32), step).unpack());
         assert_eq!(found, Matrix::zeros(3, 70), "{stored:?}");
     }
-    let found = pack(
-        x.tensor(device, DType::F32),
-        PackStep {
-            stored: StoredInput::Half,
-            seed: 1,
-            step: 0,
-        },
-    );
-    assert_eq!(Matrix::from_tensor(found.unpack()).0[0], vec![0.0; 70]);
 }
 
 /// One value that is much larger than the others costs precision in its group only.

@@ -150,13 +150,13 @@ impl MemAopPositionWiseFeedForward {
 
     /// The activation, with a backward pass that keeps about as little as the layers do of their inputs.
     fn activated<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        use StoredInput::{Full, Half, Int4, Int8};
+        use StoredInput::{Full, Int4, Int8};
         match (&self.activation, self.linear_outer.aop().stored_input) {
-            (Activation::Relu(_), Half | Int8 | Int4) => relu(input),
+            (Activation::Relu(_), Int8 | Int4) => relu(input),
             (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => {
                 packed_gelu(input, |_| self.linear_inner.pass_noise())
             }
-            (Activation::Gelu(Gelu { approximate: false }), Full | Half) => exact_gelu(input),
+            (Activation::Gelu(Gelu { approximate: false }), Full) => exact_gelu(input),
             _ => self.activation.forward(input),
         }
     }

@@ -244,8 +244,6 @@ fn pack_kernel<T: Float>(
                 }
                 words[row * layout.stride + group] = scale;
             }
-        } else if comptime!(bits == 16) {
-            codes[unit] = half(bit_pattern, dither);
         } else {
             let is_nan = bit_pattern & 0x7FFF_FFFF > INFINITE;
             codes[unit] = select(value > 0.0 || is_nan, 1u32, 0u32);
@@ -315,8 +313,6 @@ fn word(
             let high = codes[segment + half + 4 * place + byte];
             word |= (low | (high << 4)) << comptime!(8 * byte as u32);
         }
-    } else if comptime!(bits == 16) {
-        word = codes[segment + 2 * place] | (codes[segment + 2 * place + 1] << 16);
     } else {
         #[unroll]
         for bit in 0..32usize {
@@ -324,19 +320,6 @@ fn word(
         }
     }
     word
-}
-
-/// A number as a `bf16`, rounded down or up.
-#[cube]
-fn half(bits: u32, dither: u32) -> u32 {
-    let size = bits & 0x7FFF_FFFF;
-    let mut rounded = u32::min(size + dither, 0x7F7F_FFFFu32) >> 16;
-    if size == INFINITE {
-        rounded = comptime!(INFINITE >> 16).runtime();
-    } else if size > INFINITE {
-        rounded = comptime!(NAN >> 16).runtime();
-    }
-    rounded | ((bits >> 31) << 15)
 }
 
 /// The word of `packing.rs` for a column.
@@ -362,10 +345,7 @@ fn unpacked(
     let start = row + layout.scales;
     let group = column / GROUP;
     let lane = column % GROUP;
-    if comptime!(bits == 16) {
-        let word = words[start + column / 2];
-        f32::reinterpret(select(column & 1 == 0, word << 16, word & 0xFFFF_0000))
-    } else if comptime!(bits == 1) {
+    if comptime!(bits == 1) {
         f32::cast_from((words[start + column / 32] >> (column % 32) as u32) & 1)
     } else {
         let mut place = lane;
