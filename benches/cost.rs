@@ -95,7 +95,6 @@ fn main() -> Result<()> {
         };
         let settings = InputStep {
             k,
-            sampled: true,
             seed: 0,
             step: 0,
         };

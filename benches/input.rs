@@ -45,7 +45,6 @@ struct Row {
     n: usize,
     p: usize,
     k: usize,
-    sampled: bool,
     exact_ms: f64,
     aop_ms: f64,
     limit_ms: f64,
@@ -67,19 +66,8 @@ fn main() -> Result<()> {
         _ => SIZES.to_vec(),
     };
     println!(
-        "{:>5} {:>5} {:>5} {:>5}  {:<8} {:>9} {:>9} {:>9} {:>6} {:>6}  {:>9} {:>6}",
-        "M",
-        "N",
-        "P",
-        "rows",
-        "method",
-        "exact",
-        "aop",
-        "limit",
-        "ratio",
-        "limit",
-        "sparse",
-        "ratio"
+        "{:>5} {:>5} {:>5} {:>5}  {:>9} {:>9} {:>9} {:>6} {:>6}  {:>9} {:>6}",
+        "M", "N", "P", "rows", "exact", "aop", "limit", "ratio", "limit", "sparse", "ratio"
     );
     let mut rows = Vec::new();
     for (m, n, p) in sizes {
@@ -93,74 +81,64 @@ fn main() -> Result<()> {
                 "--dx-ratio must be in (0, 1), but got {ratio}"
             );
             let k = ((ratio * m as f64) as usize).max(1);
-            for sampled in [false, true] {
-                let random = |rows, columns| random(rows, columns, &device, common.dtype);
-                let (g, w) = (random(m, p), random(n, p));
-                let some = random(k, p);
-                let zeros = Tensor::<2>::zeros([m - k, p], &device).cast(common.dtype.dtype());
-                let sparse = Tensor::cat(vec![some.clone(), zeros], 0);
-                let product = |g: &Tensor<2>| {
-                    black_box(g.clone().matmul(w.clone().transpose()));
-                };
-                let gradient = |g: &Tensor<2>, k: usize, step: u64| {
-                    let settings = InputStep {
-                        k,
-                        sampled,
-                        seed: 0,
-                        step,
-                    };
-                    black_box(input_gradient(g.clone(), w.clone(), settings));
-                };
-                let mut step = 0;
-                let mut aop = || {
-                    step += 1;
-                    gradient(&g, k, step);
-                };
-                let mut buffers =
-                    Buffers::new(common.backend, m * (n + p) / 2, &device, common.dtype);
-                let times = interleaved(
-                    &device,
-                    common.repeats,
-                    &mut [
-                        &mut || product(&g),
-                        &mut aop,
-                        &mut || product(&some),
-                        &mut || buffers.copy(),
-                        &mut || gradient(&sparse, m, 0),
-                    ],
-                )?;
-                let [exact_ms, aop_ms, product_ms, copy_ms, sparse_ms] = times[..] else {
-                    bail!("five sides were timed");
-                };
-                // The gradient of the output is read once, that of the input written once.
-                let limit_ms = product_ms + copy_ms;
-                let row = Row {
-                    m,
-                    n,
-                    p,
-                    k,
-                    sampled,
-                    exact_ms,
-                    aop_ms,
-                    limit_ms,
-                    sparse_ms,
-                    ratio: aop_ms / exact_ms,
-                    limit_ratio: aop_ms / limit_ms,
-                    sparse_ratio: sparse_ms / exact_ms,
-                    observed: observe(&device, aop)?,
-                };
-                println!(
-                    "{m:>5} {n:>5} {p:>5} {k:>5}  {:<8} {exact_ms:>9.3} {aop_ms:>9.3} \
+            let random = |rows, columns| random(rows, columns, &device, common.dtype);
+            let (g, w) = (random(m, p), random(n, p));
+            let some = random(k, p);
+            let zeros = Tensor::<2>::zeros([m - k, p], &device).cast(common.dtype.dtype());
+            let sparse = Tensor::cat(vec![some.clone(), zeros], 0);
+            let product = |g: &Tensor<2>| {
+                black_box(g.clone().matmul(w.clone().transpose()));
+            };
+            let gradient = |g: &Tensor<2>, k: usize, step: u64| {
+                let settings = InputStep { k, seed: 0, step };
+                black_box(input_gradient(g.clone(), w.clone(), settings));
+            };
+            let mut step = 0;
+            let mut aop = || {
+                step += 1;
+                gradient(&g, k, step);
+            };
+            let mut buffers = Buffers::new(common.backend, m * (n + p) / 2, &device, common.dtype);
+            let times = interleaved(
+                &device,
+                common.repeats,
+                &mut [
+                    &mut || product(&g),
+                    &mut aop,
+                    &mut || product(&some),
+                    &mut || buffers.copy(),
+                    &mut || gradient(&sparse, m, 0),
+                ],
+            )?;
+            let [exact_ms, aop_ms, product_ms, copy_ms, sparse_ms] = times[..] else {
+                bail!("five sides were timed");
+            };
+            // The gradient of the output is read once, that of the input written once.
+            let limit_ms = product_ms + copy_ms;
+            let row = Row {
+                m,
+                n,
+                p,
+                k,
+                exact_ms,
+                aop_ms,
+                limit_ms,
+                sparse_ms,
+                ratio: aop_ms / exact_ms,
+                limit_ratio: aop_ms / limit_ms,
+                sparse_ratio: sparse_ms / exact_ms,
+                observed: observe(&device, aop)?,
+            };
+            println!(
+                "{m:>5} {n:>5} {p:>5} {k:>5}  {exact_ms:>9.3} {aop_ms:>9.3} \
                      {limit_ms:>9.3} {:>6.3} {:>6.2}  {sparse_ms:>9.3} {:>6.3}  {}",
-                    if sampled { "sampled" } else { "largest" },
-                    row.ratio,
-                    row.limit_ratio,
-                    row.sparse_ratio,
-                    row.observed
-                        .map_or(String::new(), |observed| observed.to_string())
-                );
-                rows.push(row);
-            }
+                row.ratio,
+                row.limit_ratio,
+                row.sparse_ratio,
+                row.observed
+                    .map_or(String::new(), |observed| observed.to_string())
+            );
+            rows.push(row);
         }
     }
     println!(

@@ -44,7 +44,7 @@ pub struct Race {
     /// Outer products in a step as a share of the batch, auto as the layers choose; each is a training of its own
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     k_ratio: Vec<KRatio>,
-    /// Besides, with these shares of the rows of the gradient of the input: the largest, and a sample; or auto
+    /// Besides, with these shares of the rows of the gradient of the input, or auto
     #[arg(long, value_delimiter = ',')]
     dx_ratio: Vec<KRatio>,
     /// Besides, top-K with the balanced memory, where K is fixed
@@ -145,19 +145,12 @@ impl Race {
         for &k_ratio in &self.k_ratio {
             let all = InputGradientOptions::default();
             methods.push((k_ratio, PolicyOption::Systematic, all));
-            for &dx_ratio in &self.dx_ratio {
-                let ways: &[bool] = match dx_ratio {
-                    KRatio::Auto(_) => &[true],
-                    KRatio::Of(_) => &[false, true],
+            methods.extend(self.dx_ratio.iter().map(|&dx_ratio| {
+                let input_gradient = InputGradientOptions {
+                    dx_ratio: Some(dx_ratio),
                 };
-                methods.extend(ways.iter().map(|&dx_sampled| {
-                    let input_gradient = InputGradientOptions {
-                        dx_ratio: Some(dx_ratio),
-                        dx_sampled,
-                    };
-                    (k_ratio, PolicyOption::Systematic, input_gradient)
-                }));
-            }
+                (k_ratio, PolicyOption::Systematic, input_gradient)
+            }));
             if self.topk && k_ratio.goes_with(PolicyOption::TopK) {
                 methods.push((k_ratio, PolicyOption::TopK, all));
             }

@@ -27,7 +27,7 @@ use burn::{
 };
 use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::{
-    AopConfig, InputGradient,
+    AopConfig, OuterProducts,
     train::{AopFigure, AopMetric},
 };
 use clap::{Parser, Subcommand};
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
     let device = options.backend.device()?;
     let aop = options.aop.config(options.seed << 32)?;
     // That of linear layers alone may be of some rows.
-    aop.with_input_gradient(InputGradient::Exact)
+    aop.with_input_gradient(OuterProducts::All)
         .validate_convolution()
         .map_err(|error| anyhow!("{error}: --memory none"))?;
     let [train, test]: [Items; 2] = match &options.data {

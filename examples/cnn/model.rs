@@ -8,7 +8,7 @@ use burn::{
     tensor::{Device, Tensor},
     train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
 };
-use burn_memaop::{AopConfig, AopObserver, InputGradient, MemAopConv2d, MemAopLinear};
+use burn_memaop::{AopConfig, AopObserver, MemAopConv2d, MemAopLinear, OuterProducts};
 use memaop_examples::mnist::SIDE;
 use memaop_mnist::{MnistBatch, Observed, classified};
 
@@ -112,7 +112,7 @@ impl Exact {
     /// The same weights, approximate gradients; observed at one of `observe` steps, if at any. The gradients of the inputs of
     /// convolutions stay exact.
     pub fn with_memaop(self, aop: AopConfig, observe: usize) -> MemAop {
-        let of_convolutions = aop.with_input_gradient(InputGradient::Exact);
+        let of_convolutions = aop.with_input_gradient(OuterProducts::All);
         let block = |block: Block<Conv2d>| Block {
             conv: MemAopConv2d::from_conv2d(block.conv, of_convolutions),
             norm: block.norm,

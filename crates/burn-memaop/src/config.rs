@@ -28,9 +28,17 @@ pub struct AopConfig {
     /// Which rows they are, and what becomes of the others.
     #[config(default = "Method::Systematic")]
     pub method: Method,
-    /// Which rows of the gradient of the input are computed.
-    #[config(default = "InputGradient::Exact")]
-    pub input_gradient: InputGradient,
+    /// How many rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
+    ///
+    /// Some rows are a systematic sample: row m with probability `p_m = min(1, c |g_m|)`, times `1 / p_m`, so that the expected
+    /// gradient is the exact one. What is left out is missing in all layers below, and no memory gives it back. Rows whose
+    /// gradient is not finite are zero. With [`OuterProducts::Auto`] the layer chooses the number as it chooses K, for
+    /// [`Method::Systematic`]; with other methods it takes all rows. It takes the noise of the layers below for that of its own.
+    /// This is for perceptrons; in a small language model it cost more than it saved (`docs/choosing.md`).
+    ///
+    /// All rows are computed in the exact steps, where the weight is frozen, and where the cost rule makes the layer exact.
+    #[config(default = "OuterProducts::All")]
+    pub input_gradient: OuterProducts,
     /// How the input is kept for the backward pass.
     #[config(default = "StoredInput::Full")]
     pub stored_input: StoredInput,
@@ -49,13 +57,13 @@ pub struct AopConfig {
     /// draws the same rows, as many as [`OuterProducts`] says, and a training with the same seed can be repeated.
     /// ([`OuterProducts::Auto`] goes by the times of the processor and the device, and repeats on the same kind of machine.)
     /// Layers with equal seeds draw alike, which biases no gradient of a weight; [`transformer`](crate::transformer) gives each
-    /// a seed of its own. Rows of the [gradient of the input](InputGradient) also depend on the place of the layer in the autodiff graph, so
+    /// a seed of its own. Rows of the [gradient of the input](Self::input_gradient) also depend on the place of the layer in the autodiff graph, so
     /// that layers one above the other draw them independently whatever their seeds are, as unbiased gradients need.
     #[config(default = 0)]
     pub seed: u64,
 }
 
-/// The number K of outer products that a step evaluates.
+/// The number K of rows, out of the M of a batch, that a gradient is computed from: K outer products, for that of the weight.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub enum OuterProducts {
     /// The layer chooses K among M, M/2, M/4, ... M/32, so that the loss falls fastest by the clock.
@@ -208,47 +216,6 @@ impl Memory {
     }
 }
 
-/// Which rows of the gradient of the input, `dX = G W^T`, are computed; the others are zero.
-///
-/// As many as `round(ratio * M)` and one at least, or as the layer chooses. The gradient of the input is the other product of
-/// the backward pass; unlike the weight gradient's, what it leaves out is not given back by a
-/// memory, and it is missing in all layers below. Rows whose gradient is not finite are zero.
-///
-/// Exact in the [exact steps](AopConfig::exact_steps), where the weight is frozen, and where the
-/// [cost rule](AopConfig::cost_rule) makes the layer exact.
-#[derive(Config, Debug, Copy, PartialEq)]
-pub enum InputGradient {
-    /// All of them.
-    Exact,
-    /// A sample, as [`Sampled`](Self::Sampled), of M, M/2, M/4, ... M/32 rows: as many as the layer chooses, so that the
-    /// loss falls fastest by the clock, as [`OuterProducts::Auto`] does. For [`Method::Systematic`]; with other
-    /// methods all rows.
-    ///
-    /// What is left out adds noise to the gradients of all layers below, of which a layer knows its own alone: it takes theirs
-    /// for alike. For perceptrons; in a small language model it cost more than it saved (`docs/choosing.md`).
-    Auto,
-    /// A share of the rows, in `(0, 1]`: those with the largest `|g|`. Biased towards them.
-    Largest(f64),
-    /// A share of the rows, in `(0, 1]`, by systematic sampling: row m with probability `p_m = min(1, c |g_m|)`, times
-    /// `1 / p_m`. Unbiased.
-    Sampled(f64),
-}
-
-impl InputGradient {
-    /// The number of rows computed in a batch of `rows` rows; none where it is not fixed.
-    pub fn k(self, rows: usize) -> Option<usize> {
-        (self != Self::Auto).then(|| self.fixed_k(rows))
-    }
-
-    /// The number of rows where it is fixed; all of them where a layer cannot choose.
-    pub(crate) fn fixed_k(self, rows: usize) -> usize {
-        match self {
-            Self::Exact | Self::Auto => rows,
-            Self::Largest(ratio) | Self::Sampled(ratio) => share_of(ratio, rows).min(rows),
-        }
-    }
-}
-
 /// How a layer keeps its input from the forward to the backward pass, where the gradient of the weight needs it: mostly
 /// the larger part of a training's memory.
 ///
@@ -284,7 +251,10 @@ pub enum AopConfigError {
     /// A ratio outside `(0, 1]`.
     #[error("AopConfig.outer_products: the ratio must be in (0, 1], but got {0}")]
     Ratio(f64),
-    /// A ratio of rows outside `(0, 1]`.
+    /// A count of 0 for the gradient of the input.
+    #[error("AopConfig.input_gradient: the count must be at least 1, but got {0}")]
+    InputCount(usize),
+    /// A ratio outside `(0, 1]` for the gradient of the input.
     #[error("AopConfig.input_gradient: the ratio must be in (0, 1], but got {0}")]
     InputRatio(f64),
     /// A decay outside `[0, 1]`.
@@ -294,8 +264,8 @@ pub enum AopConfigError {
     #[error("AopConfig.method: in a convolution it must have no memory, but got {0:?}")]
     ConvolutionMemory(Method),
     /// Some rows of the gradient of the input, in a convolution.
-    #[error("AopConfig.input_gradient: in a convolution it must be Exact, but got {0:?}")]
-    ConvolutionInput(InputGradient),
+    #[error("AopConfig.input_gradient: in a convolution it must be All, but got {0:?}")]
+    ConvolutionInput(OuterProducts),
 }
 
 impl AopConfig {
@@ -304,7 +274,7 @@ impl AopConfig {
     pub(crate) fn is_exact(&self, rows: usize, with_input: bool) -> bool {
         let some_of_input = match self.chooses_input_rows() {
             true => rows > 1,
-            false => self.input_gradient.fixed_k(rows) < rows,
+            false => self.fixed_input_rows(rows) < rows,
         };
         if with_input && some_of_input {
             return false;
@@ -322,7 +292,15 @@ impl AopConfig {
 
     /// Whether the layer chooses the rows of the gradient of its input.
     pub(crate) fn chooses_input_rows(&self) -> bool {
-        self.input_gradient == InputGradient::Auto && self.method == Method::Systematic
+        self.input_gradient == OuterProducts::Auto && self.method == Method::Systematic
+    }
+
+    /// The rows of the gradient of the input where their number is fixed; all of them where a layer cannot choose.
+    pub(crate) fn fixed_input_rows(&self, rows: usize) -> usize {
+        match self.input_gradient {
+            OuterProducts::Auto => rows,
+            fixed => fixed.fixed_k(rows).min(rows),
+        }
     }
 
     /// As [`validate`](Self::validate), for a [`MemAopConv2d`](crate::MemAopConv2d): it has no [`Memory`], and the gradient
@@ -337,7 +315,7 @@ impl AopConfig {
             return Err(AopConfigError::ConvolutionMemory(self.method));
         }
         match self.input_gradient {
-            InputGradient::Exact => Ok(()),
+            OuterProducts::All => Ok(()),
             other => Err(AopConfigError::ConvolutionInput(other)),
         }
     }
@@ -356,7 +334,8 @@ impl AopConfig {
             _ => {}
         }
         match self.input_gradient {
-            InputGradient::Largest(ratio) | InputGradient::Sampled(ratio) if !is_share(ratio) => {
+            OuterProducts::Count(0) => return Err(AopConfigError::InputCount(0)),
+            OuterProducts::Ratio(ratio) if !is_share(ratio) => {
                 return Err(AopConfigError::InputRatio(ratio));
             }
             _ => {}

@@ -75,9 +75,7 @@ mod state;
 
 mod config;
 
-pub use config::{
-    AopConfig, AopConfigError, InputGradient, Memory, Method, OuterProducts, StoredInput,
-};
+pub use config::{AopConfig, AopConfigError, Memory, Method, OuterProducts, StoredInput};
 pub use layers::{
     activation,
     conv2d::{MemAopConv2d, MemAopConv2dConfig},

@@ -21,9 +21,7 @@ use burn::{
     store::{ModuleRecord, RecordError},
     tensor::{Bytes, Device, Tensor},
 };
-use burn_memaop::{
-    AopConfig, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts,
-};
+use burn_memaop::{AopConfig, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts};
 use proptest::{collection::vec, prelude::*, sample::Index};
 
 /// The system's allocator, which remembers the largest request.
@@ -115,7 +113,7 @@ fn layer() -> MemAopLinear {
 
 fn auto() -> AopConfig {
     AopConfig::new()
-        .with_input_gradient(InputGradient::Auto)
+        .with_input_gradient(OuterProducts::Auto)
         .with_cost_rule(false)
 }
 

@@ -1,9 +1,7 @@
 use std::{fmt, str::FromStr};
 
 use anyhow::{Result, anyhow, bail};
-use burn_memaop::{
-    AopConfig, InputGradient, Memory, Method, OuterProducts, StoredInput, baseline::Baseline,
-};
+use burn_memaop::{AopConfig, Memory, Method, OuterProducts, StoredInput, baseline::Baseline};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -209,24 +207,16 @@ impl StoredInputOption {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InputGradientOptions {
-    /// Rows of the gradient of the input that are computed, as a share of the batch, or auto: a sample, as the layer
-    /// chooses [default: all]
+    /// Rows of the gradient of the input that are sampled, as a share of the batch, or auto: as the layer chooses [default:
+    /// all]
     #[arg(long)]
     pub dx_ratio: Option<KRatio>,
-    /// Samples them without bias, in place of the largest
-    #[arg(long, requires = "dx_ratio")]
-    pub dx_sampled: bool,
 }
 
 impl InputGradientOptions {
-    /// The gradient of the input that is asked for.
-    pub fn input_gradient(self) -> InputGradient {
-        match self.dx_ratio {
-            None => InputGradient::Exact,
-            Some(KRatio::Auto(_)) => InputGradient::Auto,
-            Some(KRatio::Of(ratio)) if self.dx_sampled => InputGradient::Sampled(ratio),
-            Some(KRatio::Of(ratio)) => InputGradient::Largest(ratio),
-        }
+    /// The rows that are asked for.
+    pub fn input_gradient(self) -> OuterProducts {
+        self.dx_ratio.unwrap_or(KRatio::ALL).outer_products()
     }
 
     /// What it adds to the name of a method.
@@ -234,8 +224,7 @@ impl InputGradientOptions {
         match self.dx_ratio {
             None => String::new(),
             Some(KRatio::Auto(_)) => ", dX auto".to_string(),
-            Some(KRatio::Of(ratio)) if self.dx_sampled => format!(", dX {ratio} sampled"),
-            Some(KRatio::Of(ratio)) => format!(", dX {ratio} largest"),
+            Some(KRatio::Of(ratio)) => format!(", dX {ratio} sampled"),
         }
     }
 }

@@ -71,7 +71,7 @@ impl MemAopLinearConfig {
 /// Should be created with [`MemAopLinearConfig`], or from a [`Linear`] with
 /// [`from_linear`](Self::from_linear).
 ///
-/// The gradients of the input (unless [some of its rows](crate::InputGradient) are asked for) and the bias are exact. So is everything where K >= M, where the
+/// The gradients of the input (unless [some of its rows](AopConfig::input_gradient) are asked for) and the bias are exact. So is everything where K >= M, where the
 /// weight is frozen and in inference: there this layer is [`Linear`], but for an input that is
 /// [kept in few bits](crate::StoredInput) for the gradient of the weight. K, the rows and what becomes
 /// of the others are set by [`AopConfig`]; the method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021,

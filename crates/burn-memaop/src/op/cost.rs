@@ -6,7 +6,7 @@ use burn::{backend::DispatchDevice, tensor::DType};
 
 use super::portable::LEAST_DECAY;
 use crate::{
-    config::{AopConfig, InputGradient, Memory, OuterProducts, StoredInput},
+    config::{AopConfig, Memory, OuterProducts, StoredInput},
     state::noise_scale::{DIVISORS, ProductTime, StepTime, k_of},
 };
 
@@ -52,7 +52,7 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     let cpu = class == Class::Cpu;
     if class == Class::Other || !cpu && pass.rows > MOST_ROWS {
         exact_weight(&mut ruled);
-        ruled.input_gradient = InputGradient::Exact;
+        ruled.input_gradient = OuterProducts::All;
         return ruled;
     }
     let cost = Cost::of(class, pass.dtype);
@@ -60,7 +60,7 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
         exact_weight(&mut ruled);
     }
     if !has_fast_scores(pass.dtype, cpu) || !cost.input_pays(config, pass) {
-        ruled.input_gradient = InputGradient::Exact;
+        ruled.input_gradient = OuterProducts::All;
     }
     ruled
 }
@@ -192,7 +192,7 @@ impl Cost {
     fn input_pays(&self, config: &AopConfig, pass: Pass) -> bool {
         let k = match config.chooses_input_rows() {
             true => least_k(pass.rows),
-            false => config.input_gradient.fixed_k(pass.rows),
+            false => config.fixed_input_rows(pass.rows),
         };
         let saved = self.saved(k, 0.0, pass);
         pass.with_input && saved > self.input_pass(pass)
@@ -440,11 +440,11 @@ mod tests {
     #[test]
     fn each_gradient_is_decided_by_itself() {
         let device = burn::tensor::Device::flex();
-        let quarter = InputGradient::Largest(0.25);
+        let quarter = OuterProducts::Ratio(0.25);
         let ruled = |config: AopConfig, pass: Pass| {
             let ruled = ruled(&config, device.as_dispatch(), pass);
             let weight = ruled.outer_products.fixed_k(pass.rows) < pass.rows;
-            (weight, ruled.input_gradient != InputGradient::Exact)
+            (weight, ruled.input_gradient != OuterProducts::All)
         };
         let few = config(Memory::None, 64).with_input_gradient(quarter);
         let wide = pass(512, 784, 512);
@@ -468,7 +468,7 @@ mod tests {
         let chosen = few.with_outer_products(OuterProducts::Auto);
         assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
         assert_eq!(ruled(chosen, wide), (true, true));
-        let input = few.with_input_gradient(InputGradient::Auto);
+        let input = few.with_input_gradient(OuterProducts::Auto);
         assert_eq!(ruled(input, wide), (true, true));
         assert_eq!(ruled(input, pass(512, 784, 10)), (false, false));
         let off = few.with_cost_rule(false);
@@ -494,7 +494,7 @@ mod tests {
         });
         assert_eq!((first.fixed, first.input.product), (fixed, 0.0));
         // Rows of dX are measured by themselves.
-        let chosen = AopConfig::new().with_input_gradient(InputGradient::Auto);
+        let chosen = AopConfig::new().with_input_gradient(OuterProducts::Auto);
         let measure = |config: &AopConfig, with_input| {
             let pass = Pass { with_input, ..wide };
             step_time(config, device.as_dispatch(), pass).measure

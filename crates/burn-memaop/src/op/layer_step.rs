@@ -15,7 +15,7 @@ use super::{
     window::Window,
 };
 use crate::{
-    config::{AopConfig, InputGradient, Memory},
+    config::{AopConfig, Memory},
     state::{
         device::{DeviceState, StateHandle},
         measurement::Measurement,
@@ -207,7 +207,7 @@ impl LayerStep<'_> {
             },
             input: match self.config.chooses_input_rows() {
                 true => progress.input_chosen.unwrap_or(1.0),
-                false => share(self.config.input_gradient.fixed_k(self.rows)),
+                false => share(self.config.fixed_input_rows(self.rows)),
             },
         };
         if self.config.chooses_k() {
@@ -237,10 +237,6 @@ impl LayerStep<'_> {
         }
         let step = InputStep {
             k: plan.input_rows,
-            sampled: matches!(
-                self.config.input_gradient,
-                InputGradient::Sampled(_) | InputGradient::Auto
-            ),
             seed: key,
             step: plan.step,
         };

@@ -78,10 +78,7 @@ pub(crate) fn select_input(sizes: Vec<f64>, step: &InputStep) -> Selection {
         seed: step.seed,
         step: step.step,
     };
-    let all = match step.sampled {
-        true => systematic(&sizes, step.k, noise.step_uniform(), &noise),
-        false => Selection::unweighted(largest(&sizes, step.k)),
-    };
+    let all = systematic(&sizes, step.k, noise.step_uniform(), &noise);
     let weights = all.weights.unwrap_or_else(|| vec![1.0; all.rows.len()]);
     let rows = all.rows.into_iter().zip(weights);
     let rows = rows.filter(|&(row, weight)| sizes[row] * weight > 0.0);

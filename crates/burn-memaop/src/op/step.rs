@@ -131,8 +131,6 @@ pub struct PackStep {
 pub struct InputStep {
     /// The number of rows, from 1 to that of the batch.
     pub k: usize,
-    /// Whether they are drawn and weighted, and not the largest.
-    pub sampled: bool,
     /// The seed of the noise.
     pub seed: u64,
     /// The number of gradients the layer has computed before this one.

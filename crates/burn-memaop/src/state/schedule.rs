@@ -12,8 +12,7 @@ pub(crate) struct Progress {
     pub(crate) k: usize,
     /// K as a share of the rows, once [`OuterProducts::Auto`](crate::OuterProducts::Auto) has chosen it.
     pub(crate) chosen: Option<f64>,
-    /// The rows of the gradient of the input as a share, once [`InputGradient::Auto`](crate::InputGradient::Auto) has
-    /// chosen it.
+    /// The rows of the gradient of the input as a share, once the layer has chosen it.
     pub(crate) input_chosen: Option<f64>,
 }
 
@@ -40,21 +39,21 @@ pub(crate) fn input_rows(config: &AopConfig, progress: &Progress, rows: usize) -
     }
     match config.chooses_input_rows() {
         true => noise_scale::k_of(progress.input_chosen.unwrap_or(1.0), rows),
-        false => config.input_gradient.fixed_k(rows),
+        false => config.fixed_input_rows(rows),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{InputGradient, Memory, Method, OuterProducts};
+    use crate::config::{Memory, Method, OuterProducts};
 
     #[test]
     fn exact_steps_take_all_rows() {
         let at = |outer_products, step| {
             let config = AopConfig::new()
                 .with_outer_products(outer_products)
-                .with_input_gradient(InputGradient::Sampled(0.5))
+                .with_input_gradient(OuterProducts::Ratio(0.5))
                 .with_exact_steps(3);
             let progress = Progress {
                 step,

@@ -7,7 +7,7 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, InputGradient, MemAopLinear, Memory, Method, OuterProducts,
+    AopConfig, AopObserver, MemAopLinear, Memory, Method, OuterProducts,
     op::{NoiseStep, gradient_noise},
 };
 
@@ -269,7 +269,7 @@ fn a_training_goes_on_with_the_k_that_it_had() {
         range.map(gradients).collect()
     };
     let linear = LinearConfig::new(N, P).init(&device);
-    for input_gradient in [InputGradient::Exact, InputGradient::Auto] {
+    for input_gradient in [OuterProducts::All, OuterProducts::Auto] {
         let aop = auto().with_input_gradient(input_gradient);
         let new = || MemAopLinear::from_linear(linear.clone(), aop);
         let steps = 240;
@@ -307,7 +307,7 @@ fn step_with_input(
 
 /// Rows of `dX` too, where there is no noise, whether K is chosen or not; with other methods all of them.
 pub fn the_rows_of_the_gradient_of_the_input_are_chosen(device: &Device) {
-    let chosen = auto().with_input_gradient(InputGradient::Auto);
+    let chosen = auto().with_input_gradient(OuterProducts::Auto);
     let top = Method::TopK(Memory::Balanced { decay: 0.9 });
     for (aop, falls) in [
         (chosen, true),
@@ -367,7 +367,7 @@ fn input_rows(layer: &MemAopLinear, steps: usize, device: &Device) -> Vec<usize>
 fn all_rows_of_the_gradient_of_the_input_are_taken_in_exact_steps() {
     let device = Device::flex().autodiff();
     let aop = auto()
-        .with_input_gradient(InputGradient::Auto)
+        .with_input_gradient(OuterProducts::Auto)
         .with_exact_steps(40);
     let rows = input_rows(&layer(aop, &device), 60, &device);
     assert!(rows[..40].iter().all(|&rows| rows == M), "{rows:?}");
@@ -378,14 +378,14 @@ fn all_rows_of_the_gradient_of_the_input_are_taken_in_exact_steps() {
 #[test]
 fn a_change_of_one_choice_leaves_the_other() {
     let device = Device::flex().autodiff();
-    let chosen = auto().with_input_gradient(InputGradient::Auto);
+    let chosen = auto().with_input_gradient(OuterProducts::Auto);
     let layer = layer(chosen, &device);
     let few = *input_rows(&layer, 30, &device).last().unwrap();
     let k = layer.memory_stats().k;
     assert!(few < M && k < M);
     let layer = layer.with_aop(chosen.with_outer_products(OuterProducts::Count(M)));
     assert_eq!(input_rows(&layer, 1, &device), [few]);
-    let layer = layer.with_aop(chosen.with_input_gradient(InputGradient::Exact));
+    let layer = layer.with_aop(chosen.with_input_gradient(OuterProducts::All));
     assert_eq!(input_rows(&layer, 1, &device), [M]);
     input_rows(&layer, 30, &device);
     let k = layer.memory_stats().k;
@@ -418,7 +418,7 @@ fn stacked_choices_are_unbiased() {
     };
     let all = auto().with_outer_products(OuterProducts::Count(M));
     let exact = gradient(&of(all));
-    let chosen = of(auto().with_input_gradient(InputGradient::Auto));
+    let chosen = of(auto().with_input_gradient(OuterProducts::Auto));
     let (mut sum, mut variance, steps) = (Matrix::zeros(N, 12), 0.0, 2000);
     for number in 0..steps + 60 {
         let found = gradient(&chosen);
@@ -437,7 +437,7 @@ fn stacked_choices_are_unbiased() {
 #[test]
 fn rows_of_the_gradient_of_the_input_stay_where_there_is_noise_alone() {
     let device = Device::flex().autodiff();
-    let layer = layer(auto().with_input_gradient(InputGradient::Auto), &device);
+    let layer = layer(auto().with_input_gradient(OuterProducts::Auto), &device);
     let observer = AopObserver::new(1);
     observer.observe(&layer);
     let mut random = Random(66);

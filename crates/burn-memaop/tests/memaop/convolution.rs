@@ -13,8 +13,8 @@ use burn::{
     },
 };
 use burn_memaop::{
-    AopConfig, AopConfigError, AopObserver, InputGradient, MemAopConv2d, MemAopConv2dConfig,
-    Memory, Method, OuterProducts, StoredInput, baseline::Baseline,
+    AopConfig, AopConfigError, AopObserver, MemAopConv2d, MemAopConv2dConfig, Memory, Method,
+    OuterProducts, StoredInput, baseline::Baseline,
 };
 
 use crate::{
@@ -662,7 +662,7 @@ fn a_model_is_configured_by_the_names_of_its_layers() {
 #[test]
 fn what_a_convolution_cannot_do_is_refused() {
     let memory = Method::TopK(Memory::Balanced { decay: 0.9 });
-    let rows = InputGradient::Sampled(0.5);
+    let rows = OuterProducts::Ratio(0.5);
     let messages = [
         (
             AopConfig::new().with_method(memory),
@@ -670,7 +670,7 @@ fn what_a_convolution_cannot_do_is_refused() {
         ),
         (
             AopConfig::new().with_input_gradient(rows),
-            "AopConfig.input_gradient: in a convolution it must be Exact, but got Sampled(0.5)",
+            "AopConfig.input_gradient: in a convolution it must be All, but got Ratio(0.5)",
         ),
     ];
     for (aop, message) in messages {
@@ -720,12 +720,12 @@ fn an_input_smaller_than_the_kernel_is_refused() {
 
 #[test]
 #[should_panic(
-    expected = "with_aop: the layer \"second\": AopConfig.input_gradient: in a convolution it must be Exact"
+    expected = "with_aop: the layer \"second\": AopConfig.input_gradient: in a convolution it must be All"
 )]
 fn what_a_layer_of_a_model_cannot_do_is_refused_by_its_name() {
     let (ours, _) = models(&Device::flex());
     burn_memaop::with_aop(ours, |name, aop| match name {
-        "second" => aop.with_input_gradient(InputGradient::Auto),
+        "second" => aop.with_input_gradient(OuterProducts::Auto),
         _ => aop,
     });
 }

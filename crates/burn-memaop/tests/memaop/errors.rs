@@ -120,7 +120,6 @@ fn arguments_that_do_not_fit_are_named() {
     let (x, g) = (|| zeros([4, 3]), || zeros([4, 2]));
     let input = |k| InputStep {
         k,
-        sampled: true,
         seed: 0,
         step: 0,
     };

@@ -5,12 +5,12 @@ use burn::{
     tensor::{DType, Device},
 };
 use burn_memaop::{
-    AopConfig, InputGradient, MemAopLinear, OuterProducts,
+    AopConfig, MemAopLinear, OuterProducts,
     op::{InputStep, input_gradient},
 };
 
 use crate::{
-    oracle::{inclusion_probabilities, permutation, philox},
+    oracle::{inclusion_probabilities, layer_seed, permutation, philox},
     support::{Matrix, Random, bits, published},
 };
 
@@ -19,13 +19,8 @@ fn norm(row: &[f64]) -> f64 {
 }
 
 /// The rows and their weights, from the definitions.
-fn chosen(g: &Matrix, k: usize, sampled: bool, seed: u64, step: u64) -> Vec<(usize, f64)> {
+fn chosen(g: &Matrix, k: usize, seed: u64, step: u64) -> Vec<(usize, f64)> {
     let sizes: Vec<f64> = g.0.iter().map(|row| norm(row)).collect();
-    if !sampled {
-        let mut order: Vec<usize> = (0..sizes.len()).collect();
-        order.sort_by(|&a, &b| sizes[b].total_cmp(&sizes[a]));
-        return order[..k].iter().map(|&row| (row, 1.0)).collect();
-    }
     let p = inclusion_probabilities(&sizes, k);
     let start = (philox([0, 0, step], seed)[2] as f64 + 0.5) / 4_294_967_296.0;
     let mut drawn = Vec::new();
@@ -73,32 +68,22 @@ pub fn input_gradients_equal_their_definition(device: &Device) {
             (1000, 3, 65),
         ] {
             let w = random.matrix(n, p).rounded(dtype);
-            for sampled in [false, true] {
-                for k in [1, m / 4, m - 1] {
-                    let k = k.max(1);
-                    // A row that stands for a thousand has values beyond half precision.
-                    if dtype == DType::F16 && m > 100 * k {
-                        continue;
-                    }
-                    let (seed, step) = (9, 1 << 33 | 5);
-                    let g = random.matrix(m, p).rounded(dtype);
-                    let rows = chosen(&g, k, sampled, seed, step);
-                    let settings = InputStep {
-                        k,
-                        sampled,
-                        seed,
-                        step,
-                    };
-                    let found = gradient(device, dtype, &g, &w, settings);
-                    let error = found.relative_error(&expected(&g, &w, &rows));
-                    assert!(
-                        error < tolerance,
-                        "{dtype:?} {m} {n} {p} {k} {sampled}: {error:e}"
-                    );
-                    // What is left out is zero, not small.
-                    let zero = (0..m).filter(|&row| found.0[row].iter().all(|&v| v == 0.0));
-                    assert_eq!(zero.count(), m - rows.len(), "{m} {k} {sampled}");
+            for k in [1, m / 4, m - 1] {
+                let k = k.max(1);
+                // A row that stands for a thousand has values beyond half precision.
+                if dtype == DType::F16 && m > 100 * k {
+                    continue;
                 }
+                let (seed, step) = (9, 1 << 33 | 5);
+                let g = random.matrix(m, p).rounded(dtype);
+                let rows = chosen(&g, k, seed, step);
+                let settings = InputStep { k, seed, step };
+                let found = gradient(device, dtype, &g, &w, settings);
+                let error = found.relative_error(&expected(&g, &w, &rows));
+                assert!(error < tolerance, "{dtype:?} {m} {n} {p} {k}: {error:e}");
+                // What is left out is zero, not small.
+                let zero = (0..m).filter(|&row| found.0[row].iter().all(|&v| v == 0.0));
+                assert_eq!(zero.count(), m - rows.len(), "{m} {k}");
             }
         }
     }
@@ -107,27 +92,24 @@ pub fn input_gradients_equal_their_definition(device: &Device) {
 pub fn zero_and_broken_rows_stay_zero(device: &Device) {
     let mut random = Random(72);
     let w = random.matrix(4, 3);
-    for sampled in [false, true] {
-        let mut g = random.matrix(10, 3);
-        for row in [0, 3, 4, 8, 9] {
-            g.0[row] = vec![0.0; 3];
-        }
-        g.0[5][1] = f64::NAN;
-        g.0[6][0] = f64::INFINITY;
-        let settings = InputStep {
-            k: 8,
-            sampled,
-            seed: 1,
-            step: 0,
-        };
-        let found = gradient(device, DType::F32, &g, &w, settings);
-        let kept = [1, 2, 7].map(|row| (row, 1.0));
-        let error = found.relative_error(&expected(&g, &w, &kept));
-        assert!(error < 1e-5, "{sampled}: {error:e}");
-
-        let zeros = gradient(device, DType::F32, &Matrix::zeros(10, 3), &w, settings);
-        assert_eq!(zeros, Matrix::zeros(10, 4));
+    let mut g = random.matrix(10, 3);
+    for row in [0, 3, 4, 8, 9] {
+        g.0[row] = vec![0.0; 3];
     }
+    g.0[5][1] = f64::NAN;
+    g.0[6][0] = f64::INFINITY;
+    let settings = InputStep {
+        k: 8,
+        seed: 1,
+        step: 0,
+    };
+    let found = gradient(device, DType::F32, &g, &w, settings);
+    let kept = [1, 2, 7].map(|row| (row, 1.0));
+    let error = found.relative_error(&expected(&g, &w, &kept));
+    assert!(error < 1e-5, "{error:e}");
+
+    let zeros = gradient(device, DType::F32, &Matrix::zeros(10, 3), &w, settings);
+    assert_eq!(zeros, Matrix::zeros(10, 4));
 }
 
 /// As below a layer that left rows of zeros behind: the same gradient, with and without the choice of
@@ -146,17 +128,14 @@ pub fn rows_of_zeros_change_nothing(device: &Device) {
         let rows: Vec<_> = rows.into_iter().map(|row| (row, 1.0)).collect();
         let expected = expected(&g, &w, &rows);
         for k in [m, m - 1, kept.max(1)] {
-            for sampled in [false, true] {
-                let settings = InputStep {
-                    k,
-                    sampled,
-                    seed: 3,
-                    step: 0,
-                };
-                let found = gradient(device, DType::F32, &g, &w, settings);
-                let error = found.relative_error(&expected);
-                assert!(error < 1e-5, "{kept} {k} {sampled}: {error:e}");
-            }
+            let settings = InputStep {
+                k,
+                seed: 3,
+                step: 0,
+            };
+            let found = gradient(device, DType::F32, &g, &w, settings);
+            let error = found.relative_error(&expected);
+            assert!(error < 1e-5, "{kept} {k}: {error:e}");
         }
     }
 }
@@ -172,12 +151,7 @@ fn sampled_rows_are_the_exact_gradient_on_average() {
     let mut mean = Matrix::zeros(m, 2);
     let mut square = Matrix::zeros(m, 2);
     for step in 0..draws {
-        let settings = InputStep {
-            k,
-            sampled: true,
-            seed: 4,
-            step,
-        };
+        let settings = InputStep { k, seed: 4, step };
         let found = gradient(&device, DType::F32, &g, &w, settings);
         for i in 0..m {
             for j in 0..2 {
@@ -201,7 +175,7 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
     let (m, n, p) = (12, 6, 4);
     let linear = LinearConfig::new(n, p).init(device);
     let exact = published().with_outer_products(OuterProducts::Count(5));
-    let some = |ratio| InputGradient::Largest(ratio);
+    let some = |ratio| OuterProducts::Ratio(ratio);
     let mut random = Random(74);
     let (x, g) = (random.matrix(m, n), random.matrix(m, p));
     let w = Matrix::from_tensor(linear.weight.val().inner());
@@ -221,7 +195,8 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
     let (all, weight, bias) = backward(exact);
     let (quarter, same_weight, same_bias) = backward(exact.with_input_gradient(some(0.25)));
     assert_eq!((weight, bias), (same_weight, same_bias));
-    let rows = chosen(&g, 3, false, 0, 0);
+    // The input is a leaf.
+    let rows = chosen(&g, 3, layer_seed(0, 1), 0);
     assert!(quarter.relative_error(&expected(&g, &w, &rows)) < 1e-5);
     assert_eq!(backward(exact.with_input_gradient(some(1.0))).0, all);
 
@@ -238,7 +213,7 @@ pub fn only_the_gradient_of_the_input_changes(device: &Device) {
 
 #[test]
 fn bad_values_are_named() {
-    let config = |ratio| AopConfig::new().with_input_gradient(InputGradient::Sampled(ratio));
+    let config = |ratio| AopConfig::new().with_input_gradient(OuterProducts::Ratio(ratio));
     let message = |config: AopConfig| config.validate().unwrap_err().to_string();
     assert_eq!(
         message(config(1.5)),
@@ -246,4 +221,8 @@ fn bad_values_are_named() {
     );
     assert!(message(config(f64::NAN)).contains("NaN"));
     assert!(config(0.25).validate().is_ok());
+    assert_eq!(
+        message(AopConfig::new().with_input_gradient(OuterProducts::Count(0))),
+        "AopConfig.input_gradient: the count must be at least 1, but got 0"
+    );
 }

@@ -7,8 +7,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method,
-    OuterProducts, baseline::Baseline, reset, with_aop,
+    AopConfig, AopObserver, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts,
+    baseline::Baseline, reset, with_aop,
 };
 
 use crate::{
@@ -384,7 +384,7 @@ fn a_bad_configuration_for_a_model_is_named() {
 #[test]
 fn stacked_samples_are_unbiased() {
     let (m, draws) = (16, 4000u64);
-    let sampled = |ratio| InputGradient::Sampled(ratio);
+    let sampled = |ratio| OuterProducts::Ratio(ratio);
     let config = |ratio: f64, outer: f64| {
         AopConfig::new()
             .with_outer_products(OuterProducts::Ratio(outer))

@@ -6,8 +6,7 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, InputGradient, LayerReport, MemAopLinear, MemAopLinearConfig, Memory,
-    OuterProducts,
+    AopConfig, AopObserver, LayerReport, MemAopLinear, MemAopLinearConfig, Memory, OuterProducts,
 };
 
 use crate::{
@@ -88,7 +87,7 @@ fn all_layers_are_found_by_their_fields() {
     assert_eq!(report.layers[2].exact_flops(), 4.0 * 20.0 * 24.0);
     assert_eq!(report.layers[2].saved_flops(), 2.0 * 15.0 * 24.0);
     assert_eq!(report.layers[3].saved_flops(), 0.0);
-    let half = InputGradient::Largest(0.5);
+    let half = OuterProducts::Ratio(0.5);
     let sparse = Model::new(aop.with_input_gradient(half), &device);
     observer.observe(&sparse);
     sparse.backward(input());

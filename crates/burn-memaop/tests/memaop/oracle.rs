@@ -274,6 +274,13 @@ pub fn inclusion_probabilities(sizes: &[f64], k: usize) -> Vec<f64> {
 
 const MASK: u64 = 0xFFFF_FFFF;
 
+/// The seed by which a layer with this seed draws rows of the gradient of its input, where its operation is at this place of
+/// the graph: 1 where its input is a leaf.
+pub fn layer_seed(seed: u64, place: u64) -> u64 {
+    let words = philox([place & MASK, place >> 32, MASK], seed);
+    words[0] + (words[1] << 32)
+}
+
 /// The order in which systematic sampling takes the rows: numbers of as many bits as the last row needs are
 /// permuted by four times two rounds of an odd factor, an addition and a shift, and again while they are no
 /// rows.

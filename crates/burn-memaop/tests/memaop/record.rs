@@ -11,8 +11,8 @@ use burn::{
     tensor::{Bytes, DType, Device, Int, Tensor, TensorData, activation::relu},
 };
 use burn_memaop::{
-    AopConfig, AopObserver, InputGradient, MemAopLinear, MemAopLinearConfig, Memory, Method,
-    OuterProducts, baseline::Baseline, reset, transformer::MemAopTransformerEncoder,
+    AopConfig, AopObserver, MemAopLinear, MemAopLinearConfig, Memory, Method, OuterProducts,
+    baseline::Baseline, reset, transformer::MemAopTransformerEncoder,
 };
 
 use crate::support::{Matrix, Random, bits, published};
@@ -306,7 +306,7 @@ fn measurements_that_cannot_be_are_left_out() {
     };
     for negative in [false, true] {
         let aop = AopConfig::new()
-            .with_input_gradient(InputGradient::Auto)
+            .with_input_gradient(OuterProducts::Auto)
             .with_cost_rule(false);
         let layer = MemAopLinearConfig::new(6, 8).with_aop(aop).init(&device());
         let layer = layer.load_record(written(&input(negative)));

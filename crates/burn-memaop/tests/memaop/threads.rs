@@ -8,8 +8,8 @@ use burn::{
     tensor::{DType, Device, Tensor, TensorData},
 };
 use burn_memaop::{
-    AopConfig, InputGradient, MemAopConv2d, MemAopLinear, Memory, Method, OuterProducts,
-    StoredInput, activation::Gelu,
+    AopConfig, MemAopConv2d, MemAopLinear, Memory, Method, OuterProducts, StoredInput,
+    activation::Gelu,
 };
 
 use crate::support::{Random, bits, linear};
@@ -107,7 +107,7 @@ fn linear_layers_do_not_depend_on_the_number_of_threads() {
         some.with_outer_products(OuterProducts::All),
         some,
         some.with_method(Method::TopK(balanced)),
-        some.with_input_gradient(InputGradient::Sampled(0.25)),
+        some.with_input_gradient(OuterProducts::Ratio(0.25)),
         some.with_stored_input(StoredInput::Int8),
     ];
     for (m, n, p) in [(33, 70, 10), (1000, 300, 257), (4096, 96, 512)] {

@@ -91,10 +91,7 @@ pub(super) fn choose_input(sizes: &CubeTensor, step: &InputStep) -> Chosen {
         },
         measure: false,
     };
-    match step.sampled {
-        true => systematic(sizes, draw, true),
-        false => largest(sizes, draw, Key::Score, 1.0),
-    }
+    systematic(sizes, draw, true)
 }
 
 /// The scores that a cube holds in shared memory: with what else it needs there they fit into the 16 KiB that every device
