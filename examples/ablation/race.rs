@@ -353,7 +353,7 @@ mod tests {
         let settings = every_layer(&race);
         let courses = race.race(&data, &settings, 0, || ());
         let finishes = race.finishes(&courses);
-        assert_eq!(finishes.len(), 16);
+        assert_eq!(finishes.len(), 12);
         for finish in &finishes {
             let finish = finish.expect("it is easy");
             assert!(finish.epochs > 0.0 && finish.epochs <= 4.0 && finish.seconds > 0.0);

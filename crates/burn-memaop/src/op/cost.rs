@@ -311,7 +311,6 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         false => ProductTime::default(),
         true => ProductTime {
             pass: cost.input_pass(pass),
-            gather: 0.0,
             product,
         },
     };
@@ -325,7 +324,6 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
             pass: cost.weight_pass(config, pass),
-            gather: cost.gather * pass.gathered as f64,
             product: product - written,
         },
         input,
@@ -511,7 +509,7 @@ mod tests {
             weight: 9.0,
             ..Averages::default()
         };
-        assert!(small.interval(0, &settled) > time(wide).interval(0, &settled));
+        assert!(small.interval(&settled) > time(wide).interval(&settled));
     }
 
     #[test]

@@ -30,9 +30,11 @@ pub(crate) struct DeviceState {
     /// passes have run at the same time.
     pub(super) rows: VecDeque<RowTensors>,
     pub(crate) watch: Watch,
-    /// The number of maps of the layer before the last step, and what was known then.
+    /// How often the clone of the last step had been mapped, and what was known before that step; 0 before the first.
     pub(super) maps: u64,
     pub(super) known: (Progress, Averages),
+    /// Whether the state has gone on on another device since the last step here.
+    pub(super) left: bool,
 }
 
 impl DeviceState {
@@ -49,16 +51,32 @@ impl DeviceState {
         self.progress.step == 0 && self.passes == 0 && self.rows.is_empty()
     }
 
+    /// Whether no step on this device is to be gone on from.
+    pub(super) fn is_new(&self) -> bool {
+        self.progress.step == 0 || self.left
+    }
+
+    /// Whether there is nothing to save that is not known elsewhere.
+    pub(super) fn is_left(&self) -> bool {
+        self.is_blank() || self.left && self.rows.is_empty()
+    }
+
+    pub(super) fn is_ahead_of(&self, other: &Self) -> bool {
+        !self.left && self.progress.step > other.progress.step
+    }
+
     /// The state for another device, which takes the rows along.
     pub(super) fn move_out(&mut self) -> Self {
         let rows = mem::take(&mut self.rows);
-        Self {
+        let moved = Self {
             rows,
             ..self.clone()
-        }
+        };
+        self.left = true;
+        moved
     }
 
-    /// What was known before the optimizer step that follows so many maps.
+    /// What was known before the optimizer step of a clone that has been mapped so often.
     pub(super) fn before(&self, maps: u64) -> Self {
         let (progress, noise) = match self.maps == maps {
             true => self.known,
@@ -71,16 +89,19 @@ impl DeviceState {
         }
     }
 
-    /// Goes on with the state of another device; observers and rows that are here stay.
-    pub(super) fn go_on_from(&mut self, other: Self) {
-        let passes = self.passes.max(other.passes);
-        let here = mem::take(self);
-        *self = Self {
-            passes,
-            watch: here.watch,
-            ..other
-        };
-        self.rows.extend(here.rows);
+    /// Goes on with the state of another device, but for its rows alone if that has not come as far. Observers and rows that
+    /// are here stay. Returns what is replaced.
+    pub(super) fn go_on_from(&mut self, mut other: Self) -> Self {
+        let rows = mem::take(&mut self.rows);
+        other.rows.extend(rows);
+        other.passes = self.passes.max(other.passes);
+        if !other.is_ahead_of(self) && !self.is_new() {
+            mem::swap(&mut self.rows, &mut other.rows);
+            self.passes = other.passes;
+            return other;
+        }
+        other.watch = self.watch.clone();
+        mem::replace(self, other)
     }
 
     /// Takes over a saved state, of which the first has all but further rows.
@@ -91,14 +112,16 @@ impl DeviceState {
         }
     }
 
-    /// Counts a step that follows so many maps of the layer; returns the number of steps before.
+    /// Counts a step of a clone that has been mapped so often; returns the number of steps before.
     pub(crate) fn count_step(&mut self, maps: u64) -> u64 {
         if self.maps != maps {
             self.maps = maps;
             self.known = (self.progress, self.noise);
         }
+        self.left = false;
         let step = self.progress.step;
-        self.progress.step += 1;
+        // A damaged record can hold any number.
+        self.progress.step = step.saturating_add(1);
         step
     }
 
@@ -114,7 +137,7 @@ impl DeviceState {
     /// The number of passes before this one that have drawn random bits.
     pub(crate) fn count_pass(&mut self) -> u64 {
         let passes = self.passes;
-        self.passes += 1;
+        self.passes = passes.saturating_add(1);
         passes
     }
 
@@ -136,6 +159,7 @@ impl DeviceState {
             self.noise.input_added = None;
             self.input_reading = None;
         }
+        self.known = (self.progress, self.noise);
     }
 
     pub(crate) fn stats(&self) -> MemoryStats {

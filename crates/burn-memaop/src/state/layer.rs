@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, Ordering},
 };
 
 use burn::{
@@ -27,18 +27,14 @@ use crate::config::AopConfig;
 /// a state of its own, what workers on several devices do depends on no order.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerState {
-    shared: Arc<Shared>,
+    /// Locked before the state of a device, never after it.
+    devices: Arc<Mutex<Vec<OnDevice>>>,
     /// The device of this clone, without autodiff. A module without weights has none, and is where its input is.
     device: Option<Device>,
     origin: Option<Origin>,
+    /// How often this clone has been mapped, as an optimizer does at each step, from 1.
+    maps: u64,
     record: StateRecord,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    devices: Mutex<Vec<OnDevice>>,
-    /// How often a clone of the layer has been mapped, as an optimizer does at each step.
-    maps: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
@@ -66,16 +62,16 @@ impl LayerState {
     /// The state of a module without weights.
     pub(crate) fn without_device() -> Self {
         Self {
-            shared: Arc::default(),
+            devices: Arc::default(),
             device: None,
             origin: None,
+            maps: 1,
             record: StateRecord::new(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OnDevice>> {
-        let devices = self.shared.devices.lock();
-        devices.unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn device(&self) -> Option<DeviceId> {
@@ -94,46 +90,41 @@ impl LayerState {
     }
 
     fn at(&self, device: DeviceId) -> StateHandle {
-        let mut devices = self.lock();
-        if let Some(state) = find(&devices, device) {
-            return state;
-        }
-        let state = StateHandle::default();
-        devices.push(OnDevice {
-            device,
-            state: state.clone(),
-        });
-        state
+        find_or_add(&mut self.lock(), device)
     }
 
-    /// The state on the device of this clone, for a backward pass, and the number of maps before it.
+    /// The state on the device of this clone, for a backward pass, and how often this clone has been mapped.
     ///
-    /// A clone that was moved goes on with the state on the device before. A fork on a device without a state goes on with the
-    /// progress and the averages there. It leaves the rows, which may be those of another worker, and takes what was known
-    /// before the present optimizer step, because workers take their passes in no order.
+    /// A clone that was moved goes on with the state on the device before, if that has come farther, and takes its rows. A
+    /// fork on a device without a state goes on with the progress and the averages there. It leaves the rows, which may be those
+    /// of another worker, and takes what was known before the present optimizer step, because workers take their passes in no
+    /// order.
     pub(crate) fn in_step(&self) -> (StateHandle, u64) {
-        let maps = self.shared.maps.load(Ordering::Relaxed);
-        let here = self.here();
-        let origin = self.origin.as_ref();
-        let Some((origin, before)) = origin.zip(self.before()) else {
-            return (here, maps);
+        let (Some(device), Some(origin)) = (self.device(), &self.origin) else {
+            return (self.here(), self.maps);
         };
-        let step = here.lock().progress.step;
-        let mut before = before.lock();
-        let moved = match &origin.moved {
-            Some(moved) if moved.swap(true, Ordering::Relaxed) => None,
-            Some(_) => (before.progress.step > step).then(|| before.move_out()),
-            None => (step == 0).then(|| before.before(maps)),
+        let is_first = origin
+            .moved
+            .as_ref()
+            .map(|moved| !moved.swap(true, Ordering::Relaxed));
+        let mut devices = self.lock();
+        let here = find_or_add(&mut devices, device);
+        let before = find(&devices, origin.device).filter(|_| device != origin.device);
+        let Some(before) = before else {
+            return (here, self.maps);
         };
-        drop(before);
-        if let Some(moved) = moved {
-            let mut here = here.lock();
-            // Another worker may have been first.
-            if here.progress.step == step {
-                here.go_on_from(moved);
-            }
-        }
-        (here, maps)
+        // The list of devices is locked meanwhile, so that no other pass sees half of it.
+        let (mut before, mut state) = (before.lock(), here.lock());
+        let replaced = match is_first {
+            Some(true) => Some(state.go_on_from(before.move_out())),
+            Some(false) => None,
+            None if state.is_new() => Some(state.go_on_from(before.before(self.maps))),
+            None => None,
+        };
+        drop((before, state, devices));
+        // What is dropped may have to be waited for.
+        drop(replaced);
+        (here, self.maps)
     }
 
     /// What the layer knows of itself where this clone is.
@@ -149,7 +140,7 @@ impl LayerState {
     fn is_to_move(&self, here: &DeviceState) -> Option<StateHandle> {
         let moved = self.origin.as_ref()?.moved.as_ref()?;
         let before = self.before().filter(|_| !moved.load(Ordering::Relaxed))?;
-        let is_ahead = before.lock().progress.step > here.progress.step;
+        let is_ahead = before.lock().is_ahead_of(here);
         is_ahead.then_some(before)
     }
 
@@ -191,7 +182,7 @@ impl LayerState {
     fn with_states(self, states: Vec<Saved>) -> Self {
         let here = self.device();
         let mut own = Self {
-            shared: Arc::default(),
+            devices: Arc::default(),
             origin: None,
             ..self.clone()
         };
@@ -232,13 +223,10 @@ impl LayerState {
             device: on.device,
             state: StateHandle::new(on.state.lock().clone()),
         };
-        let shared = Shared {
-            devices: Mutex::new(self.lock().iter().map(copy).collect()),
-            maps: self.shared.maps.load(Ordering::Relaxed).into(),
-        };
+        let devices = self.lock().iter().map(copy).collect();
         let origin = self.origin.as_ref().map(Origin::detached);
         Self {
-            shared: Arc::new(shared),
+            devices: Arc::new(Mutex::new(devices)),
             origin,
             ..self
         }
@@ -268,17 +256,23 @@ impl LayerState {
         let Some(from) = from.filter(|&from| from != to) else {
             return self;
         };
-        // A clone that has not taken a step where it is comes from where it came from.
-        let here = find(&self.lock(), from).map(|state| state.lock().clone());
-        let waits = self.is_to_move(&here.clone().unwrap_or_default()).is_some();
-        let origin = match (here, &self.origin) {
-            (Some(here), _) if !here.is_blank() && !waits => Some(from),
-            (_, Some(origin)) => Some(origin.device),
-            (_, None) => None,
+        // A clone that has not taken a step where it is still comes from where it came from.
+        let here = find_or_blank(&self.lock(), Some(from));
+        let waits = here.is_new() || self.is_to_move(&here).is_some();
+        let origin = match self.origin.clone().filter(|_| waits) {
+            // A fork stays one, which leaves the rows.
+            Some(origin) => Some(Origin {
+                moved: moved.filter(|_| origin.moved.is_some()),
+                ..origin
+            }),
+            None => Some(Origin {
+                device: from,
+                moved,
+            }),
         };
         Self {
             device: Some(device.clone().inner()),
-            origin: origin.map(|device| Origin { device, moved }),
+            origin,
             ..self
         }
     }
@@ -289,13 +283,18 @@ impl LayerState {
         if purpose == Purpose::Exchange {
             return;
         }
-        let mut states = vec![Saved {
+        let mut here = Saved {
             device: self.device(),
             state: self.present(),
-        }];
-        if purpose == Purpose::Record {
-            states = self.to_save(states.remove(0));
-        }
+        };
+        let states = match purpose {
+            Purpose::Record => self.to_save(here),
+            // Rows that a visitor has cannot be updated in place.
+            _ => {
+                here.state.rows.clear();
+                vec![here]
+            }
+        };
         let shown = self.device.is_some().then(|| Shown {
             widths,
             state: self.clone(),
@@ -316,7 +315,7 @@ impl LayerState {
                 return None;
             }
             let state = on.state.lock().clone();
-            (!state.is_blank()).then_some(Saved { device, state })
+            (!state.is_left()).then_some(Saved { device, state })
         });
         let mut others: Vec<_> = others.collect();
         others.sort_by_key(|saved| saved.device);
@@ -347,10 +346,10 @@ impl LayerState {
         };
         match (loaded, purpose) {
             (Some(states), _) => self.with_states(states),
-            (None, Purpose::Other) => {
-                self.shared.maps.fetch_add(1, Ordering::Relaxed);
-                self
-            }
+            (None, Purpose::Other) => Self {
+                maps: self.maps + 1,
+                ..self
+            },
             // What is pending belongs to the weight that it was left by.
             (None, _) if replaced => self.renewed(),
             (None, _) => self.detached(),
@@ -376,6 +375,17 @@ fn id(device: &Device) -> DeviceId {
 fn find(devices: &[OnDevice], device: DeviceId) -> Option<StateHandle> {
     let found = devices.iter().find(|on| on.device == device)?;
     Some(found.state.clone())
+}
+
+fn find_or_add(devices: &mut Vec<OnDevice>, device: DeviceId) -> StateHandle {
+    find(devices, device).unwrap_or_else(|| {
+        let state = StateHandle::default();
+        devices.push(OnDevice {
+            device,
+            state: state.clone(),
+        });
+        state
+    })
 }
 
 fn find_or_blank(devices: &[OnDevice], device: Option<DeviceId>) -> DeviceState {

@@ -20,10 +20,9 @@ pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
 /// At first the interval is short, so that a K that is to fall to M/32, by two at a time, is there after some twenty steps:
-/// until the weights of the measurements sum to that of six, or for so many passes where nothing can be measured.
+/// until the weights of the measurements sum to that of six.
 const EARLY_INTERVAL: u64 = 3;
 const EARLY_WEIGHT: f64 = 4.5;
-const EARLY_PASSES: u64 = 30;
 /// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
 /// the variances of sampling, which its scores determine and which fall fast in the first steps.
 const NOISE_KEPT: f64 = 0.9;
@@ -56,8 +55,6 @@ pub(crate) struct StepTime {
 pub(crate) struct ProductTime {
     /// Choosing rows, where not all are taken.
     pub(crate) pass: f64,
-    /// Gathering all rows, where that takes more than a product finds in place.
-    pub(crate) gather: f64,
     /// The product of all rows.
     pub(crate) product: f64,
 }
@@ -65,7 +62,7 @@ pub(crate) struct ProductTime {
 impl ProductTime {
     fn at(&self, ratio: f64) -> f64 {
         match ratio < 1.0 {
-            true => self.pass + (self.gather + self.product) * ratio,
+            true => self.pass + self.product * ratio,
             false => self.product,
         }
     }
@@ -84,10 +81,8 @@ impl StepTime {
     }
 
     /// The number of passes of which one is measured.
-    pub(crate) fn interval(&self, pass: u64, averages: &Averages) -> u64 {
-        // Passes that tell nothing, of zeros say, are not measured so often for ever.
-        let tells = averages.weight > 0.0 || pass < EARLY_PASSES;
-        if tells && averages.weight < EARLY_WEIGHT {
+    pub(crate) fn interval(&self, averages: &Averages) -> u64 {
+        if averages.weight < EARLY_WEIGHT {
             return EARLY_INTERVAL;
         }
         let all = Shares {
@@ -107,7 +102,7 @@ impl StepTime {
         averages: &Averages,
         drawn: impl Fn(u64) -> u64,
     ) -> bool {
-        let interval = self.interval(pass, averages);
+        let interval = self.interval(averages);
         pass == 0 || pass % interval == drawn(pass / interval) % interval
     }
 }
@@ -260,7 +255,6 @@ mod tests {
     };
     const PART: ProductTime = ProductTime {
         pass: 0.05,
-        gather: 0.0,
         product: 1.0,
     };
 
@@ -450,15 +444,14 @@ mod tests {
             weight: EARLY_WEIGHT,
             ..Averages::default()
         };
-        assert_eq!(TIME.interval(0, &settled), 10);
+        assert_eq!(TIME.interval(&settled), 10);
         let nothing = Averages::default();
-        assert_eq!(TIME.interval(0, &nothing), EARLY_INTERVAL);
-        assert_eq!(TIME.interval(EARLY_PASSES, &nothing), 10);
+        assert_eq!(TIME.interval(&nothing), EARLY_INTERVAL);
         let dear = StepTime {
             measure: 0.89,
             ..TIME
         };
-        assert_eq!(dear.interval(0, &settled), 60);
+        assert_eq!(dear.interval(&settled), 60);
     }
 
     #[test]
