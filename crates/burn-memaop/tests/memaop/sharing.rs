@@ -482,11 +482,11 @@ fn a_state_that_was_left_behind_is_not_gone_on_from() {
     assert_eq!(back.memory_stats().step, 4);
 }
 
-/// A move takes rows that are pending, also if the other device has come as far; a fork leaves them, moved or not.
+/// A move takes rows that are pending, also if the other device has come as far.
 #[cfg(feature = "ndarray")]
 #[test]
 #[allow(deprecated)]
-fn rows_are_neither_stranded_nor_taken_from_a_worker() {
+fn a_move_strands_no_rows() {
     let here = device();
     let there = Device::ndarray().autodiff();
     let model = layer();
@@ -497,14 +497,6 @@ fn rows_are_neither_stranded_nor_taken_from_a_worker() {
     let stats = moved.memory_stats();
     assert_eq!((stats.step, stats.rows), (2, 20), "both sets of rows");
     assert_eq!(model.memory_stats().rows, 0);
-
-    let model = layer();
-    pass(&model, &here);
-    let fork = model.clone().fork(&there);
-    let moved = fork.valid().to_device(&Device::flex()).train();
-    let moved = moved.valid().to_device(&there.clone().inner()).train();
-    pass(&moved, &there);
-    assert_eq!(model.memory_stats().rows, 10, "they are another worker's");
 }
 
 /// Clones of a moved layer that take their first step at the same time.
