@@ -119,6 +119,43 @@ fn a_feed_forward_network_in_few_bits_is_close_to_burns() {
     }
 }
 
+/// Each pass of the network rounds anew, and the mean of many is nearer to the exact gradient than one by as much as
+/// independent errors are.
+#[test]
+fn passes_of_a_feed_forward_network_round_independently() {
+    const PASSES: usize = 100;
+    let device = Device::flex().autodiff();
+    let input = Random(53)
+        .matrix(8, 64)
+        .tensor(&device, DType::F32)
+        .require_grad();
+    let burns = PositionWiseFeedForwardConfig::new(64, 128)
+        .with_dropout(0.0)
+        .init(&device);
+    let gradient = |output: Tensor<2>| {
+        let grads = output.sum().backward();
+        Matrix::from_tensor(input.grad(&grads).unwrap())
+    };
+    let exact = gradient(burns.forward(input.clone()));
+    let aop = config(StoredInput::Int8, OuterProducts::All);
+    let ours = MemAopPositionWiseFeedForward::from_pwff(burns, aop);
+    let mut mean = Matrix::zeros(8, 64);
+    let mut squares = 0.0;
+    for _ in 0..PASSES {
+        let found = gradient(ours.forward(input.clone()));
+        squares += found.relative_error(&exact).powi(2) / PASSES as f64;
+        for (mean, found) in mean.0.iter_mut().flatten().zip(found.0.concat()) {
+            *mean += found / PASSES as f64;
+        }
+    }
+    let expected = (squares / PASSES as f64).sqrt();
+    let error = mean.relative_error(&exact);
+    assert!(
+        squares > 0.0 && error < 1.5 * expected,
+        "{error:e} {expected:e}"
+    );
+}
+
 /// The mean over many passes is the derivative itself: a constant pattern of rounding would stay.
 pub fn the_rounding_of_a_derivative_is_unbiased(device: &Device) {
     const PASSES: usize = 4000;

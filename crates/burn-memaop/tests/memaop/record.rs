@@ -1,7 +1,7 @@
 //! Saving and loading: with the memory, without it, and what does not fit.
 
 use burn::{
-    module::{Module, Param, ParamGroup, ParamId},
+    module::{Module, ModuleVisitor, Param, ParamGroup, ParamId},
     nn::{Linear, LinearConfig, transformer::TransformerEncoderConfig},
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
     store::{
@@ -118,6 +118,47 @@ fn a_memory_in_double_precision_keeps_its_bits() {
     let target = reset(layer.clone());
     let target = target.load_record(bytes(layer.into_record()));
     assert_eq!(target.memory_stats(), before);
+}
+
+/// A memory that was saved in double precision goes on in a layer of single precision on a GPU, whether or not that has the
+/// type; and what a GPU saves is not copied back to it.
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_memory_in_double_precision_goes_on_on_a_gpu() {
+    struct OnHost(usize);
+    impl ModuleVisitor for OnHost {
+        fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+            assert_eq!(param.val().device(), Device::flex());
+            self.0 += 1;
+        }
+    }
+    let Some(gpu) = crate::backends::wgpu() else {
+        return;
+    };
+    let aop = published().with_outer_products(OuterProducts::Count(2));
+    let on = |device: &Device| {
+        MemAopLinear::from_linear(LinearConfig::new(5, 3).with_bias(false).init(device), aop)
+    };
+    let mut layer = on(&device());
+    layer.weight = layer
+        .weight
+        .map(|weight| weight.cast(DType::F64).detach().require_grad());
+    let input = Random(41).matrix(7, 5).tensor(&device(), DType::F64);
+    layer.forward(input).square().sum().backward();
+    let before = layer.memory_stats();
+
+    let gpu = gpu.autodiff();
+    let record = bytes(layer.into_record()).cast_to_module_dtype();
+    let loaded = on(&gpu).load_record(record);
+    let after = loaded.memory_stats();
+    assert_eq!((after.step, after.rows, after.pending), (1, 7, 5));
+    assert!((after.grad_norm - before.grad_norm).abs() < 1e-6 * before.grad_norm);
+    let input = Tensor::<2>::ones([7, 5], &gpu);
+    loaded.forward(input).square().sum().backward();
+    assert_eq!(loaded.memory_stats().step, 2);
+    let mut host = OnHost(0);
+    loaded.visit(&mut host);
+    assert!(host.0 > 0);
 }
 
 #[test]
