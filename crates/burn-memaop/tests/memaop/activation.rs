@@ -51,9 +51,11 @@ pub fn activations_equal_burns(device: &Device) {
             gradient(activation::gelu),
         );
         if inner == Device::flex() {
-            let of = |output: Tensor<3>| Matrix::from_tensor(output.flatten(0, 1));
-            let error = of(ours.0).relative_error(&of(burns.0));
-            assert!(error < 1e-6, "{shape:?}: {error:e}");
+            // Both round 1 + erf, which cancels where the input is far below zero. An error is
+            // therefore relative to the input, not to the output.
+            let error = ((ours.0 - burns.0) / input.clone()).abs().max();
+            let error = error.into_scalar::<f32>();
+            assert!(error < 5e-7, "{shape:?}: {error:e}");
         } else {
             assert_eq!(bits(ours.0), bits(burns.0), "{shape:?}");
         }
