@@ -6,6 +6,7 @@
 mod activation;
 mod auto;
 mod backends;
+mod broken_values;
 mod convolution;
 mod errors;
 mod exact_steps;
