@@ -29,10 +29,10 @@ EXCUSED = {
 
 OPTIMIZERS = "use burn::optim::{*, decay::WeightDecayConfig, momentum::MomentumConfig}; use burn::tensor::{Device, Tensor};"
 
-# Burn's round trips through files of safetensors and burnpack are here; others use private functions,
-# or files that the crate does not hold.
-# Name, crate, file, what the module around the tests imports, what `crate` is there, and tests and helpers that name
-# private functions or fields of Burn's, which nothing outside of it can.
+# Each entry has a name, the crate and the file of the tests, what the module around them imports, and what `crate` becomes.
+# Last come the tests and helpers that are left out, because they name private functions or fields of Burn.
+# Of burn-store's round trips, safetensors and burnpack are here. The others use private functions, or files that the
+# published crate does not hold.
 SOURCES = [
     (
         "linear", "burn-nn", "src/modules/linear.rs",

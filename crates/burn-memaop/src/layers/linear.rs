@@ -71,11 +71,11 @@ impl MemAopLinearConfig {
 /// Should be created with [`MemAopLinearConfig`], or from a [`Linear`] with
 /// [`from_linear`](Self::from_linear).
 ///
-/// The gradients of the input (unless [some of its rows](AopConfig::input_gradient) are asked for) and the bias are exact. So is everything where K >= M, where the
-/// weight is frozen and in inference: there this layer is [`Linear`], but for an input that is
-/// [kept in few bits](crate::StoredInput) for the gradient of the weight. K, the rows and what becomes
-/// of the others are set by [`AopConfig`]; the method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021,
-/// arXiv:2110.09164).
+/// The gradients of the input (unless [some of its rows](AopConfig::input_gradient) are asked for) and
+/// the bias are exact. So is everything where K >= M, where the weight is frozen and in inference:
+/// there this layer is [`Linear`], but for an input that is [kept in few bits](crate::StoredInput) for
+/// the gradient of the weight. [`AopConfig`] sets K, the rows and what becomes of the others. The
+/// method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021, arXiv:2110.09164).
 ///
 /// # Memory
 ///

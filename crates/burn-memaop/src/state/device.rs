@@ -163,7 +163,7 @@ impl DeviceState {
     }
 
     pub(crate) fn stats(&self) -> MemoryStats {
-        // A memory in half precision could not hold its own sum of squares.
+        // In single precision the squares of large values would overflow.
         let squares = |tensor: &Tensor<2>| {
             let data = tensor.clone().into_data();
             data.iter::<f64>().map(|value| value * value).sum::<f64>()

@@ -1,6 +1,6 @@
 //! How a layer meets what passes over a model. Visitors and mappers see tensors and the names of modules,
 //! not modules; so a layer leaves itself in a thread-local while its first tensor is visited or mapped,
-//! where those of this crate find it. Others do not notice.
+//! where the visitors and mappers of this crate find it. Those of other crates see no difference.
 
 use std::{any::type_name, cell::RefCell};
 
