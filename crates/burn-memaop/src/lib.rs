@@ -67,11 +67,16 @@ mod model;
 
 mod layers;
 
-#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
 pub mod op;
 
 #[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod backward;
+
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
 mod state;
+
+#[cfg_attr(not(feature = "autodiff"), allow(dead_code))]
+mod rows;
 
 mod config;
 
@@ -86,7 +91,7 @@ pub use model::{
     observe::{AopObserver, AopReport, LayerReport},
     tree::{reset, with_aop},
 };
-pub use state::{device::MemoryStats, measurement::Measured};
+pub use state::device::MemoryStats;
 
 /// Methods to compare with.
 pub mod baseline {
@@ -176,14 +181,14 @@ pub mod nn {
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../../../docs/activation-memory.md")]
+    struct ActivationMemory;
     #[doc = include_str!("../../../docs/algorithm.md")]
     struct Algorithm;
     #[doc = include_str!("../../../docs/architecture.md")]
     struct Architecture;
     #[doc = include_str!("../../../docs/benchmarks.md")]
     struct Benchmarks;
-    #[doc = include_str!("../../../docs/choosing.md")]
-    struct Choosing;
     #[doc = include_str!("../../../docs/compare.md")]
     struct Compare;
     #[doc = include_str!("../../../docs/contributing.md")]
@@ -192,12 +197,10 @@ mod documents {
     struct Convolutions;
     #[doc = include_str!("../../../docs/gpu.md")]
     struct Gpu;
-    #[doc = include_str!("../../../docs/memory.md")]
-    struct Memory;
-    #[doc = include_str!("../../../docs/study.md")]
-    struct Study;
     #[doc = include_str!("../../../docs/reproduction.md")]
     struct Reproduction;
+    #[doc = include_str!("../../../docs/results.md")]
+    struct Results;
     #[cfg(feature = "train")]
     #[doc = include_str!("../../../docs/training.md")]
     struct Training;

@@ -20,7 +20,8 @@ use burn::{
 
 use super::linear::is_tracked;
 use crate::{
-    op::{MemAopOps, backends::assert_supported, cost, noise::StepNoise},
+    backward::{LayerOps, assert_supported, cost},
+    rows::random::Random,
     state::LayerState,
 };
 
@@ -46,14 +47,14 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 /// the pass.
 pub(super) fn packed_gelu<const D: usize>(
     input: Tensor<D>,
-    noise: impl FnOnce(&Device) -> StepNoise,
+    random: impl FnOnce(&Device) -> Random,
 ) -> Tensor<D> {
     match packs(&input) {
         false => exact_gelu(input),
         true => {
-            let noise = noise(&input.device());
+            let random = random(&input.device());
             as_matrix(input, |input| {
-                Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch(), noise))
+                Tensor::from_dispatch(Dispatch::memaop_packed_gelu(input.into_dispatch(), random))
             })
         }
     }
@@ -200,7 +201,7 @@ impl Gelu {
     ///
     /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        packed_gelu(input, |device| StepNoise {
+        packed_gelu(input, |device| Random {
             seed: self.seed,
             step: self.state.on(device).lock().count_pass(),
         })

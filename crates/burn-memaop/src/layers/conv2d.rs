@@ -1,5 +1,3 @@
-use core::fmt;
-
 use burn::{
     backend::Dispatch,
     config::Config,
@@ -14,10 +12,14 @@ use burn::{
     tensor::{DType, Device, Tensor, module::conv2d},
 };
 
-use super::linear::{is_replaced, is_tracked};
+use super::{
+    linear::is_tracked,
+    module::{is_replaced, layer_module},
+};
 use crate::{
+    backward::{AopLayer, LayerOps, assert_supported, cost},
     config::{AopConfig, OuterProducts, StoredInput},
-    op::{AopLayer, MemAopOps, backends::assert_supported, cost, step::Bias, window::Window},
+    rows::{Bias, ExactOps, window::Window},
     state::{
         LayerState,
         offer::{self, Purpose, Wish},
@@ -222,7 +224,7 @@ impl MemAopConv2d {
 
         let pass = pass(images, &window, dtype, with_input);
         let aop = cost::ruled(&self.applied(), device.as_dispatch(), pass);
-        // The noise of packed values goes by the steps.
+        // The random bits of packed values go by the passes.
         let counted = !aop.is_exact(rows, with_input) || aop.stored_input != StoredInput::Full;
         if !counted {
             self.state.note_exact(rows, with_input);
@@ -320,134 +322,7 @@ fn valid(aop: AopConfig) -> AopConfig {
     aop
 }
 
-/// As derived, but that weight and bias are shown as those of a [`Conv2d`], as [`MemAopLinear`](crate::MemAopLinear) does.
-impl Module for MemAopConv2d {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        visitor.enter_module("weight", CONV2D);
-        self.weight.visit(visitor);
-        visitor.exit_module("weight", CONV2D);
-        visitor.enter_module("bias", CONV2D);
-        self.bias.visit(visitor);
-        visitor.exit_module("bias", CONV2D);
-        visitor.enter_module("memory", LAYER);
-        self.state.show(self.widths(), visitor);
-        visitor.exit_module("memory", LAYER);
-    }
-
-    fn map<M: ModuleMapper>(mut self, mapper: &mut M) -> Self {
-        // Another reference to the weight keeps an optimizer from changing it in place.
-        let loading = Purpose::of::<M>() != Purpose::Other;
-        let before = loading.then(|| self.weight.clone());
-
-        mapper.enter_module("weight", CONV2D);
-        self.weight = Module::map(self.weight, mapper);
-        mapper.exit_module("weight", CONV2D);
-        mapper.enter_module("bias", CONV2D);
-        self.bias = Module::map(self.bias, mapper);
-        mapper.exit_module("bias", CONV2D);
-
-        let replaced = before.is_some_and(|before| is_replaced(&before, &self.weight));
-        let widths = self.widths();
-        mapper.enter_module("memory", LAYER);
-        let config = (self.aop, AopConfig::validate_convolution as offer::Rule);
-        let (wish, state) =
-            offer::offer(Some(config), || self.state.map_by(widths, replaced, mapper));
-        mapper.exit_module("memory", LAYER);
-        let layer = Self { state, ..self };
-        match wish {
-            None => layer,
-            Some(Wish::Own(aop)) => {
-                let aop = aop.unwrap_or(layer.aop);
-                layer.with_aop(aop)
-            }
-            Some(Wish::Reset) => Self {
-                state: layer.state.renewed(),
-                ..layer
-            },
-        }
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        let devices = self.weight.collect_devices(devices);
-        self.bias.collect_devices(devices)
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self {
-            weight: self.weight.to_device(device),
-            bias: self.bias.to_device(device),
-            state: self.state.moved_to(device),
-            ..self
-        }
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self {
-            weight: self.weight.fork(device),
-            bias: self.bias.fork(device),
-            state: self.state.forked_to(device),
-            ..self
-        }
-    }
-
-    fn valid(&self) -> Self {
-        Self {
-            weight: self.weight.valid(),
-            bias: self.bias.valid(),
-            stride: self.stride,
-            kernel_size: self.kernel_size,
-            dilation: self.dilation,
-            groups: self.groups,
-            padding: self.padding.clone(),
-            aop: self.aop,
-            state: self.state.clone(),
-        }
-    }
-
-    fn train(self) -> Self {
-        Self {
-            weight: self.weight.train(),
-            bias: self.bias.train(),
-            ..self
-        }
-    }
-
-    fn materialize(self) -> Self {
-        Self {
-            weight: self.weight.materialize(),
-            bias: self.bias.materialize(),
-            ..self
-        }
-    }
-
-    fn num_params(&self) -> usize {
-        Module::num_params(&self.weight) + Module::num_params(&self.bias)
-    }
-}
-
-const CONV2D: &str = "Struct:Conv2d";
-const LAYER: &str = "Struct:MemAopConv2d";
-
-impl fmt::Display for MemAopConv2d {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", ModuleDisplay::format(self, Default::default()))
-    }
-}
-
-impl ModuleDisplayDefault for MemAopConv2d {
-    fn content(&self, content: Content) -> Option<Content> {
-        content
-            .set_top_level_type("MemAopConv2d")
-            .add("weight", &self.weight)
-            .add("bias", &self.bias)
-            .add_debug_attribute("aop", &self.aop)
-            .optional()
-    }
-
-    fn num_params(&self) -> usize {
-        Module::num_params(self)
-    }
-}
+layer_module!(MemAopConv2d, as "Struct:Conv2d", with AopConfig::validate_convolution);
 
 impl ModuleDisplay for MemAopConv2d {
     fn custom_settings(&self) -> Option<DisplaySettings> {

@@ -1,5 +1,3 @@
-use core::{fmt, ptr};
-
 use burn::{
     backend::Dispatch,
     config::Config,
@@ -11,12 +9,11 @@ use burn::{
     tensor::{DType, Device, Tensor, assert_shape, module::linear},
 };
 
+use super::module::{is_replaced, layer_module};
 use crate::{
+    backward::{AopLayer, LayerOps, SharedInput, assert_supported, cost},
     config::{AopConfig, StoredInput},
-    op::{
-        AopLayer, MemAopOps, backends::assert_supported, cost, noise::StepNoise,
-        packed::SharedRows, step::Bias,
-    },
+    rows::{Bias, random::Random},
     state::{
         LayerState,
         device::MemoryStats,
@@ -110,12 +107,11 @@ impl MemAopLinearConfig {
 /// - burn-store, which exchanges weights with other frameworks, does not see it: models are imported and
 ///   exported as those with [`Linear`] are.
 ///
-/// # Rows that are not finite
+/// # Values that are not finite
 ///
-/// Where K < M, a row is left out of the weight gradient, and its position in the memory cleared, where the
-/// norm of one of its factors is NaN, infinite or above 1.8e19 (the square overflows). The other
-/// rows are not affected. The gradients of input and bias are those of [`Linear`] and do carry
-/// such values on.
+/// A NaN or an infinity in the batch is in its gradients at every K, as it is with [`Linear`]: the whole gradient of the
+/// weight is NaN where K < M, and the rows of the gradient of the input that are not finite with [`Linear`] are not finite
+/// here. Such a step leaves the memory and the measurements behind the choice of K as they were.
 #[derive(Debug, Clone)]
 pub struct MemAopLinear {
     /// Matrix of shape `[d_input, d_output]`, initialized as that of [`Linear`].
@@ -192,7 +188,7 @@ impl MemAopLinear {
     pub(in crate::layers) fn forward_shared<const D: usize>(
         &self,
         input: Tensor<D>,
-        shared: Option<&SharedRows>,
+        shared: Option<&SharedInput>,
     ) -> Tensor<D> {
         let weight = self.weight.val();
         let [d_input, d_output] = weight.dims();
@@ -227,7 +223,7 @@ impl MemAopLinear {
         input: Tensor<2>,
         weight: Tensor<2>,
         bias: Option<Tensor<1>>,
-        shared: Option<&SharedRows>,
+        shared: Option<&SharedInput>,
     ) -> Tensor<2> {
         // In inference, where the weight is frozen, and where it is quantized, which only Burn's own function
         // keeps it.
@@ -240,7 +236,7 @@ impl MemAopLinear {
         let pass = self.pass(rows, input.dtype(), with_input);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         let exact = aop.is_exact(rows, with_input);
-        // The noise of packed rows goes by the steps.
+        // The random bits of packed rows go by the passes.
         let counted = !exact || aop.stored_input != StoredInput::Full;
         if !counted {
             self.state.note_exact(rows, with_input);
@@ -277,6 +273,11 @@ impl MemAopLinear {
         rows == 0 || aop.is_exact(rows, true)
     }
 
+    /// The inputs and the outputs.
+    fn widths(&self) -> [usize; 2] {
+        self.weight.lazy_shape().dims()
+    }
+
     /// A backward pass, for the cost rule.
     fn pass(&self, rows: usize, dtype: DType, with_input: bool) -> cost::Pass {
         let [d_input, d_output] = self.weight.shape().dims();
@@ -297,8 +298,8 @@ impl MemAopLinear {
     }
 
     /// Random bits for a forward pass, beside this layer's own.
-    pub(in crate::layers) fn pass_noise(&self) -> StepNoise {
-        StepNoise {
+    pub(in crate::layers) fn pass_random(&self) -> Random {
+        Random {
             seed: self.aop.seed,
             step: self.state.here().lock().count_pass(),
         }
@@ -323,146 +324,7 @@ pub(super) fn is_tracked<const D: usize>(tensor: &Tensor<D>) -> bool {
     };
 }
 
-/// As derived, but that weight and bias are shown as those of a [`Linear`]: the adapters of burn-store, for
-/// PyTorch's layout and for half precision, go by the name of the module that a tensor is in.
-impl Module for MemAopLinear {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        visitor.enter_module("weight", LINEAR);
-        self.weight.visit(visitor);
-        visitor.exit_module("weight", LINEAR);
-        visitor.enter_module("bias", LINEAR);
-        self.bias.visit(visitor);
-        visitor.exit_module("bias", LINEAR);
-        visitor.enter_module("memory", LAYER);
-        self.state.show(self.weight.lazy_shape().dims(), visitor);
-        visitor.exit_module("memory", LAYER);
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        // Another reference to the weight keeps an optimizer from changing it in place.
-        let loading = Purpose::of::<M>() != Purpose::Other;
-        let before = loading.then(|| self.weight.clone());
-
-        mapper.enter_module("weight", LINEAR);
-        let weight = Module::map(self.weight, mapper);
-        mapper.exit_module("weight", LINEAR);
-        mapper.enter_module("bias", LINEAR);
-        let bias = Module::map(self.bias, mapper);
-        mapper.exit_module("bias", LINEAR);
-
-        let replaced = before.is_some_and(|before| is_replaced(&before, &weight));
-        mapper.enter_module("memory", LAYER);
-        let config = (self.aop, AopConfig::validate as offer::Rule);
-        let (wish, state) = offer::offer(Some(config), || {
-            let widths = weight.lazy_shape().dims();
-            self.state.map_by(widths, replaced, mapper)
-        });
-        mapper.exit_module("memory", LAYER);
-        let layer = Self {
-            weight,
-            bias,
-            aop: self.aop,
-            state,
-        };
-        match wish {
-            None => layer,
-            Some(Wish::Own(aop)) => layer.with_aop(aop.unwrap_or(self.aop)),
-            Some(Wish::Reset) => Self {
-                state: layer.state.renewed(),
-                ..layer
-            },
-        }
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        let devices = self.weight.collect_devices(devices);
-        self.bias.collect_devices(devices)
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self {
-            weight: self.weight.to_device(device),
-            bias: self.bias.to_device(device),
-            aop: self.aop,
-            state: self.state.moved_to(device),
-        }
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self {
-            weight: self.weight.fork(device),
-            bias: self.bias.fork(device),
-            aop: self.aop,
-            state: self.state.forked_to(device),
-        }
-    }
-
-    fn valid(&self) -> Self {
-        Self {
-            weight: self.weight.valid(),
-            bias: self.bias.valid(),
-            aop: self.aop,
-            state: self.state.clone(),
-        }
-    }
-
-    fn train(self) -> Self {
-        Self {
-            weight: self.weight.train(),
-            bias: self.bias.train(),
-            ..self
-        }
-    }
-
-    fn materialize(self) -> Self {
-        Self {
-            weight: self.weight.materialize(),
-            bias: self.bias.materialize(),
-            ..self
-        }
-    }
-
-    fn num_params(&self) -> usize {
-        Module::num_params(&self.weight) + Module::num_params(&self.bias)
-    }
-}
-
-const LINEAR: &str = "Struct:Linear";
-const LAYER: &str = "Struct:MemAopLinear";
-
-/// Whether a mapper has put another weight in the place of a weight.
-pub(super) fn is_replaced<const D: usize>(
-    before: &Param<Tensor<D>>,
-    after: &Param<Tensor<D>>,
-) -> bool {
-    match (before.is_initialized(), after.is_initialized()) {
-        (false, false) => false,
-        // The value of a parameter stays where it is while it is cloned and moved.
-        (true, true) => !ptr::eq::<Tensor<D>>(&**before, &**after),
-        _ => true,
-    }
-}
-
-impl fmt::Display for MemAopLinear {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", ModuleDisplay::format(self, Default::default()))
-    }
-}
-
-impl ModuleDisplayDefault for MemAopLinear {
-    fn content(&self, content: Content) -> Option<Content> {
-        content
-            .set_top_level_type("MemAopLinear")
-            .add("weight", &self.weight)
-            .add("bias", &self.bias)
-            .add_debug_attribute("aop", &self.aop)
-            .optional()
-    }
-
-    fn num_params(&self) -> usize {
-        Module::num_params(self)
-    }
-}
+layer_module!(MemAopLinear, as "Struct:Linear", with AopConfig::validate);
 
 impl ModuleDisplay for MemAopLinear {
     fn custom_settings(&self) -> Option<DisplaySettings> {

@@ -1,21 +1,11 @@
 //! What the layers of a model did at their last step, for metrics and logs.
 
-use std::sync::Arc;
-
-use burn::{module::Module, tensor::TensorReadError};
+use burn::module::Module;
 
 use super::tree;
-use crate::state::{
-    measurement::{Measured, Measurement},
-    offer::Shown,
-    watch::Intervals,
-};
+use crate::state::{offer::Shown, reading::Reading};
 
 /// Collects [reports](AopReport) of all layers of this crate in a model.
-///
-/// A layer measures once it has been observed: every `interval`-th of its gradients, on the device
-/// and without waiting for it. What takes no measuring (K, outer products) is reported at every
-/// step.
 ///
 /// ```
 /// # use burn::{nn::LinearConfig, tensor::{Device, Tensor}};
@@ -23,61 +13,48 @@ use crate::state::{
 /// # let device = Device::flex().autodiff();
 /// # let aop = AopConfig::new().with_cost_rule(false);
 /// # let model = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
-/// let observer = AopObserver::new(1);
+/// let observer = AopObserver::new();
 /// for _ in 0..2 {
 ///     let grads = model.forward(Tensor::<2>::ones([8, 3], &device)).sum().backward();
 ///     let report = observer.observe(&model); // after the backward pass
 ///     for layer in &report.layers {
 ///         println!("{}: {} of {} rows", layer.name, layer.outer_products, layer.rows);
-///         if let Some(measured) = layer.measured()? {
-///             println!("{:?} of the score mass", measured.share);
-///         }
 ///     }
 /// }
-/// # Ok::<(), burn::tensor::TensorReadError>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AopObserver(Intervals);
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AopObserver {
+    error_interval: Option<u64>,
+}
 
 impl AopObserver {
-    /// Measures one of `interval` gradients of each layer.
+    /// Reports what each layer did, which takes no measuring.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Compares one of `interval` gradients of each layer with the exact one too. That costs the product which the layer
+    /// is there to save.
     ///
     /// # Panics
     ///
     /// If the interval is 0.
-    pub fn new(interval: usize) -> Self {
+    pub fn with_error(self, interval: usize) -> Self {
         assert!(
             interval > 0,
             "AopObserver: the interval must be at least 1, but got 0"
         );
-        Self(Intervals {
-            measured: interval as u64,
-            exact: None,
-        })
+        Self {
+            error_interval: Some(interval as u64),
+        }
     }
 
-    /// Compares one of `interval` gradients with the exact one too, which costs the product that
-    /// the layer is there to save.
+    /// What each layer did at its last step. Call it after each backward pass. It does not wait for the device.
     ///
-    /// # Panics
-    ///
-    /// If the interval is 0.
-    pub fn with_exact(self, interval: usize) -> Self {
-        assert!(
-            interval > 0,
-            "AopObserver: the exact interval must be at least 1, but got 0"
-        );
-        Self(Intervals {
-            exact: Some(interval as u64),
-            ..self.0
-        })
-    }
-
-    /// What each layer did at its last gradient; to be called after each backward pass. Does not
-    /// wait for the device.
+    /// A layer reports the steps that it takes after it has been observed for the first time.
     pub fn observe<M: Module>(&self, module: &M) -> AopReport {
         let report = |(name, layer): (String, Shown)| {
-            let seen = layer.state.watched(self.0)?;
+            let seen = layer.state.watched(self.error_interval)?;
             let [d_input, d_output] = layer.widths;
             Some(LayerReport {
                 name,
@@ -88,7 +65,7 @@ impl AopObserver {
                 noise: seen.noise,
                 d_input,
                 d_output,
-                measurement: seen.measurement,
+                error: seen.error,
             })
         };
         AopReport {
@@ -129,28 +106,18 @@ pub struct LayerReport {
     pub d_input: usize,
     /// The outputs of the layer, or its channels.
     pub d_output: usize,
-    measurement: Option<Arc<Measurement>>,
+    error: Option<Reading<2>>,
 }
 
 impl LayerReport {
-    /// What was measured, at the steps that are. Waits for the device the first time.
-    ///
-    /// # Errors
-    ///
-    /// A device that fails.
-    pub fn measured(&self) -> Result<Option<Measured>, TensorReadError> {
-        match &self.measurement {
-            None => Ok(None),
-            Some(measurement) => measurement.read().map(Some),
-        }
-    }
-
-    /// The device that the figures are computed on, if any are.
-    #[cfg(feature = "train")]
-    pub(crate) fn device(&self) -> Option<burn::tensor::Device> {
-        self.measurement
-            .as_ref()
-            .map(|measurement| measurement.device())
+    /// The relative error of the gradient of the weight, `|approximate - exact| / |exact|` in Frobenius norms, at the steps
+    /// that are [compared](AopObserver::with_error). With a memory the gradient also holds rows of earlier batches. Waits
+    /// for the device the first time. None where there is no exact gradient to compare with: because the step took all rows,
+    /// or because that gradient is zero or not finite.
+    pub fn error(&self) -> Option<f64> {
+        let [distance, exact] = self.error.as_ref()?.read();
+        let error = distance / exact;
+        error.is_finite().then_some(error)
     }
 
     /// Floating-point operations of the exact backward pass: `2 M N P` for the gradient of the weight, and as

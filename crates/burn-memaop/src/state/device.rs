@@ -9,13 +9,25 @@ use std::{
 use burn::tensor::Tensor;
 
 use super::{
-    noise_scale::{Averages, FIGURES},
+    choice::{Averages, FIGURES},
     reading::Reading,
     rows::RowTensors,
-    schedule::Progress,
     watch::Watch,
 };
 use crate::config::AopConfig;
+
+/// What the steps so far have led to.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Progress {
+    /// The number of steps so far.
+    pub(crate) step: u64,
+    /// K of the last of them.
+    pub(crate) k: usize,
+    /// K as a share of the rows, once [`OuterProducts::Auto`](crate::OuterProducts::Auto) has chosen it.
+    pub(crate) chosen: Option<f64>,
+    /// The rows of the gradient of the input as a share, once the layer has chosen it.
+    pub(crate) input_chosen: Option<f64>,
+}
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DeviceState {
@@ -38,14 +50,6 @@ pub(crate) struct DeviceState {
 }
 
 impl DeviceState {
-    /// A state of nothing but rows.
-    pub(super) fn of_rows(rows: RowTensors) -> Self {
-        Self {
-            rows: [rows].into(),
-            ..Self::default()
-        }
-    }
-
     /// Whether a new state is the same.
     pub(super) fn is_blank(&self) -> bool {
         self.progress.step == 0 && self.passes == 0 && self.rows.is_empty()
@@ -102,14 +106,6 @@ impl DeviceState {
         }
         other.watch = self.watch.clone();
         mem::replace(self, other)
-    }
-
-    /// Takes over a saved state, of which the first has all but further rows.
-    pub(super) fn load(&mut self, saved: Self) {
-        match self.is_blank() {
-            true => *self = saved,
-            false => self.rows.extend(saved.rows),
-        }
     }
 
     /// Counts a step of a clone that has been mapped so often; returns the number of steps before.

@@ -16,8 +16,8 @@ use burn::{
 use super::{
     device::{DeviceState, StateHandle},
     offer::{self, Purpose, Shown, Wish},
-    record::{self, Saved, StateRecord},
-    watch::{Intervals, Seen},
+    record::{self, SavedState, StateRecord},
+    watch::StepReport,
 };
 use crate::config::AopConfig;
 
@@ -151,12 +151,14 @@ impl LayerState {
         before.filter(|_| self.device() != Some(origin.device))
     }
 
-    /// Has the gradients on the device of this clone measured; returns the last one, if nobody has been told of it.
-    pub(crate) fn watched(&self, intervals: Intervals) -> Option<Seen> {
+    /// Has the steps on the device of this clone watched, and one of `error_interval` gradients compared. Returns the
+    /// last step, if nobody has been told of it.
+    pub(crate) fn watched(&self, error_interval: Option<u64>) -> Option<StepReport> {
         let state = self.here();
         let mut state = state.lock();
-        state.watch.intervals = Some(intervals);
-        state.watch.seen.take()
+        state.watch.is_on = true;
+        state.watch.error_interval = error_interval;
+        state.watch.report.take()
     }
 
     /// Tells the observer, if there is one, of a gradient that is exact at every step.
@@ -166,20 +168,20 @@ impl LayerState {
             return;
         };
         let mut state = state.lock();
-        if state.watch.intervals.is_some() {
-            state.watch.seen = Some(Seen {
+        if state.watch.is_on {
+            state.watch.report = Some(StepReport {
                 step: state.progress.step,
                 k: rows,
                 rows,
                 input_rows: input.then_some(rows),
                 noise: None,
-                measurement: None,
+                error: None,
             });
         }
     }
 
     /// A state that no other layer shares, with these in the place of what is kept now. Observers stay.
-    fn with_states(self, states: Vec<Saved>) -> Self {
+    fn with_states(self, states: Vec<SavedState>) -> Self {
         let here = self.device();
         let mut own = Self {
             devices: Arc::default(),
@@ -187,14 +189,14 @@ impl LayerState {
             ..self.clone()
         };
         let mut first = None;
-        for Saved { device, state } in states {
+        for SavedState { device, state } in states {
             // Records of before do not tell.
             let Some(device) = device.or(here) else {
                 continue;
             };
             if !state.is_blank() {
                 first.get_or_insert(device);
-                own.at(device).lock().load(state);
+                *own.at(device).lock() = state;
             }
         }
         // The state of a model that was saved on another device is that of the model.
@@ -205,7 +207,7 @@ impl LayerState {
         });
         for before in self.lock().iter() {
             let watch = before.state.lock().watch.renewed();
-            if watch.intervals.is_some() {
+            if watch.is_on {
                 own.at(before.device).lock().watch = watch;
             }
         }
@@ -283,27 +285,23 @@ impl LayerState {
         if purpose == Purpose::Exchange {
             return;
         }
-        let mut here = Saved {
-            device: self.device(),
-            state: self.present(),
-        };
         let states = match purpose {
-            Purpose::Record => self.to_save(here),
-            // Rows that a visitor has cannot be updated in place.
-            _ => {
-                here.state.rows.clear();
-                vec![here]
-            }
+            Purpose::Record => self.to_save(),
+            _ => Vec::new(),
         };
         let shown = self.device.is_some().then(|| Shown {
             widths,
             state: self.clone(),
         });
-        self.record.visit(states, shown, visitor);
+        self.record.visit(&states, shown, visitor);
     }
 
-    /// The state of this clone first, then those of other devices in order. Each has one set of rows at most.
-    fn to_save(&self, here: Saved) -> Vec<Saved> {
+    /// The state of this clone first, then those of other devices in order.
+    fn to_save(&self) -> Vec<SavedState> {
+        let here = SavedState {
+            device: self.device(),
+            state: self.present(),
+        };
         // What the next step takes along is the state of this clone already.
         let there = find_or_blank(&self.lock(), self.device());
         let moved = self.is_to_move(&there).and(self.origin.as_ref());
@@ -315,18 +313,11 @@ impl LayerState {
                 return None;
             }
             let state = on.state.lock().clone();
-            (!state.is_left()).then_some(Saved { device, state })
+            (!state.is_left()).then_some(SavedState { device, state })
         });
         let mut others: Vec<_> = others.collect();
         others.sort_by_key(|saved| saved.device);
-        let all = std::iter::once(here).chain(others);
-        all.flat_map(|Saved { device, mut state }| {
-            let more = state.rows.drain(1.min(state.rows.len())..);
-            let more: Vec<_> = more.map(DeviceState::of_rows).collect();
-            let states = std::iter::once(state).chain(more);
-            states.map(move |state| Saved { device, state })
-        })
-        .collect()
+        std::iter::once(here).chain(others).collect()
     }
 
     /// What a mapper makes of the state of a layer with so many inputs and outputs, whose weight, mapped before, has

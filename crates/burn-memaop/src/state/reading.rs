@@ -2,16 +2,13 @@
 
 use std::{
     fmt,
-    future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
 };
 
 use burn::tensor::{ExecutionError, TensorData};
 
-/// Values on their way to the host.
-pub(crate) type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
+use crate::rows::transfer::Transfer;
 
 /// `N` figures, on their way to the host. Clones share them.
 #[derive(Clone)]

@@ -1,8 +1,6 @@
 use burn::tensor::{DType, Device, Tensor};
 
-/// The rows left out so far, in gradient units: `m^X`, shape `[rows, d_input]`, and `m^G`, shape
-/// `[rows, d_output]`, and the number of steps that each holds something of, shape `[rows, 1]`; all
-/// without autodiff.
+/// A set of rows of a memory between steps: [`Memory`](crate::rows::Memory) as tensors without autodiff.
 #[derive(Debug, Clone)]
 pub(crate) struct RowTensors {
     pub(crate) input: Tensor<2>,
@@ -11,16 +9,16 @@ pub(crate) struct RowTensors {
 }
 
 impl RowTensors {
-    pub(crate) fn to_device(&self, device: &Device) -> Self {
+    pub(crate) fn to_device(self, device: &Device) -> Self {
         // In a type that the device has.
-        let moved = |tensor: &Tensor<2>| match device.supports_dtype(tensor.dtype()) {
-            true => tensor.clone().to_device(device),
-            false => tensor.clone().cast(DType::F32).to_device(device),
+        let moved = |tensor: Tensor<2>| match device.supports_dtype(tensor.dtype()) {
+            true => tensor.to_device(device),
+            false => tensor.cast(DType::F32).to_device(device),
         };
         Self {
-            input: moved(&self.input),
-            grad: moved(&self.grad),
-            age: moved(&self.age),
+            input: moved(self.input),
+            grad: moved(self.grad),
+            age: moved(self.age),
         }
     }
 }

@@ -1,51 +1,34 @@
-//! Who asks a layer for more than its gradient, and what there is to tell. Not saved.
+//! Who asks a layer for more than its gradient, and what there is to tell. This is not saved.
 
-use std::sync::Arc;
-
-use super::measurement::Measurement;
-
-/// Which gradients of a layer are measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Intervals {
-    /// One of so many.
-    pub(crate) measured: u64,
-    /// And one of so many compared with the exact one too.
-    pub(crate) exact: Option<u64>,
-}
-
-/// That a gradient is measured.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Due {
-    pub(crate) exact: bool,
-}
-
-impl Intervals {
-    pub(crate) fn due(&self, step: u64) -> Option<Due> {
-        let exact = self.exact.is_some_and(|n| step.is_multiple_of(n));
-        (exact || step.is_multiple_of(self.measured)).then_some(Due { exact })
-    }
-}
+use super::reading::Reading;
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Watch {
-    pub(crate) intervals: Option<Intervals>,
-    /// The last gradient, if nobody has been told of it.
-    pub(crate) seen: Option<Seen>,
+    pub(crate) is_on: bool,
+    /// One of so many gradients is compared with the exact one.
+    pub(crate) error_interval: Option<u64>,
+    /// The last step, if nobody has been told of it.
+    pub(crate) report: Option<StepReport>,
 }
 
 impl Watch {
+    pub(crate) fn compares(&self, step: u64) -> bool {
+        let interval = self.error_interval;
+        interval.is_some_and(|interval| step.is_multiple_of(interval))
+    }
+
     /// The same watchers, with nothing to tell.
     pub(crate) fn renewed(&self) -> Self {
         Self {
-            seen: None,
+            report: None,
             ..self.clone()
         }
     }
 }
 
-/// A gradient, for a report.
+/// A step, for a report.
 #[derive(Debug, Clone)]
-pub(crate) struct Seen {
+pub(crate) struct StepReport {
     pub(crate) step: u64,
     pub(crate) k: usize,
     pub(crate) rows: usize,
@@ -53,5 +36,6 @@ pub(crate) struct Seen {
     pub(crate) input_rows: Option<usize>,
     /// The noise-to-signal ratio by which K was chosen.
     pub(crate) noise: Option<f64>,
-    pub(crate) measurement: Option<Arc<Measurement>>,
+    /// The distance from the exact gradient, and the norm of that.
+    pub(crate) error: Option<Reading<2>>,
 }

@@ -11,40 +11,22 @@ use burn::{
     },
 };
 
-use crate::{
-    model::observe::{AopReport, LayerReport},
-    state::measurement::Measured,
-};
+use crate::model::observe::{AopReport, LayerReport};
 
 /// What an [`AopMetric`] shows.
-///
-/// Figures that need a measurement have a value at measured steps
-/// ([`AopObserver::new`](crate::AopObserver::new)), those that compare with the exact gradient at compared ones
-/// ([`AopObserver::with_exact`](crate::AopObserver::with_exact)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AopFigure {
-    /// The share of the sum of all `|x^| |g^|` that the evaluated rows carry, in per cent: the mean over the
-    /// layers. Measured.
-    Share,
-    /// What is left in the memory against what is applied ([`Measured::memory`]): the mean over the layers that
-    /// have a memory. Measured.
-    Memory,
-    /// The age of the oldest pending row: the most steps that a position of the memory holds something of, the
-    /// largest of the layers. Measured.
-    Oldest,
-    /// The outer products evaluated in a step, K: the sum over the layers.
-    OuterProducts,
+    /// The rows of the batch that the gradients of the weights used, in per cent: over all layers of the model.
+    RowsUsed,
+    /// The floating-point operations of the layers' backward passes that were saved, of weight and input together, in per
+    /// cent.
+    SavedFlops,
     /// The noise-to-signal ratio of the gradient by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K
     /// ([`LayerReport::noise`]): the geometric mean over the layers that choose.
     Noise,
-    /// The floating-point operations that are saved of the backward passes of the layers, of weight and input
-    /// together, in per cent.
-    SavedFlops,
-    /// The relative error of the approximate gradient, `|approximate - exact| / |exact|`: the mean over the
-    /// layers. Compared.
+    /// The relative error of the gradient ([`LayerReport::error`]), in per cent: the mean over the layers. It has a value at
+    /// steps that are [compared](crate::AopObserver::with_error).
     Error,
-    /// The cosine between the approximate gradient and the exact one: the mean over the layers. Compared.
-    Cosine,
 }
 
 /// What is fixed of a figure.
@@ -58,53 +40,29 @@ struct Shape {
 impl AopFigure {
     fn shape(self) -> Shape {
         let (title, unit, higher_is_better, description) = match self {
-            Self::Share => (
-                "AOP share",
+            Self::RowsUsed => (
+                "Rows used",
                 "%",
-                true,
-                "Share of the score mass that the evaluated rows carry",
-            ),
-            Self::Memory => (
-                "AOP memory",
-                "",
                 false,
-                "Norm of what is left in the memory against that of the gradient",
-            ),
-            Self::Oldest => (
-                "AOP oldest row",
-                "steps",
-                false,
-                "The most steps that a position of the memory has been waiting",
-            ),
-            Self::OuterProducts => (
-                "AOP outer products",
-                "",
-                false,
-                "Outer products evaluated in a step",
-            ),
-            Self::Noise => (
-                "AOP noise",
-                "",
-                false,
-                "Variance of the gradient of a batch against the square of the true gradient",
+                "Rows of the batch that the weight gradients used",
             ),
             Self::SavedFlops => (
-                "AOP saved",
+                "Backward FLOPs saved",
                 "%",
                 true,
-                "Share of the FLOPs of the layers' backward pass that is not computed",
+                "Operations of the layers' backward pass that were not computed",
             ),
-            Self::Error => (
-                "AOP error",
+            Self::Noise => (
+                "Gradient noise to signal",
                 "",
                 false,
-                "Distance of the gradient from the exact one, relative to the exact one",
+                "Variance of the gradient of a batch, relative to the square of the true gradient",
             ),
-            Self::Cosine => (
-                "AOP cosine",
-                "",
-                true,
-                "Cosine between the gradient and the exact one",
+            Self::Error => (
+                "Gradient error",
+                "%",
+                false,
+                "Distance of the gradient from the exact one, relative to the exact one",
             ),
         };
         Shape {
@@ -115,50 +73,28 @@ impl AopFigure {
         }
     }
 
-    /// Over the layers that are meant; none where no layer has it at this step.
-    fn of(self, layers: &[&LayerReport]) -> Result<Option<f64>, TensorReadError> {
+    /// The figure of these layers, if one of them has it at this step.
+    fn of(self, layers: &[&LayerReport]) -> Option<f64> {
+        let per_cent = |part: f64, all: f64| (all > 0.0).then(|| 100.0 * part / all);
+        let sum = |figure: fn(&LayerReport) -> f64| layers.iter().map(|layer| figure(layer)).sum();
         match self {
-            Self::Share => Ok(mean(layers, |measured| measured.share)?.map(|share| 100.0 * share)),
-            Self::Memory => mean(layers, |measured| measured.memory),
-            Self::Error => mean(layers, |measured| measured.error),
-            Self::Cosine => mean(layers, |measured| measured.cosine),
-            Self::Oldest => {
-                let ages = figures(layers, |measured| measured.oldest)?;
-                Ok(ages.into_iter().reduce(f64::max))
-            }
-            Self::OuterProducts => {
-                let evaluated = layers.iter().map(|layer| layer.outer_products as f64);
-                Ok(evaluated.reduce(|sum, evaluated| sum + evaluated))
+            Self::RowsUsed => per_cent(
+                sum(|layer| layer.outer_products as f64),
+                sum(|layer| layer.rows as f64),
+            ),
+            Self::SavedFlops => {
+                per_cent(sum(LayerReport::saved_flops), sum(LayerReport::exact_flops))
             }
             Self::Noise => {
                 let noise = layers.iter().filter_map(|layer| layer.noise);
-                Ok(mean_of(noise.map(f64::ln)).map(f64::exp))
+                mean_of(noise.map(f64::ln)).map(f64::exp)
             }
-            Self::SavedFlops => {
-                let exact: f64 = layers.iter().map(|layer| layer.exact_flops()).sum();
-                let saved: f64 = layers.iter().map(|layer| layer.saved_flops()).sum();
-                Ok((exact > 0.0).then(|| 100.0 * saved / exact))
+            Self::Error => {
+                let errors = layers.iter().filter_map(|layer| layer.error());
+                mean_of(errors).map(|error| 100.0 * error)
             }
         }
     }
-}
-
-fn figures(
-    layers: &[&LayerReport],
-    figure: impl Fn(&Measured) -> Option<f64>,
-) -> Result<Vec<f64>, TensorReadError> {
-    let mut figures = Vec::new();
-    for layer in layers {
-        figures.extend(layer.measured()?.as_ref().and_then(&figure));
-    }
-    Ok(figures)
-}
-
-fn mean(
-    layers: &[&LayerReport],
-    figure: impl Fn(&Measured) -> Option<f64>,
-) -> Result<Option<f64>, TensorReadError> {
-    Ok(mean_of(figures(layers, figure)?.into_iter()))
 }
 
 fn mean_of(figures: impl Iterator<Item = f64>) -> Option<f64> {
@@ -244,7 +180,7 @@ impl Metric for AopMetric {
             Some(name) => *name == layer.name,
         };
         let layers: Vec<_> = report.layers.iter().filter(meant).collect();
-        let figure = self.figure.of(&layers)?;
+        let figure = self.figure.of(&layers);
         self.has_value = figure.is_some();
         let Some(figure) = figure else {
             let unlogged = SerializedEntry::NOT_AVAILABLE.to_string();

@@ -29,7 +29,7 @@
 //!     fn step(&self, (input, target): Self::Input) -> TrainOutput<Output> {
 //!         let loss = MseLoss::new().forward(self.layer.forward(input), target, Reduction::Mean);
 //!         let grads = loss.backward();
-//!         let aop = AopObserver::new(20).observe(self); // after the backward pass
+//!         let aop = AopObserver::new().observe(self); // after the backward pass
 //!         TrainOutput::new(self, grads, Output { loss, aop })
 //!     }
 //! }
@@ -55,7 +55,7 @@
 //!
 //! ```text
 //! SupervisedTraining::new(..)
-//!     .metric_train_numeric(AopMetric::new(AopFigure::Share))
+//!     .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed))
 //!     .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops).of_layer("layer"))
 //! ```
 
@@ -72,11 +72,8 @@ use burn::{tensor::ExecutionError, train::ItemLazy};
 use crate::model::observe::AopReport;
 
 impl ItemLazy for AopReport {
-    /// Hands what is still to be computed to the device; reads nothing.
+    /// What is measured is on its way to the host already.
     fn sync(self) -> Result<Self, ExecutionError> {
-        if let Some(device) = self.layers.iter().find_map(|layer| layer.device()) {
-            device.flush()?;
-        }
         Ok(self)
     }
 }

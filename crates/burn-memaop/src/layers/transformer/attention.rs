@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::later;
-use crate::{config::AopConfig, layers::linear::MemAopLinear, op::packed::SharedRows};
+use crate::{backward::SharedInput, config::AopConfig, layers::linear::MemAopLinear};
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
 /// [init function](MemAopMultiHeadAttentionConfig::init): all of [`MultiHeadAttentionConfig`], and [`AopConfig`].
@@ -264,7 +264,7 @@ impl MemAopMultiHeadAttention {
         assert_shape!(input.key, [batch_size, _, self.d_model]);
         assert_shape!(input.value, [batch_size, seq_length_2, self.d_model]);
 
-        let shared = input.is_self.then(SharedRows::default);
+        let shared = input.is_self.then(SharedInput::default);
         let heads = |layer, input| self.heads(layer, input, shared.as_ref());
         let query = heads(&self.query, input.query);
         let key = heads(&self.key, input.key);
@@ -317,7 +317,7 @@ impl MemAopMultiHeadAttention {
         &self,
         layer: &MemAopLinear,
         input: Tensor<3>,
-        shared: Option<&SharedRows>,
+        shared: Option<&SharedInput>,
     ) -> Tensor<4> {
         let [batch_size, seq_length, _] = input.dims();
         layer

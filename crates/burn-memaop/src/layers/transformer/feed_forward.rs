@@ -154,7 +154,7 @@ impl MemAopPositionWiseFeedForward {
         match (&self.activation, self.linear_outer.aop().stored_input) {
             (Activation::Relu(_), Int8 | Int4) => relu(input),
             (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => {
-                packed_gelu(input, |_| self.linear_inner.pass_noise())
+                packed_gelu(input, |_| self.linear_inner.pass_random())
             }
             (Activation::Gelu(Gelu { approximate: false }), Full) => exact_gelu(input),
             _ => self.activation.forward(input),

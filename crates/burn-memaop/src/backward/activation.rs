@@ -1,0 +1,139 @@
+//! Activation functions under autodiff.
+
+use std::marker::PhantomData;
+
+use burn::backend::{Autodiff, TensorMetadata, ops::ActivationOps, tensor::FloatTensor};
+use burn_autodiff::{
+    NodeId,
+    checkpoint::{
+        base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+        strategy::CheckpointStrategy,
+    },
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+
+use super::LayerOps;
+use crate::rows::{
+    Packed,
+    packing::{Bits, Packing},
+    random::{Random, stream},
+};
+
+/// Keeps whether each output is above zero.
+pub(super) fn relu<B: LayerOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    if !input.is_tracked() {
+        return Autodiff::<B, C>::relu(input);
+    }
+    times::<B, C>(input, Bits::One, |input, packing| {
+        let output = B::relu(input);
+        (B::memaop_pack(output.clone(), packing, None), output)
+    })
+}
+
+/// Keeps the derivative in 8 bits, rounded by the random bits.
+pub(super) fn packed_gelu<B: LayerOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+    random: Random,
+) -> FloatTensor<Autodiff<B, C>> {
+    if !input.is_tracked() {
+        return gelu::<B, C>(input);
+    }
+    // The layer whose pass this is rounds its input by the bits of the seed itself.
+    let random = Random {
+        seed: stream(random.seed, 0),
+        ..random
+    };
+    times::<B, C>(input, Bits::Eight, move |input, packing| {
+        let derivative = B::memaop_gelu_derivative(input.clone(), packing, random);
+        (derivative, B::memaop_exact_gelu(input))
+    })
+}
+
+/// Registers a function whose derivative is packed. `run` returns the derivative and the output.
+fn times<B: LayerOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+    bits: Bits,
+    run: impl FnOnce(FloatTensor<B>, Packing) -> (Packed<B>, FloatTensor<B>),
+) -> FloatTensor<Autodiff<B, C>> {
+    let prep = Times.prepare::<C>([input.node()]).compute_bound();
+    let OpsKind::Tracked(prep) = prep.stateful() else {
+        unreachable!("the input is tracked");
+    };
+    let packing = Packing {
+        bits,
+        width: input.shape()[1],
+    };
+    let (factors, output) = run(input.into_primitive(), packing);
+    prep.finish(factors, output)
+}
+
+#[derive(Debug)]
+struct Times;
+
+impl<B: LayerOps> Backward<B, 1> for Times {
+    type State = Packed<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Packed<B>, 1>,
+        grads: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        if let Some(node) = parent {
+            grads.register::<B>(node.id, B::memaop_times(ops.state, grad));
+        }
+    }
+}
+
+/// Keeps the input, or computes it again, as Burn's function does.
+pub(super) fn gelu<B: LayerOps, C: CheckpointStrategy>(
+    input: FloatTensor<Autodiff<B, C>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let node = input.node();
+    let again = GeluAgain::<B> {
+        input: node.id(),
+        backend: PhantomData,
+    };
+    let prep = Gelu.prepare::<C>([node]).memory_bound();
+    match prep.retro_forward(again).parents([&input]).stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let state = prep.checkpoint(&input);
+            prep.finish(state, B::memaop_exact_gelu(input.into_primitive()))
+        }
+        OpsKind::UnTracked(prep) => prep.finish(B::memaop_exact_gelu(input.into_primitive())),
+    }
+}
+
+#[derive(Debug)]
+struct Gelu;
+
+impl<B: LayerOps> Backward<B, 1> for Gelu {
+    type State = NodeId;
+
+    fn backward(self, ops: Ops<NodeId, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        if let Some(node) = parent {
+            grads.register::<B>(node.id, B::memaop_gelu_backward(input, grad));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GeluAgain<B> {
+    input: NodeId,
+    backend: PhantomData<B>,
+}
+
+impl<B: LayerOps> RetroForward for GeluAgain<B> {
+    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
+        let input = states.get_state::<FloatTensor<B>>(&self.input);
+        states.save(output, B::memaop_exact_gelu(input));
+    }
+}

@@ -1,0 +1,124 @@
+//! The backward pass of a layer: what the autodiff graph registers, what a step is to do, and the recipe of its
+//! gradients.
+
+#[cfg(feature = "autodiff")]
+mod activation;
+#[cfg(feature = "autodiff")]
+mod autodiff;
+pub(crate) mod cost;
+#[cfg(feature = "autodiff")]
+mod plan;
+pub(crate) mod recipe;
+
+use std::sync::{Arc, OnceLock};
+
+use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::FloatTensor};
+
+use crate::{
+    config::AopConfig,
+    rows::{Bias, ExactOps, Packed, RowOps, random::Random, window::Window},
+    state::{LayerState, choice::StepTime},
+};
+
+/// What a backward pass needs to know of its layer.
+#[derive(Debug, Clone)]
+pub(crate) struct AopLayer {
+    pub(crate) config: AopConfig,
+    /// The time of a step, for the choice of K.
+    pub(crate) time: StepTime,
+    /// None where the gradients are exact at every step, and steps are not counted.
+    pub(crate) state: Option<LayerState>,
+    /// The place for the packed input, where other layers have the same input.
+    pub(crate) shared: Option<SharedInput>,
+}
+
+/// The packed input of several layers. The first layer to come packs it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SharedInput(pub(self) Arc<OnceLock<Packed<Dispatch>>>);
+
+/// The operations that have a backward pass of this crate. Without autodiff they are Burn's.
+// Without a backend the macro has no use for the arguments.
+#[allow(unused_variables)]
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl-backend"),
+    LibTorch: cfg(feature = "tch"),
+    Autodiff: cfg(feature = "autodiff"),
+)]
+pub(crate) trait LayerOps: RowOps + ExactOps {
+    /// Burn's `linear` of a matrix.
+    fn memaop_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        Self::linear(input, weight, bias.into_option())
+    }
+
+    /// Burn's `conv2d`.
+    fn memaop_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        window: Window,
+        layer: AopLayer,
+    ) -> FloatTensor<Self> {
+        Self::memaop_convolve(input, weight, bias, window)
+    }
+
+    /// Burn's `relu` of a matrix. The backward pass keeps one bit of each value.
+    fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::relu(input)
+    }
+
+    /// Burn's `gelu` of a matrix.
+    fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::memaop_exact_gelu(input)
+    }
+
+    /// Burn's `gelu` of a matrix. The backward pass keeps the derivative in 8 bits, rounded by the random bits.
+    fn memaop_packed_gelu(input: FloatTensor<Self>, random: Random) -> FloatTensor<Self> {
+        Self::memaop_exact_gelu(input)
+    }
+}
+
+macro_rules! layer_ops {
+    ($(#[$attribute:meta] $backend:ty;)*) => {
+        $(#[$attribute] impl LayerOps for $backend {})*
+    };
+}
+
+layer_ops! {
+    #[cfg(feature = "flex")] burn::backend::Flex;
+    #[cfg(feature = "ndarray")] burn::backend::NdArray;
+    #[cfg(feature = "tch")] burn::backend::LibTorch;
+    #[cfg(feature = "cubecl-backend")] burn_cubecl::CubeBackend;
+}
+
+#[cfg(feature = "cubecl-backend")]
+impl<B: burn_fusion::FusionBackend + LayerOps> LayerOps for burn_fusion::Fusion<B> {}
+
+/// Stops where the device's backend is compiled into Burn, but not into this crate.
+pub(crate) fn assert_supported(device: &DispatchDevice) {
+    match device {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => {}
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => {}
+        #[cfg(feature = "tch")]
+        DispatchDevice::LibTorch(_) => {}
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(_) => {}
+        #[cfg(feature = "autodiff")]
+        DispatchDevice::Autodiff(device) => assert_supported(device),
+        // A variant that is there through Burn's features alone cannot be named here.
+        #[allow(unreachable_patterns)]
+        device => panic!(
+            "MemAopLinear does not support the device {device:?} in this build: enable the feature of burn-memaop \
+             that has the name of its backend (flex, ndarray, tch, wgpu, vulkan, webgpu, metal, cuda, rocm or cpu; there \
+             is none for the remote backend)"
+        ),
+    }
+}

@@ -1,0 +1,104 @@
+//! Exact operations, which sample nothing, where a backend can be faster than Burn's own.
+
+use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor};
+
+use super::{
+    packing::Packing,
+    portable,
+    random::Random,
+    verbs::{Packed, RowOps},
+    window::Window,
+};
+
+/// A bias, or none.
+#[derive(ExtensionType, Debug)]
+pub(crate) enum Bias<B: Backend> {
+    /// Shape `[d_output]`.
+    Some(FloatTensor<B>),
+    /// No bias.
+    None,
+}
+
+impl<B: Backend> Bias<B> {
+    pub(crate) fn into_option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Some(bias) => Some(bias),
+            Self::None => None,
+        }
+    }
+}
+
+impl<B: Backend> From<Option<FloatTensor<B>>> for Bias<B> {
+    fn from(bias: Option<FloatTensor<B>>) -> Self {
+        bias.map_or(Self::None, Self::Some)
+    }
+}
+
+/// Each default body is Burn's own operation. Fusion takes these too.
+#[allow(unused_variables)]
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl-backend"),
+    LibTorch: cfg(feature = "tch"),
+)]
+pub(crate) trait ExactOps: RowOps {
+    /// `grad @ weight^T`. A body may leave out rows of zeros, as layers above that compute some rows leave them.
+    fn memaop_exact_input_product(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        portable::exact_input_product::<Self>(grad, weight)
+    }
+
+    /// Burn's `conv2d`.
+    fn memaop_convolve(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: Bias<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        Self::conv2d(input, weight, bias.into_option(), window.options())
+    }
+
+    /// The gradient of the input of a convolution, of which only the shape counts.
+    fn memaop_convolve_input_gradient(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        Self::conv2d_x_backward(input, weight, grad, window.options())
+    }
+
+    /// The gradient of the weight of a convolution, shape `[channels, patch]`.
+    fn memaop_convolve_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        portable::exact_gradient_of_patches::<Self>(input, grad, window)
+    }
+
+    /// Burn's `gelu` of a matrix.
+    fn memaop_exact_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::gelu(input)
+    }
+
+    /// A gradient times the derivative of `gelu`.
+    fn memaop_gelu_backward(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::gelu_backward(input, grad)
+    }
+
+    /// The derivative of `gelu` in few bits.
+    fn memaop_gelu_derivative(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        random: Random,
+    ) -> Packed<Self> {
+        portable::gelu_derivative::<Self>(input, packing, random)
+    }
+}

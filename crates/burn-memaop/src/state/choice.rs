@@ -1,0 +1,474 @@
+//! How noisy the gradient of a layer is, and the K that makes the loss fall fastest by the clock.
+//!
+//! With the scores `s_m = |x_m| |g_m|` of a batch, `S = sum s_m^2` is the variance of the gradient of the batch, were
+//! its rows independent, and `F - S` estimates the square of the true gradient, where F is the squared norm of
+//! the batch's. Systematic sampling of K rows adds `V(K) = sum (1 / p_m - 1) s_m^2` to the variance, in F too. A step
+//! on a gradient with the noise-to-signal ratio `nu = S / (F - S)` makes a progress in proportion to `1 / (1 + nu)`
+//! (McCandlish and others, 2018, arXiv:1812.06162), one of K rows to `1 / (1 + nu (1 + V(K) / S))`. So K is chosen that
+//! makes `(1 + nu (1 + V(K) / S)) time(K)` smallest.
+//!
+//! Rows left out of the gradient of the input are missing in all layers below. What that adds to their noise is taken to
+//! be what it adds to the gradient of the input itself, `sum (1 / p_m - 1) |g_m|^2` against `sum |g_m|^2`, and
+//! their noise to be that of this layer. It is weighed against the time of this layer alone, as if there were one below.
+
+use serde::{Deserialize, Serialize};
+
+/// M over the candidates for K, but for M itself.
+pub(crate) const DIVISORS: [usize; 5] = [2, 4, 8, 16, 32];
+/// What is measured of a gradient: the roots of F and S, and of V(K) for the K of the step and each candidate.
+pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
+pub(crate) type Figures = [f64; FIGURES];
+
+/// The share of a step's time that measuring may take, spread over the steps between.
+const MEASURING: f64 = 0.005;
+const INTERVALS: [f64; 2] = [10.0, 100.0];
+/// At first the interval is short, so that a K that is to fall to M/32, by two at a time, is there after some twenty steps:
+/// until the weights of the measurements sum to that of six.
+const EARLY_INTERVAL: u64 = 3;
+const EARLY_WEIGHT: f64 = 4.5;
+/// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
+/// the variances of sampling, which its scores determine and which fall fast in the first steps.
+const NOISE_KEPT: f64 = 0.9;
+const ADDED_KEPT: f64 = 0.5;
+/// The least gain for which K is changed. K falls by two at a time, and M/16 to M/32 gains 0.015 at the most.
+const HYSTERESIS: f64 = 0.01;
+/// The largest ratio that averages can tell from one without any signal; a single measurement of noise alone is at most
+/// twice what there is of it.
+const LARGEST: f64 = 1000.0;
+/// How many times the average a measurement of the noise must be to take its place.
+const JUMP: f64 = 4.0;
+/// The least share of its value that one measurement leaves of K.
+const LEAST_FALL: f64 = 0.5;
+const MOST_OF_ONE: f64 = 2.0;
+
+/// The time of a training step of one layer, in any unit.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepTime {
+    /// What depends on no choice: of the product for the weight too, whose result is written.
+    pub(crate) fixed: f64,
+    pub(crate) weight: ProductTime,
+    /// Nothing where the gradient of the input is not asked for.
+    pub(crate) input: ProductTime,
+    /// Measuring the noise.
+    pub(crate) measure: f64,
+}
+
+/// The time of a product of some rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ProductTime {
+    /// Choosing rows, where not all are taken.
+    pub(crate) pass: f64,
+    /// The product of all rows.
+    pub(crate) product: f64,
+}
+
+impl ProductTime {
+    fn at(&self, ratio: f64) -> f64 {
+        match ratio < 1.0 {
+            true => self.pass + self.product * ratio,
+            false => self.product,
+        }
+    }
+}
+
+/// The rows that are taken of each gradient, as shares of the batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Shares {
+    pub(crate) weight: f64,
+    pub(crate) input: f64,
+}
+
+impl StepTime {
+    fn at(&self, shares: Shares) -> f64 {
+        self.fixed + self.weight.at(shares.weight) + self.input.at(shares.input)
+    }
+
+    /// The number of passes of which one is measured.
+    pub(crate) fn interval(&self, averages: &Averages) -> u64 {
+        if averages.weight < EARLY_WEIGHT {
+            return EARLY_INTERVAL;
+        }
+        let all = Shares {
+            weight: 1.0,
+            input: 1.0,
+        };
+        let steps = self.measure / (MEASURING * self.at(all));
+        steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
+    }
+
+    /// Whether the noise of a pass is measured. The first pass is, and one in each interval. Which one that is, is `drawn` from
+    /// the number of the interval. A layer that is used several times in a step does not know where steps begin, and in this way
+    /// each of its uses is measured alike.
+    pub(crate) fn measures(
+        &self,
+        pass: u64,
+        averages: &Averages,
+        drawn: impl Fn(u64) -> u64,
+    ) -> bool {
+        let interval = self.interval(averages);
+        pass == 0 || pass % interval == drawn(pass / interval) % interval
+    }
+}
+
+/// K for a share of the rows.
+pub(crate) fn k_of(ratio: f64, rows: usize) -> usize {
+    ((ratio * rows as f64).round() as usize).clamp(1, rows)
+}
+
+/// The K that a measurement is about, for a batch of `rows` rows and a step with `k` of them.
+pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
+    let mut ks = [k; FIGURES - 2];
+    for (k, divisor) in ks[1..].iter_mut().zip(DIVISORS) {
+        *k = k_of(1.0 / divisor as f64, rows);
+    }
+    ks
+}
+
+/// Moving averages, of ratios that do not depend on the scale of the gradient, which falls by orders of magnitude in the
+/// first steps and jumps with the scale of a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Averages {
+    /// The sum of the weights of all measurements of the noise; 0 before the first.
+    pub(crate) weight: f64,
+    /// Of `S / (F - V(K))`, the share of noise in the square of the gradient, but for the weight. Of all forms of the
+    /// ratio this one has bounds, so that no measurement outweighs those after it.
+    pub(crate) noise: f64,
+    /// Of `V / S` of each candidate.
+    pub(crate) added: [f64; DIVISORS.len()],
+    /// The same of the gradient of the input; none before the first measurement.
+    pub(crate) input_added: Option<[f64; DIVISORS.len()]>,
+}
+
+impl Averages {
+    /// Whether measurements lead to such averages.
+    pub(super) fn is_sound(&self) -> bool {
+        let all = [self.weight, self.noise].into_iter().chain(self.added);
+        let mut all = all.chain(self.input_added.into_iter().flatten());
+        all.all(|value| value >= 0.0 && value.is_finite())
+    }
+
+    /// Adds a measurement, unless it is of zeros or not finite.
+    pub(crate) fn add(&mut self, figures: Figures) {
+        let [gradient, batch, at_k, added @ ..] = figures.map(|root| root * root);
+        if !(figures.iter().all(|figure| figure.is_finite()) && batch > 0.0) {
+            return;
+        }
+        let noise = match gradient > at_k {
+            true => (batch / (gradient - at_k)).min(MOST_OF_ONE),
+            false => MOST_OF_ONE,
+        };
+        // What has become much noisier is not what it was on average.
+        if self
+            .noise()
+            .is_some_and(|average| ratio(noise) > JUMP * average)
+        {
+            self.weight = 0.0;
+            self.noise = 0.0;
+        }
+        let before = (self.weight > 0.0).then_some(self.added);
+        self.added = averaged(before, added, batch);
+        self.weight = NOISE_KEPT * self.weight + 1.0;
+        self.noise = NOISE_KEPT * self.noise + noise;
+    }
+
+    /// Adds a measurement of the gradient of the input, of rows of which one factor is 1. What has risen counts at once: where
+    /// a layer above has left rows out, nothing is added here while it does.
+    pub(crate) fn add_input(&mut self, figures: Figures) {
+        let [_, batch, _, added @ ..] = figures.map(|root| root * root);
+        if figures.iter().all(|figure| figure.is_finite()) && batch > 0.0 {
+            let present = added.map(|added| added / batch);
+            let average = averaged(self.input_added, added, batch);
+            self.input_added = Some(std::array::from_fn(|i| average[i].max(present[i])));
+        }
+    }
+
+    /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
+    pub(crate) fn noise(&self) -> Option<f64> {
+        (self.weight > 0.0).then(|| ratio(self.noise / self.weight))
+    }
+
+    /// The share of the rows to take for the gradient of the weight from now on, for batches of `rows` rows.
+    pub(crate) fn choose(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
+        let Some(noise) = self.noise() else {
+            return present.weight;
+        };
+        cheapest(self.added, present.weight, |weight, added| {
+            let weight = k_of(weight, rows) as f64 / rows as f64;
+            (1.0 + noise * (1.0 + added)) * time.at(Shares { weight, ..present })
+        })
+    }
+
+    /// The same for the gradient of the input.
+    pub(crate) fn choose_input(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
+        let (Some(noise), Some(added)) = (self.noise(), self.input_added) else {
+            return present.input;
+        };
+        cheapest(added, present.input, |input, added| {
+            let input = k_of(input, rows) as f64 / rows as f64;
+            (1.0 + noise * (1.0 + added)) * time.at(Shares { input, ..present })
+        })
+    }
+}
+
+/// nu, of the share of noise in the square of a gradient.
+fn ratio(share: f64) -> f64 {
+    share / (1.0 - share).max(1.0 / LARGEST)
+}
+
+/// The average of `V / S` of each candidate with a measurement.
+fn averaged(
+    before: Option<[f64; DIVISORS.len()]>,
+    added: [f64; DIVISORS.len()],
+    batch: f64,
+) -> [f64; DIVISORS.len()] {
+    let present = added.map(|added| added / batch);
+    let Some(before) = before else {
+        return present;
+    };
+    std::array::from_fn(|i| ADDED_KEPT * before[i] + (1.0 - ADDED_KEPT) * present[i])
+}
+
+/// The candidate with the least cost, of a share of the rows and what it adds to the noise, but no less than half of the
+/// present one; the present one where the gain is small.
+fn cheapest(added: [f64; DIVISORS.len()], present: f64, cost: impl Fn(f64, f64) -> f64) -> f64 {
+    let some = DIVISORS.into_iter().zip(added);
+    let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
+    let mut best = (1.0, cost(1.0, 0.0));
+    let mut at_present = best.1;
+    for (ratio, added) in some {
+        let cost = cost(ratio, added);
+        if cost < best.1 {
+            best = (ratio, cost);
+        }
+        if ratio == present {
+            at_present = cost;
+        }
+    }
+    match best.1 > (1.0 - HYSTERESIS) * at_present {
+        true => present,
+        false => best.0.max(LEAST_FALL * present),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const M: usize = 1024;
+
+    /// Three equal products.
+    const TIME: StepTime = StepTime {
+        fixed: 1.0,
+        weight: PART,
+        input: PART,
+        measure: 0.1,
+    };
+    const PART: ProductTime = ProductTime {
+        pass: 0.05,
+        product: 1.0,
+    };
+
+    /// A measurement at K = M, with V(M/d) = (d - 1) S, as of rows of one size.
+    fn figures(gradient: f64, batch: f64) -> [f64; FIGURES] {
+        let mut figures = [gradient, batch, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        for (figure, divisor) in figures[3..].iter_mut().zip(DIVISORS) {
+            *figure = (divisor as f64 - 1.0) * batch;
+        }
+        figures.map(f64::sqrt)
+    }
+
+    /// All rows of the gradient of the input.
+    fn of(weight: f64) -> Shares {
+        Shares { weight, input: 1.0 }
+    }
+
+    fn after(measured: [f64; FIGURES]) -> Averages {
+        let mut averages = Averages::default();
+        averages.add(measured);
+        averages
+    }
+
+    /// K after as many choices as it takes, from all rows on.
+    fn settled(averages: &Averages) -> f64 {
+        let choices = (0..8).scan(1.0, |share, _| {
+            *share = averages.choose(of(*share), M, &TIME);
+            Some(*share)
+        });
+        choices.last().unwrap()
+    }
+
+    #[test]
+    fn the_less_noise_the_fewer_rows() {
+        // nu = S / (F - S); the best divisor d minimises (1 + nu d) (2.05 + 1 / d), d = 1 without the pass:
+        // d is about the root of 1 / (2.05 nu).
+        for (noise, divisor) in [
+            (10.0, 1.0),
+            (1.0, 1.0),
+            (0.04, 4.0),
+            (0.008, 8.0),
+            (1e-5, 32.0),
+        ] {
+            let averages = after(figures(1.0 + 1.0 / noise, 1.0));
+            assert!((averages.noise().unwrap() / noise - 1.0).abs() < 1e-9);
+            assert_eq!(settled(&averages), 1.0 / divisor, "{noise}");
+        }
+        // No signal at all.
+        assert_eq!(after(figures(0.5, 1.0)).choose(of(0.25), M, &TIME), 1.0);
+    }
+
+    #[test]
+    fn a_small_gain_does_not_move_k() {
+        let averages = after(figures(1.0 + 1.0 / 0.016, 1.0));
+        let cost = |d: f64| (1.0 + 0.016 * d) * (2.05 + 1.0 / d);
+        assert!(cost(4.0) < cost(8.0) && cost(4.0) > (1.0 - HYSTERESIS) * cost(8.0));
+        assert_eq!(averages.choose(of(0.125), M, &TIME), 0.125);
+        assert_eq!(settled(&averages), 0.25);
+    }
+
+    #[test]
+    fn the_variance_of_the_sample_is_no_signal() {
+        let [exact, sampled] = [0.0, 6.0].map(|at_k: f64| {
+            let mut figures = figures(3.0 + at_k, 1.0);
+            figures[2] = at_k.sqrt();
+            after(figures).noise().unwrap()
+        });
+        assert!((exact - 0.5).abs() < 1e-9 && (sampled - 0.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn averages_forget_and_skip_what_says_nothing() {
+        let mut averages = Averages::default();
+        assert_eq!(
+            (averages.noise(), averages.choose(of(0.5), M, &TIME)),
+            (None, 0.5)
+        );
+        for broken in [f64::NAN, f64::INFINITY, 0.0] {
+            averages.add(figures(2.0, broken));
+            assert_eq!(averages, Averages::default());
+        }
+        averages.add(figures(2.0, 1.0));
+        assert!((averages.noise().unwrap() - 1.0).abs() < 1e-9);
+        for _ in 0..60 {
+            // Of another scale: only the ratio matters.
+            averages.add(figures(11e-8, 1e-8));
+        }
+        assert!((averages.noise().unwrap() - 0.1).abs() < 1e-2);
+    }
+
+    #[test]
+    fn rows_of_the_gradient_of_the_input_go_by_their_own_variance() {
+        let mut averages = after(figures(11.0, 1.0));
+        let all = of(1.0);
+        assert_eq!(averages.choose_input(all, M, &TIME), 1.0);
+        // Rows of one size, and rows of which few carry all.
+        averages.add_input(figures(0.0, 1.0));
+        let alike = averages.choose_input(all, M, &TIME);
+        assert_eq!(alike, 0.5);
+        let mut few = after(figures(1e4, 1.0));
+        few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(few.choose_input(all, M, &TIME), 0.5);
+        let sixteenth = Shares {
+            input: 1.0 / 16.0,
+            ..all
+        };
+        assert_eq!(few.choose_input(sixteenth, M, &TIME), 1.0 / 32.0);
+        // Noise alone takes all rows, if they are alike.
+        let mut noisy = after(figures(0.5, 1.0));
+        noisy.add_input(figures(0.0, 1.0));
+        assert_eq!(noisy.choose_input(all, M, &TIME), 1.0);
+        // What rises counts at once, what falls by halves.
+        few.add_input(figures(0.0, 1.0));
+        assert_eq!(few.input_added, averages.input_added);
+        few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(few.input_added.unwrap()[0], 0.5);
+        // Where the gradient of the input is not asked for nothing can be saved.
+        let without = StepTime {
+            input: ProductTime::default(),
+            ..TIME
+        };
+        assert_eq!(averages.choose_input(all, M, &without), 1.0);
+    }
+
+    /// A batch of equal rows, as in the first step of many models, and then noise.
+    #[test]
+    fn one_measurement_takes_k_up_at_once_and_down_by_two() {
+        let mut averages = Averages::default();
+        for _ in 0..50 {
+            averages.add(figures(4096.0, 1.0));
+        }
+        assert_eq!(settled(&averages), 1.0 / 32.0);
+        let mut noisy = averages;
+        noisy.add(figures(2.0, 1.0));
+        assert_eq!(noisy.choose(of(1.0 / 32.0), M, &TIME), 1.0);
+        assert_eq!(noisy.choose_input(of(1.0), M, &TIME), 1.0);
+
+        let mut ks = vec![1.0];
+        while let Some(&k) = ks.last()
+            && ks.len() < 7
+        {
+            averages.add(figures(4096.0, 1.0));
+            ks.push(averages.choose(of(k), M, &TIME));
+        }
+        assert_eq!(ks, [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]);
+        // Noise that is not much more is averaged.
+        let before = averages.noise().unwrap();
+        averages.add(figures(1.0 + 4095.0 / 3.0, 1.0));
+        assert!(averages.noise().unwrap() < 1.3 * before);
+    }
+
+    #[test]
+    fn equal_k_cost_the_same() {
+        // Of 16 rows M/16 and M/32 are one row, which M/16 names first.
+        let averages = after(figures(1e6, 1.0));
+        assert_eq!(averages.choose(of(1.0 / 8.0), 16, &TIME), 1.0 / 16.0);
+    }
+
+    /// One of the passes of each interval, and each of the uses of a layer alike, whatever their number is.
+    #[test]
+    fn passes_are_measured_as_they_are_drawn() {
+        let drawn = |interval: u64| crate::rows::random::stream(3, interval);
+        let mut averages = Averages::default();
+        assert!(TIME.measures(0, &averages, drawn));
+        averages.weight = 1.0;
+        let early = (3..300).filter(|&pass| TIME.measures(pass, &averages, drawn));
+        assert_eq!(early.count(), 99);
+        averages.weight = EARLY_WEIGHT;
+        for uses in [2, 10, 11, 20, 33] {
+            let mut of_use = vec![0; uses];
+            for pass in 10..20_000 {
+                if TIME.measures(pass, &averages, drawn) {
+                    of_use[pass as usize % uses] += 1;
+                }
+            }
+            assert_eq!(of_use.iter().sum::<u32>(), 1999);
+            let expected = 1999.0 / uses as f64;
+            let apart = |&count: &u32| (f64::from(count) - expected).abs();
+            let most = of_use.iter().map(apart).fold(0.0, f64::max);
+            assert!(most < 5.0 * expected.sqrt(), "{uses}: {of_use:?}");
+        }
+    }
+
+    #[test]
+    fn measuring_takes_half_a_per_cent_at_most() {
+        let settled = Averages {
+            weight: EARLY_WEIGHT,
+            ..Averages::default()
+        };
+        assert_eq!(TIME.interval(&settled), 10);
+        let nothing = Averages::default();
+        assert_eq!(TIME.interval(&nothing), EARLY_INTERVAL);
+        let dear = StepTime {
+            measure: 0.89,
+            ..TIME
+        };
+        assert_eq!(dear.interval(&settled), 60);
+    }
+
+    #[test]
+    fn candidates_have_a_row_at_least() {
+        assert_eq!(measured_ks(64, 9), [9, 32, 16, 8, 4, 2]);
+        assert_eq!(measured_ks(60, 60), [60, 30, 15, 8, 4, 2]);
+        assert_eq!(measured_ks(5, 5), [5, 3, 1, 1, 1, 1]);
+    }
+}
