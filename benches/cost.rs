@@ -84,8 +84,6 @@ fn main() -> Result<()> {
                     method,
                     seed: 0,
                     step,
-                    bias: false,
-                    measure: false,
                 };
                 step += 1;
                 let gradient = weight_gradient(x.clone(), g.clone(), kept.take(), settings);

@@ -195,8 +195,6 @@ fn measure(
             method: config.method,
             seed: config.seed,
             step,
-            bias: false,
-            measure: false,
         };
         step += 1;
         let gradient = weight_gradient(x.clone(), g.clone(), memory.take(), settings);

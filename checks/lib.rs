@@ -101,8 +101,6 @@ fn gradients(device: &Device, dtype: DType) {
                     method,
                     seed: 1,
                     step: 0,
-                    bias: true,
-                    measure,
                 };
                 let batch = || {
                     (
@@ -148,8 +146,6 @@ fn others(device: &Device, dtype: DType) {
                 method: Method::Systematic,
                 seed: 1,
                 step: 0,
-                bias: false,
-                measure: false,
             };
             weight_gradient(packed.clone(), g.clone(), None, step);
             packed.unpack();

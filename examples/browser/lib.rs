@@ -118,8 +118,6 @@ async fn gradients(device: &Device) -> Result<Vec<Gradient>, JsError> {
                 method,
                 seed: 1,
                 step: 0,
-                bias: false,
-                measure: false,
             };
             let here = gradient(device, step).into_data_async().await?;
             let there = gradient(&Device::flex(), step).into_data_async().await?;

@@ -43,8 +43,18 @@ pub struct AopStep {
     pub step: u64,
 }
 
+impl Rows {
+    fn into_dispatch(self) -> Memory<Dispatch> {
+        Memory {
+            input: self.input.into_dispatch(),
+            grad: self.grad.into_dispatch(),
+            age: self.age.into_dispatch(),
+        }
+    }
+}
+
 impl AopStep {
-    pub(crate) fn draw(self) -> Draw {
+    fn draw(self) -> Draw {
         Draw {
             k: self.k,
             method: self.method,
@@ -84,26 +94,36 @@ pub fn weight_gradient(
     expect("the dtype of grad", input.dtype(), grad.dtype());
     expect_k(rows, step.k);
     let memory = memory.map(|memory| {
+        let Rows {
+            input: kept_input,
+            grad: kept_grad,
+            age,
+        } = &memory;
         for (name, tensor) in [
-            ("memory.input", &memory.input),
-            ("memory.grad", &memory.grad),
-            ("memory.age", &memory.age),
+            ("memory.input", kept_input),
+            ("memory.grad", kept_grad),
+            ("memory.age", age),
         ] {
             same_device([("input", &input), (name, tensor)]);
         }
-        let [kept, width] = memory.input.dims();
+        let [kept, width] = kept_input.dims();
         expect("the width of memory.input", d_input, width);
         let shape = [kept, d_output];
-        expect("the shape of memory.grad", shape, memory.grad.dims());
-        expect("the shape of memory.age", [kept, 1], memory.age.dims());
-        Memory {
-            input: memory.input.into_dispatch(),
-            grad: memory.grad.into_dispatch(),
-            age: memory.age.into_dispatch(),
-        }
+        expect("the shape of memory.grad", shape, kept_grad.dims());
+        expect("the shape of memory.age", [kept, 1], age.dims());
+        memory.into_dispatch()
     });
-    let (input, grad) = (Factor::Matrix(input.into_dispatch()), grad.into_dispatch());
-    let (weight, memory) = recipe::weight_gradient::<Dispatch>(input, grad, memory, step.draw());
+    gradient(Factor::Matrix(input.into_dispatch()), grad, memory, step)
+}
+
+fn gradient(
+    input: Factor<Dispatch>,
+    grad: Tensor<2>,
+    memory: Option<Memory<Dispatch>>,
+    step: AopStep,
+) -> Gradient {
+    let (grad, draw) = (grad.into_dispatch(), step.draw());
+    let (weight, memory) = recipe::weight_gradient::<Dispatch>(input, grad, memory, draw);
     Gradient {
         weight: Tensor::from_dispatch(weight),
         memory: memory.map(|memory| Rows {
@@ -178,11 +198,19 @@ pub mod parts {
             norms.dims()[0] * (4 * self.0.packing.words() + norms.dtype().size())
         }
 
-        /// [`weight_gradient`] of these rows, without a memory.
-        pub fn weight_gradient(self, grad: Tensor<2>, step: AopStep) -> Tensor<2> {
-            let (input, grad) = (Factor::Packed(self.0), grad.into_dispatch());
-            let (weight, _) = recipe::weight_gradient::<Dispatch>(input, grad, None, step.draw());
-            Tensor::from_dispatch(weight)
+        /// [`weight_gradient`](super::weight_gradient) of these rows.
+        pub fn weight_gradient(
+            self,
+            grad: Tensor<2>,
+            memory: Option<Rows>,
+            step: AopStep,
+        ) -> Gradient {
+            gradient(
+                Factor::Packed(self.0),
+                grad,
+                memory.map(Rows::into_dispatch),
+                step,
+            )
         }
 
         /// [`gradient_noise`] of these rows.

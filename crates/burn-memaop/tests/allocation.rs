@@ -86,8 +86,6 @@ fn operation(memory: Memory) -> Vec<usize> {
             method: Method::TopK(memory),
             seed: 0,
             step: number,
-            bias: false,
-            measure: false,
         };
         kept = weight_gradient(x.clone(), g.clone(), kept.take(), settings).memory;
     };

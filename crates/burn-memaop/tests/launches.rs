@@ -15,7 +15,7 @@ use burn_memaop::{
     StoredInput,
     activation::{Gelu, relu},
     baseline::Baseline,
-    op::{self, AopStep, InputStep, PackStep},
+    op::{self, AopStep, parts},
 };
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -135,8 +135,6 @@ fn operation(device: &Device) {
                 method,
                 seed: 1,
                 step: 0,
-                bias: false,
-                measure: false,
             };
             let (kernels, reads) = observe(device, || {
                 op::weight_gradient(many.0.clone(), many.1.clone(), None, settings);
@@ -158,8 +156,6 @@ fn operation(device: &Device) {
                     method,
                     seed: 1,
                     step,
-                    bias: false,
-                    measure: false,
                 };
                 step += 1;
                 let gradient = op::weight_gradient(x.clone(), g.clone(), kept.take(), settings);
@@ -182,13 +178,14 @@ fn operation(device: &Device) {
 fn input_gradient(device: &Device) {
     let grad = random([200, 24], device, DType::F32);
     let weight = random([40, 24], device, DType::F32);
-    let step = InputStep {
-        k: 50,
-        seed: 1,
-        step: 0,
-    };
     let (kernels, reads) = observe(device, || {
-        drop(op::input_gradient(grad.clone(), weight.clone(), step));
+        drop(parts::input_gradient(
+            grad.clone(),
+            weight.clone(),
+            50,
+            1,
+            0,
+        ));
     });
     let products = kernels.iter().filter(|name| name.contains("matmul"));
     assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
@@ -207,15 +204,13 @@ fn noise(device: &Device) {
             random([rows, 24], device, dtype),
         );
         let gradient = random([33, 24], device, dtype);
-        let step = op::NoiseStep {
-            ks: [200, 100, 50, 25, 12, 6],
-        };
+        let ks = [200, 100, 50, 25, 12, 6];
         let (kernels, reads) = observe(device, || {
-            drop(op::gradient_noise(
+            drop(parts::gradient_noise(
                 x.clone(),
                 g.clone(),
                 gradient.clone(),
-                step,
+                ks,
             ));
         });
         let ours = if rows > 2048 { 10 } else { 2 };
@@ -239,14 +234,9 @@ fn packed(device: &Device) {
             random([200, 24], device, dtype),
         );
         for stored in [StoredInput::Int8, StoredInput::Int4] {
-            let step = PackStep {
-                stored,
-                seed: 1,
-                step: 0,
-            };
             let mut rows = None;
             let (kernels, reads) = observe(device, || {
-                rows = Some(op::pack(x.clone(), step));
+                rows = Some(parts::pack(x.clone(), stored, 1, 0));
             });
             assert_eq!((kernels.len(), reads), (1, 0), "{stored:?}: {kernels:?}");
 
@@ -256,11 +246,9 @@ fn packed(device: &Device) {
                 method: Method::Systematic,
                 seed: 1,
                 step: 0,
-                bias: false,
-                measure: false,
             };
             let (kernels, reads) = observe(device, || {
-                op::weight_gradient(rows.clone(), g.clone(), None, settings);
+                rows.clone().weight_gradient(g.clone(), None, settings);
             });
             let products = kernels.iter().filter(|name| name.contains("matmul"));
             assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
@@ -302,8 +290,6 @@ fn host_selection_is_reported(device: &Device) {
                 method: Method::Baseline(Baseline::Bernoulli),
                 seed: 1,
                 step: 0,
-                bias: false,
-                measure: false,
             },
         );
     });
@@ -345,7 +331,7 @@ fn layer(device: &Device) {
             .with_method(method);
         let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
         let input = random([70, 20], &device, DType::F32);
-        let observer = AopObserver::new(1).with_exact(2);
+        let observer = AopObserver::new().with_error(2);
         let mut reports = vec![observer.observe(&layer)];
         let (kernels, reads) = observe(&device, || {
             for _ in 0..3 {
@@ -356,8 +342,7 @@ fn layer(device: &Device) {
             }
         });
         assert_eq!(reads, 0, "{method:?}: {kernels:?}");
-        let measured = reports[3].layers[0].measured().unwrap();
-        assert!(measured.is_some_and(|measured| measured.cosine.is_some()));
+        assert!(reports[3].layers[0].error().is_some());
     }
 }
 
@@ -378,7 +363,7 @@ fn convolution(device: &Device) {
         drop(some.weight.grad(&grads));
     });
     let ours = [
-        "square_kernel",
+        "norm_kernel",
         "score_patches_kernel",
         "systematic",
         "gather_patches_kernel",
@@ -398,7 +383,7 @@ fn convolution(device: &Device) {
     );
     assert_eq!(reads, 0, "{kernels:?}");
 
-    let observer = AopObserver::new(1);
+    let observer = AopObserver::new();
     let packed = layer(AopConfig::new().with_stored_input(StoredInput::Int8));
     let (kernels, reads) = observe(&device, || {
         for _ in 0..30 {

@@ -203,16 +203,17 @@ impl MemAopConv2d {
         let empty = [rows, window.patch(), height, width, weight.dims()[0]].contains(&0);
         // Burn's own function keeps what is quantized.
         let quantized = |dtype: DType| !dtype.is_float();
+        let tracked = is_tracked(&weight);
         if empty
             || quantized(weight.dtype())
             || bias.as_ref().is_some_and(|bias| quantized(bias.dtype()))
+            || !tracked && device.is_autodiff()
         {
-            if is_tracked(&weight) {
+            if tracked {
                 self.state.note_exact(rows, with_input);
             }
             return conv2d(input, weight, bias, window.options());
         }
-        let tracked = is_tracked(&weight);
         let bias = match bias {
             Some(bias) => Bias::<Dispatch>::Some(bias.into_dispatch()),
             None => Bias::None,

@@ -83,9 +83,11 @@ impl Written {
             .rows
             .into_iter()
             .map(|rows| restored_rows(rows, widths, on));
-        // Averages and shares that no measurement leads to are as none.
-        let share = |chosen: Option<f64>| chosen.filter(|&share| share > 0.0 && share <= 1.0);
-        let noise = match self.noise.is_sound() {
+        // Averages that no measurement leads to are as none, and so is what was chosen by them.
+        let is_sound = self.noise.is_sound();
+        let share =
+            |chosen: Option<f64>| chosen.filter(|&share| is_sound && share > 0.0 && share <= 1.0);
+        let noise = match is_sound {
             true => self.noise,
             false => Averages::default(),
         };

@@ -4,10 +4,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{DType, Device},
 };
-use burn_memaop::{
-    AopConfig, MemAopLinear, OuterProducts,
-    op::{InputStep, input_gradient},
-};
+use burn_memaop::{AopConfig, MemAopLinear, OuterProducts, op::parts::input_gradient};
 
 use crate::{
     oracle::{inclusion_probabilities, layer_seed, permutation, philox},
@@ -22,7 +19,7 @@ fn norm(row: &[f64]) -> f64 {
 fn chosen(g: &Matrix, k: usize, seed: u64, step: u64) -> Vec<(usize, f64)> {
     let sizes: Vec<f64> = g.0.iter().map(|row| norm(row)).collect();
     let p = inclusion_probabilities(&sizes, k);
-    let start = (philox([0, 0, step], seed)[2] as f64 + 0.5) / 4_294_967_296.0;
+    let start = (philox([0, 0, step], seed)[0] as f64 + 0.5) / 4_294_967_296.0;
     let mut drawn = Vec::new();
     let mut reached = start;
     for row in permutation(sizes.len(), step, seed) {
@@ -47,9 +44,18 @@ fn expected(g: &Matrix, w: &Matrix, rows: &[(usize, f64)]) -> Matrix {
     gradient
 }
 
-fn gradient(device: &Device, dtype: DType, g: &Matrix, w: &Matrix, step: InputStep) -> Matrix {
+/// How many rows, by which seed and step.
+#[derive(Clone, Copy)]
+struct Settings {
+    k: usize,
+    seed: u64,
+    step: u64,
+}
+
+fn gradient(device: &Device, dtype: DType, g: &Matrix, w: &Matrix, settings: Settings) -> Matrix {
     let (g, w) = (g.tensor(device, dtype), w.tensor(device, dtype));
-    let gradient = input_gradient(g, w, step);
+    let Settings { k, seed, step } = settings;
+    let gradient = input_gradient(g, w, k, seed, step);
     assert_eq!(gradient.dtype(), dtype);
     Matrix::from_tensor(gradient)
 }
@@ -70,14 +76,10 @@ pub fn input_gradients_equal_their_definition(device: &Device) {
             let w = random.matrix(n, p).rounded(dtype);
             for k in [1, m / 4, m - 1] {
                 let k = k.max(1);
-                // A row that stands for a thousand has values beyond half precision.
-                if dtype == DType::F16 && m > 100 * k {
-                    continue;
-                }
                 let (seed, step) = (9, 1 << 33 | 5);
                 let g = random.matrix(m, p).rounded(dtype);
                 let rows = chosen(&g, k, seed, step);
-                let settings = InputStep { k, seed, step };
+                let settings = Settings { k, seed, step };
                 let found = gradient(device, dtype, &g, &w, settings);
                 let error = found.relative_error(&expected(&g, &w, &rows));
                 assert!(error < tolerance, "{dtype:?} {m} {n} {p} {k}: {error:e}");
@@ -89,22 +91,20 @@ pub fn input_gradients_equal_their_definition(device: &Device) {
     }
 }
 
-pub fn zero_and_broken_rows_stay_zero(device: &Device) {
+pub fn rows_of_zeros_stay_zero(device: &Device) {
     let mut random = Random(72);
     let w = random.matrix(4, 3);
     let mut g = random.matrix(10, 3);
     for row in [0, 3, 4, 8, 9] {
         g.0[row] = vec![0.0; 3];
     }
-    g.0[5][1] = f64::NAN;
-    g.0[6][0] = f64::INFINITY;
-    let settings = InputStep {
+    let settings = Settings {
         k: 8,
         seed: 1,
         step: 0,
     };
     let found = gradient(device, DType::F32, &g, &w, settings);
-    let kept = [1, 2, 7].map(|row| (row, 1.0));
+    let kept = [1, 2, 5, 6, 7].map(|row| (row, 1.0));
     let error = found.relative_error(&expected(&g, &w, &kept));
     assert!(error < 1e-5, "{error:e}");
 
@@ -128,7 +128,7 @@ pub fn rows_of_zeros_change_nothing(device: &Device) {
         let rows: Vec<_> = rows.into_iter().map(|row| (row, 1.0)).collect();
         let expected = expected(&g, &w, &rows);
         for k in [m, m - 1, kept.max(1)] {
-            let settings = InputStep {
+            let settings = Settings {
                 k,
                 seed: 3,
                 step: 0,
@@ -151,7 +151,7 @@ fn sampled_rows_are_the_exact_gradient_on_average() {
     let mut mean = Matrix::zeros(m, 2);
     let mut square = Matrix::zeros(m, 2);
     for step in 0..draws {
-        let settings = InputStep { k, seed: 4, step };
+        let settings = Settings { k, seed: 4, step };
         let found = gradient(&device, DType::F32, &g, &w, settings);
         for i in 0..m {
             for j in 0..2 {

@@ -304,7 +304,7 @@ fn column_layout_has_its_widths_in_order() {
     assert!(format!("{}", config.init(&device())).contains("d_input: 6, d_output: 4"));
 
     let layer = config.init(&device());
-    let observer = AopObserver::new(1);
+    let observer = AopObserver::new();
     observer.observe(&layer);
     let mut random = Random(39);
     let (x, g) = batch(&mut random, 10);

@@ -43,8 +43,6 @@ pub struct Oracle {
     pub input: Matrix,
     pub grad: Matrix,
     pub age: Vec<f64>,
-    /// The share of the sum of the sizes that the last step's rows carried.
-    pub share: f64,
 }
 
 impl Oracle {
@@ -57,7 +55,6 @@ impl Oracle {
             input: Matrix(Vec::new()),
             grad: Matrix(Vec::new()),
             age: Vec::new(),
-            share: 0.0,
         }
         .with_widths(d_input, d_output)
     }
@@ -109,12 +106,13 @@ impl Oracle {
                     (input_scale, grad_scale) = (0.0, 0.0);
                 }
             }
-            if self.memory != Memory::None {
+            if let Memory::Published { decay } | Memory::Balanced { decay } = self.memory {
+                let kept = decay.sqrt();
                 for j in 0..n {
-                    x_hat.0[i][j] = self.input.0[i][j] + input_scale * x.0[i][j];
+                    x_hat.0[i][j] = kept * self.input.0[i][j] + input_scale * x.0[i][j];
                 }
                 for j in 0..p {
-                    g_hat.0[i][j] = self.grad.0[i][j] + grad_scale * g.0[i][j];
+                    g_hat.0[i][j] = kept * self.grad.0[i][j] + grad_scale * g.0[i][j];
                 }
             }
         }
@@ -134,8 +132,6 @@ impl Oracle {
 
         let mut taken = vec![false; m];
         chosen.iter().for_each(|&(row, _)| taken[row] = true);
-        let carried: f64 = (0..m).filter(|&i| taken[i]).map(|i| sizes[i]).sum();
-        self.share = carried / sizes.iter().sum::<f64>();
 
         // Apply.
         let mut gradient = Matrix::zeros(n, p);
@@ -148,9 +144,9 @@ impl Oracle {
         }
 
         // Keep.
-        if let Memory::Published { decay } | Memory::Balanced { decay } = self.memory {
+        if self.memory != Memory::None {
             for i in 0..m {
-                let factor = if taken[i] { 0.0 } else { decay.sqrt() };
+                let factor = if taken[i] { 0.0 } else { 1.0 };
                 self.age[i] = if taken[i] { 0.0 } else { self.age[i] + 1.0 };
                 for j in 0..n {
                     self.input.0[i][j] = factor * x_hat.0[i][j];

@@ -6,7 +6,10 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopLinear, Memory, Method, OuterProducts, StoredInput, activation as compact,
-    op::{AopStep, NoiseStep, PackStep, gradient_noise, pack, weight_gradient},
+    op::{
+        AopStep,
+        parts::{self, PackedRows, gradient_noise},
+    },
     transformer::{MemAopMultiHeadAttention, MhaInput},
 };
 
@@ -14,6 +17,18 @@ use crate::{
     oracle::{Oracle, Policy, philox},
     support::{Matrix, Random, linear},
 };
+
+/// In how many bits rows are packed, and by which random bits they are rounded.
+#[derive(Clone, Copy)]
+struct PackStep {
+    stored: StoredInput,
+    seed: u64,
+    step: u64,
+}
+
+fn pack(rows: Tensor<2>, step: PackStep) -> PackedRows {
+    parts::pack(rows, step.stored, step.seed, step.step)
+}
 
 const STORED: [StoredInput; 2] = [StoredInput::Int8, StoredInput::Int4];
 
@@ -94,7 +109,6 @@ pub fn packed_rows_equal_the_oracle(device: &Device) {
                 step: 3,
             };
             let packed = pack(x.tensor(device, DType::F32), step);
-            assert_eq!(packed.dims(), [rows, width]);
             let context = format!("{stored:?} {rows} {width}");
             let found = Matrix::from_tensor(packed.clone().unpack());
             assert_close(&found, &rounded(&x, stored, step.seed, step.step), &context);
@@ -149,7 +163,9 @@ pub fn packed_rows_of_every_type(device: &Device) {
 
             let packed = pack(x.tensor(device, dtype), step);
             let step = step_of(Policy::Systematic, Memory::None, 3, 0);
-            let gradient = weight_gradient(packed, g.tensor(device, dtype), None, step).weight;
+            let gradient = packed
+                .weight_gradient(g.tensor(device, dtype), None, step)
+                .weight;
             assert_eq!(gradient.dtype(), dtype);
             let mut oracle = Oracle::new(Policy::Systematic, Memory::None, 2, 70, 3);
             let expected = oracle.step_of_rounded(&x, &unpacked, &g, 3);
@@ -165,8 +181,6 @@ fn step_of(policy: Policy, memory: Memory, k: usize, step: u64) -> AopStep {
         method: policy.method(memory),
         seed: 2,
         step,
-        bias: true,
-        measure: false,
     }
 }
 
@@ -198,8 +212,8 @@ pub fn gradients_of_packed_rows_equal_the_oracle(device: &Device) {
                     let packed = pack(x.tensor(device, DType::F32), packing);
                     let unpacked = Matrix::from_tensor(packed.clone().unpack());
                     let step = step_of(policy, memory, k, number);
-                    let found =
-                        weight_gradient(packed, g.tensor(device, DType::F32), rows.take(), step);
+                    let g_tensor = g.tensor(device, DType::F32);
+                    let found = packed.weight_gradient(g_tensor, rows.take(), step);
                     rows = found.memory;
                     let expected = oracle.step_of_rounded(&x, &unpacked, &g, k);
                     let error = Matrix::from_tensor(found.weight).relative_error(&expected);
@@ -207,9 +221,6 @@ pub fn gradients_of_packed_rows_equal_the_oracle(device: &Device) {
                         error < 1e-5,
                         "{policy:?} {memory:?} {stored:?} {m} {n} {p}: {error:e}"
                     );
-                    let sums = (0..p).map(|j| g.0.iter().map(|row| row[j]).sum::<f64>());
-                    let bias = Matrix::from_tensor(found.bias.unwrap().unsqueeze());
-                    assert!(bias.relative_error(&Matrix(vec![sums.collect()])) < 1e-4);
                 }
             }
         }
@@ -220,17 +231,15 @@ pub fn the_noise_of_packed_rows_is_that_of_the_rows(device: &Device) {
     let mut random = Random(44);
     let [x, g, gradient] = [(50, 70), (50, 9), (70, 9)]
         .map(|(rows, columns)| random.matrix(rows, columns).tensor(device, DType::F32));
-    let step = NoiseStep {
-        ks: [50, 25, 12, 6, 3, 1],
-    };
+    let ks = [50, 25, 12, 6, 3, 1];
     let packing = PackStep {
         stored: StoredInput::Int4,
         seed: 9,
         step: 0,
     };
     let figures = |noise: Tensor<1>| Matrix::from_tensor(noise.unsqueeze());
-    let packed = gradient_noise(pack(x.clone(), packing), g.clone(), gradient.clone(), step);
-    let full = gradient_noise(x, g, gradient, step);
+    let packed = pack(x.clone(), packing).gradient_noise(g.clone(), gradient.clone(), ks);
+    let full = gradient_noise(x, g, gradient, ks);
     let error = figures(packed).relative_error(&figures(full));
     assert!(error < 1e-5, "{error:e}");
 }
@@ -263,14 +272,6 @@ pub fn values_that_are_not_finite_stay_in_their_group(device: &Device) {
                 );
             }
         }
-        // A row of such a norm is not chosen, and the other is.
-        let g = random.matrix(4, 2);
-        let step = step_of(Policy::TopK, Memory::None, 2, 0);
-        let gradient = weight_gradient(packed, g.tensor(device, DType::F32), None, step).weight;
-        let whole = Matrix(vec![found.0[3].clone()]);
-        let expected = product(&whole, &Matrix(vec![g.0[3].clone()]));
-        let error = Matrix::from_tensor(gradient).relative_error(&expected);
-        assert!(error < 1e-6, "{stored:?}: {error:e}");
     }
     // Sizes whose squares are infinite.
     let largest = Matrix(vec![vec![3e38, -3e38, 1.0]]);
@@ -562,39 +563,6 @@ fn passes_of_one_step_round_differently() {
     // Independent errors of 16 passes are a quarter of that of one; equal ones would be as large.
     let (one, many) = (error(1), error(16));
     assert!(one > 1e-3 && many < 0.5 * one, "{one} {many}");
-}
-
-#[test]
-#[should_panic(expected = "pack: step.stored must be other than Full")]
-fn nothing_is_packed_as_it_is() {
-    let step = PackStep {
-        stored: StoredInput::Full,
-        seed: 0,
-        step: 0,
-    };
-    pack(Tensor::ones([2, 2], &Device::flex()), step);
-}
-
-#[test]
-#[should_panic(expected = "pack: input must be on a device without autodiff")]
-fn a_tracked_input_is_not_packed() {
-    let step = PackStep {
-        stored: StoredInput::Int8,
-        seed: 0,
-        step: 0,
-    };
-    pack(Tensor::ones([2, 2], &Device::flex().autodiff()), step);
-}
-
-#[test]
-#[should_panic(expected = "pack: input must have values, but has the shape [0, 2]")]
-fn no_rows_are_not_packed() {
-    let step = PackStep {
-        stored: StoredInput::Int8,
-        seed: 0,
-        step: 0,
-    };
-    pack(Tensor::zeros([0, 2], &Device::flex()), step);
 }
 
 #[test]

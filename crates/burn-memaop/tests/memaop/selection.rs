@@ -25,8 +25,6 @@ fn draw(policy: Policy, sizes: &[f64], k: usize, step: u64) -> Vec<usize> {
             method: policy.method(Memory::Published { decay: 1.0 }),
             seed: 99,
             step,
-            bias: false,
-            measure: false,
         },
     );
     let kept = Matrix::from_tensor(gradient.memory.expect("rows are left out").grad);

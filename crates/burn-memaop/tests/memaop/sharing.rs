@@ -336,7 +336,7 @@ fn a_record_goes_on_on_another_device() {
     let linear = LinearConfig::new(N, 4).init(&elsewhere);
     for observed in [false, true] {
         let target = MemAopLinear::from_linear(linear.clone(), model.aop());
-        let observer = AopObserver::new(1);
+        let observer = AopObserver::new().with_error(1);
         if observed {
             observer.observe(&target);
         }
@@ -346,7 +346,7 @@ fn a_record_goes_on_on_another_device() {
         let after = loaded.memory_stats();
         assert_eq!((after.step, after.rows), (before.step + 1, before.rows));
         let report = observer.observe(&loaded);
-        assert_eq!(report.layers[0].measured().unwrap().is_some(), observed);
+        assert_eq!(report.layers[0].error().is_some(), observed);
         // Nothing is left of the device of the record.
         assert_eq!(saved(&loaded).len(), saved(&model).len());
     }
@@ -398,7 +398,7 @@ fn a_moved_layer_takes_its_state_along() {
         saved(&moved).into_bytes().unwrap().len() < size + 200,
         "it is saved once"
     );
-    AopObserver::new(1).observe(&moved);
+    AopObserver::new().observe(&moved);
     let _never_propagated = moved.forward(Tensor::<2>::ones([10, N], &there));
     assert_eq!((model.memory_stats(), bytes()), (before, size));
 

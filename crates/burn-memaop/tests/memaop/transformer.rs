@@ -432,7 +432,7 @@ fn all_layers_are_observed_and_none_waits_in_inference() {
         .with_dropout(0.1)
         .with_aop(half_of_the_rows())
         .init(&device);
-    let observer = AopObserver::new(1);
+    let observer = AopObserver::new();
     observer.observe(&encoder);
     let tokens = tokens(&mut Random(87), [2, 4, 8], &device);
     let output = encoder.forward(TransformerEncoderInput::new(tokens));

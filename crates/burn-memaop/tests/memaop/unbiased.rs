@@ -89,8 +89,6 @@ fn measure(policy: Policy) -> Measured {
             method: policy.method(Memory::None),
             seed: 77,
             step,
-            bias: false,
-            measure: false,
         };
         let drawn = gradient(&x, &g, None, step).0.0.concat();
         let error: Vec<_> = drawn.iter().zip(&exact).map(|(a, b)| a - b).collect();
@@ -141,8 +139,6 @@ fn systematic_sampling_is_not_misled_by_a_period() {
                 method: policy.method(Memory::None),
                 seed: 78,
                 step,
-                bias: false,
-                measure: false,
             };
             let drawn = gradient(&x, &g, None, step).0.0.concat();
             drawn
@@ -266,8 +262,6 @@ fn balanced(batches: &[(Matrix, Matrix)], decay: f64, seed: u64) -> (Matrix, Mat
             method: Method::TopK(Memory::Balanced { decay }),
             seed,
             step: step as u64,
-            bias: false,
-            measure: false,
         };
         memory = gradient(x, g, memory, step).1;
     }
@@ -291,8 +285,8 @@ fn the_balanced_memory_holds_the_sum_of_the_outer_products_on_average() {
     for decay in [1.0f64, 0.8] {
         let batches = batches(&mut random, 4);
         let expected = sum(batches.iter().rev().enumerate().map(|(age, (x, g))| {
-            // Each step ends with the decay.
-            outer(&x.0[0], &g.0[0], decay.powi(age as i32 + 1))
+            // Each step begins with the decay of what it finds.
+            outer(&x.0[0], &g.0[0], decay.powi(age as i32))
         }));
         let mut mean = vec![0.0; expected.len()];
         let mut variance = 0.0;

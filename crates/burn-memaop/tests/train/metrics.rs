@@ -35,14 +35,17 @@ fn the_noise_is_logged_once_it_is_known() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::flex().autodiff();
     let auto = AopConfig::new().with_cost_rule(false);
-    let model = Net::new(auto, Some(AopObserver::new(2)), &device);
+    let model = Net::new(auto, Some(AopObserver::new()), &device);
     let training = training(folder.path(), loader(BATCH * 25, false))
         .metric_train_numeric(AopMetric::new(AopFigure::Noise))
         .metric_train_numeric(AopMetric::new(AopFigure::Noise).of_layer("first"))
         .num_epochs(1);
     finished(training.launch(Learner::new(model, SgdConfig::new().init(), 1e-3)));
     // The first measurement is read at the second, which is at step 5 at the latest.
-    for name in ["AOP noise", "AOP noise (first)"] {
+    for name in [
+        "Gradient noise to signal",
+        "Gradient noise to signal (first)",
+    ] {
         let noise = logged(folder.path(), name);
         assert!((20..25).contains(&noise.len()), "{name}: {}", noise.len());
         assert!(noise.iter().all(|&noise| noise > 0.0), "{noise:?}");
@@ -53,43 +56,30 @@ fn the_noise_is_logged_once_it_is_known() {
 fn metrics_log_a_value_for_each_step_that_has_one() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::flex().autodiff();
-    let observer = AopObserver::new(2).with_exact(3);
+    let observer = AopObserver::new().with_error(3);
     let model = Net::new(aop(), Some(observer), &device);
-    // So that the first step is measured.
+    // So that the first step is compared.
     observer.observe(&model);
     let training = training(folder.path(), loader(BATCH * STEPS, false))
-        .metric_train_numeric(AopMetric::new(AopFigure::Share))
-        .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("second"))
-        .metric_train_numeric(AopMetric::new(AopFigure::Memory))
-        .metric_train_numeric(AopMetric::new(AopFigure::Oldest))
-        .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
+        .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed))
+        .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed).of_layer("second"))
         .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
         .metric_train_numeric(
             AopMetric::new(AopFigure::SavedFlops).of_layer("nothing of that name"),
         )
         .metric_train_numeric(AopMetric::new(AopFigure::Error))
-        .metric_train_numeric(AopMetric::new(AopFigure::Cosine))
         .num_epochs(1);
     finished(training.launch(Learner::new(model, SgdConfig::new().init(), 1e-3)));
 
     let logged = |metric| logged(folder.path(), metric);
-    // Two layers of K = 4; 12 of 16 rows left out of all operations of the first layer (6 x 24), of which
+    // Two layers with 4 of 16 rows; 12 rows left out of all operations of the first layer (6 x 24), of which
     // nothing asks for the gradient of the input, and of half of those of the second (24 x 2).
-    assert_eq!(logged("AOP outer products"), [8.0; STEPS]);
-    assert_eq!(logged("AOP saved"), [60.0; STEPS]);
-    // Steps 0, 2, 3 (as it is compared) and 4; 0 and 3 are compared.
-    let share = logged("AOP share");
-    assert_eq!(share.len(), 4);
-    assert!(
-        share.iter().all(|&share| share > 25.0 && share < 100.0),
-        "{share:?}"
-    );
-    assert_eq!(logged("AOP share (second)").len(), 4);
-    assert_eq!(logged("AOP memory").len(), 4);
-    assert_eq!(logged("AOP oldest row"), [1.0, 3.0, 4.0, 5.0]);
-    let (error, cosine) = (logged("AOP error"), logged("AOP cosine"));
-    assert_eq!((error.len(), cosine.len()), (2, 2));
+    assert_eq!(logged("Rows used"), [25.0; STEPS]);
+    assert_eq!(logged("Rows used (second)"), [25.0; STEPS]);
+    assert_eq!(logged("Backward FLOPs saved"), [60.0; STEPS]);
+    // Steps 0 and 3 are compared.
+    let error = logged("Gradient error");
+    assert_eq!(error.len(), 2);
     assert!(error.iter().all(|&error| error > 0.0), "{error:?}");
-    assert!(cosine.iter().all(|cosine| cosine.abs() < 1.0), "{cosine:?}");
-    assert!(logged("AOP saved (nothing of that name)").is_empty());
+    assert!(logged("Backward FLOPs saved (nothing of that name)").is_empty());
 }
