@@ -12,7 +12,11 @@ use anyhow::{Result, bail};
 use burn::tensor::Tensor;
 use burn_memaop::{
     Memory, Method,
-    op::{AopStep, InputStep, NoiseStep, gradient_noise, input_gradient, weight_gradient},
+    op::{
+        AopStep,
+        parts::{gradient_noise, input_gradient},
+        weight_gradient,
+    },
 };
 use clap::Parser;
 use memaop_benches::{Common, interleaved, random};
@@ -91,14 +95,7 @@ fn main() -> Result<()> {
                 black_box(gradient.weight);
             }
         };
-        let settings = InputStep {
-            k,
-            seed: 0,
-            step: 0,
-        };
-        let noise = NoiseStep {
-            ks: [m, m / 2, m / 4, m / 8, m / 16, m / 32],
-        };
+        let ks = [m, m / 2, m / 4, m / 8, m / 16, m / 32];
         let times = interleaved(
             &device,
             common.repeats,
@@ -111,10 +108,10 @@ fn main() -> Result<()> {
                     black_box(some_g.clone().matmul(w.clone().transpose()));
                 },
                 &mut || {
-                    black_box(input_gradient(g.clone(), w.clone(), settings));
+                    black_box(input_gradient(g.clone(), w.clone(), k, 0, 0));
                 },
                 &mut || {
-                    black_box(gradient_noise(x.clone(), g.clone(), w.clone(), noise));
+                    black_box(gradient_noise(x.clone(), g.clone(), w.clone(), ks));
                 },
             ],
         )?;

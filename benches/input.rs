@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use anyhow::{Result, bail, ensure};
 use burn::tensor::Tensor;
-use burn_memaop::op::{InputStep, input_gradient};
+use burn_memaop::op::parts::input_gradient;
 use clap::Parser;
 use memaop_benches::{Buffers, Common, Observed, interleaved, observe, random};
 use serde::Serialize;
@@ -90,8 +90,7 @@ fn main() -> Result<()> {
                 black_box(g.clone().matmul(w.clone().transpose()));
             };
             let gradient = |g: &Tensor<2>, k: usize, step: u64| {
-                let settings = InputStep { k, seed: 0, step };
-                black_box(input_gradient(g.clone(), w.clone(), settings));
+                black_box(input_gradient(g.clone(), w.clone(), k, 0, step));
             };
             let mut step = 0;
             let mut aop = || {

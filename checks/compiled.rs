@@ -40,7 +40,7 @@ fn sources(log: &str) -> BTreeSet<(String, String)> {
     let blocks = log.split("[START_KERNEL_COMPILATION]").skip(1);
     blocks
         .filter_map(|block| {
-            let name = block.split_once("name: burn_memaop::op::cube::")?.1;
+            let name = block.split_once("name: burn_memaop::rows::cube::")?.1;
             let name = name.split(|c: char| c.is_whitespace() || c == '<').next()?;
             // Below its module and function stands the type of the kernel.
             let name = name.rsplit_once("::").map_or(name, |(name, _)| name);

@@ -18,33 +18,35 @@ use burn_memaop::{
     activation::{Gelu, relu},
     baseline::Baseline,
     op::{
-        AopStep, InputStep, NoiseStep, PackStep, gradient_noise, input_gradient, pack,
+        AopStep,
+        parts::{gradient_noise, input_gradient, pack},
         weight_gradient,
     },
 };
 
-/// All kernels of `op/cube/`, whose names differ without their modules too.
-pub const KERNELS: [&str; 26] = [
-    "fold::fold_kernel",
-    "fold::norm_kernel",
-    "fold::score_kernel",
+/// All kernels of `rows/cube/`, whose names differ without their modules too.
+pub const KERNELS: [&str; 27] = [
+    "gather::gather_grad_kernel",
     "gather::gather_kernel",
-    "gather::move_kernel",
+    "gather::rest_kernel",
+    "gather::spread_kernel",
     "gather::take_out_kernel",
     "images::gather_patches_kernel",
+    "images::norm_kernel",
     "images::score_patches_kernel",
-    "images::square_kernel",
     "packed::gather_packed_kernel",
     "packed::pack_kernel",
     "packed::times_kernel",
     "packed::unpack_kernel",
+    "scores::check_kernel",
+    "scores::fold_kernel",
+    "scores::score_kernel",
     "select::largest::largest_kernel",
     "select::many::largest::count_kernel",
     "select::many::largest::digit_kernel",
     "select::many::largest::place_kernel",
     "select::many::search::chunk_largest_kernel",
     "select::many::search::search_kernel",
-    "select::many::share_kernel",
     "select::many::systematic::draw_kernel",
     "select::many::systematic::places_kernel",
     "select::many::variance::roots_kernel",
@@ -95,24 +97,22 @@ fn gradients(device: &Device, dtype: DType) {
     for method in methods {
         // Of widths that are read as vectors, and of others.
         for (rows, width) in [(300, 64), (300, 7), (3000, 7)] {
-            for measure in [false, true] {
-                let step = AopStep {
-                    k: 40,
-                    method,
-                    seed: 1,
-                    step: 0,
-                };
-                let batch = || {
-                    (
-                        random([rows, width], device, dtype),
-                        random([rows, 12], device, dtype),
-                    )
-                };
-                let (x, g) = batch();
-                let gradient = weight_gradient(x, g, None, step);
-                let (x, g) = batch();
-                weight_gradient(x, g, gradient.memory, step);
-            }
+            let step = AopStep {
+                k: 40,
+                method,
+                seed: 1,
+                step: 0,
+            };
+            let batch = || {
+                (
+                    random([rows, width], device, dtype),
+                    random([rows, 12], device, dtype),
+                )
+            };
+            let (x, g) = batch();
+            let gradient = weight_gradient(x, g, None, step);
+            let (x, g) = batch();
+            weight_gradient(x, g, gradient.memory, step);
         }
     }
 }
@@ -123,31 +123,19 @@ fn others(device: &Device, dtype: DType) {
             random([rows, 70], device, dtype),
             random([rows, 12], device, dtype),
         );
-        let step = InputStep {
-            k: 40,
-            seed: 1,
-            step: 0,
-        };
-        input_gradient(g.clone(), random([70, 12], device, dtype), step);
+        input_gradient(g.clone(), random([70, 12], device, dtype), 40, 1, 0);
         let ks = [rows, 150, 75, 40, 20, 10];
         let gradient = random([70, 12], device, dtype);
-        gradient_noise(x.clone(), g.clone(), gradient, NoiseStep { ks });
+        gradient_noise(x.clone(), g.clone(), gradient, ks);
         for stored in [StoredInput::Int8, StoredInput::Int4] {
-            let packed = pack(
-                x.clone(),
-                PackStep {
-                    stored,
-                    seed: 1,
-                    step: 0,
-                },
-            );
+            let packed = pack(x.clone(), stored, 1, 0);
             let step = AopStep {
                 k: 40,
                 method: Method::Systematic,
                 seed: 1,
                 step: 0,
             };
-            weight_gradient(packed.clone(), g.clone(), None, step);
+            packed.clone().weight_gradient(g.clone(), None, step);
             packed.unpack();
         }
     }
@@ -174,7 +162,7 @@ fn layers(device: &Device, dtype: DType) {
             .with_aop(aop.with_outer_products(outer_products))
             .init(device);
         let conv = Cast(dtype).of(conv);
-        let observer = AopObserver::new(1);
+        let observer = AopObserver::new();
         for _ in 0..2 {
             conv.forward(images()).sum().backward();
             observer.observe(&conv);

@@ -201,7 +201,7 @@ impl<L: Dense> Training<L> {
             .forward(self.model.forward(batch.images), batch.labels);
         let grads = GradientsParams::from_grads(loss.backward(), &self.model);
         self.model = self.optimizer.step(LEARNING_RATE, self.model, grads);
-        let report = AopObserver::new(usize::MAX).observe(&self.model);
+        let report = AopObserver::new().observe(&self.model);
         let seen = report.layers.iter().map(|layer| layer.outer_products);
         let exact = (LAYERS - report.layers.len()) * rows;
         self.outer_products += (seen.sum::<usize>() + exact) as u64;

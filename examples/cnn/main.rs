@@ -55,9 +55,6 @@ struct Options {
     /// Learning rate of Adam
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
-    /// Measures one of so many steps for the metrics; 0 for no metrics of burn-memaop
-    #[arg(long, default_value_t = 20)]
-    observe: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
@@ -124,7 +121,7 @@ fn start(
     match options.exact {
         true => train_on(options, device, exact, train, test),
         false => {
-            let memaop = exact.with_memaop(aop, options.observe);
+            let memaop = exact.with_memaop(aop);
             train_on(options, device, memaop, train, test)
         }
     }
@@ -154,11 +151,10 @@ fn train_on<C: Convolution, D: Dense>(
     let chooses = options.aop.k.is_none()
         && options.aop.k_ratio == KRatio::AUTO
         && options.aop.k_ratio.goes_with(options.aop.policy);
-    if options.observe > 0 && !options.exact {
+    if !options.exact {
         training = training
             .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
-            .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts).of_layer("block2.conv"))
-            .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("block2.conv"));
+            .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed).of_layer("block2.conv"));
         if chooses {
             training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
         }

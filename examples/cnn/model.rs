@@ -109,9 +109,9 @@ impl Exact {
         }
     }
 
-    /// The same weights, approximate gradients; observed at one of `observe` steps, if at any. The gradients of the inputs of
+    /// The same weights, approximate gradients, which are observed. The gradients of the inputs of
     /// convolutions stay exact.
-    pub fn with_memaop(self, aop: AopConfig, observe: usize) -> MemAop {
+    pub fn with_memaop(self, aop: AopConfig) -> MemAop {
         let of_convolutions = aop.with_input_gradient(OuterProducts::All);
         let block = |block: Block<Conv2d>| Block {
             conv: MemAopConv2d::from_conv2d(block.conv, of_convolutions),
@@ -128,7 +128,7 @@ impl Exact {
             hidden2: linear(self.hidden2),
             output: linear(self.output),
             activation: self.activation,
-            observer: (observe > 0).then(|| AopObserver::new(observe)),
+            observer: Some(AopObserver::new()),
         }
     }
 }
@@ -193,7 +193,7 @@ mod tests {
     fn the_counterpart_gives_the_same_logits() {
         let device = Device::flex();
         let exact = Cnn::new(&device);
-        let memaop = exact.clone().with_memaop(AopConfig::new(), 0);
+        let memaop = exact.clone().with_memaop(AopConfig::new());
         let images = Tensor::<1, Int>::arange(0..3 * 784, &device).float() / 2352.0;
         let images = images.reshape([3, 784]);
         let expected = exact.forward(images.clone());

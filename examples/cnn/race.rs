@@ -120,8 +120,8 @@ impl Race {
         let lr = options.lr;
         let mut trainings: [Box<dyn Train>; 3] = [
             Box::new(Training::new(exact.clone(), lr)),
-            Box::new(Training::new(exact.clone().with_memaop(all, 0), lr)),
-            Box::new(Training::new(exact.with_memaop(aop, 0), lr)),
+            Box::new(Training::new(exact.clone().with_memaop(all), lr)),
+            Box::new(Training::new(exact.with_memaop(aop), lr)),
         ];
         let mut courses = NAMES.map(|name| Course {
             name,

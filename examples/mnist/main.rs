@@ -64,9 +64,6 @@ struct Options {
     /// Goes on after the last complete checkpoint in --out
     #[arg(long)]
     resume: bool,
-    /// Measures one of so many steps for the metrics; 0 for no metrics of burn-memaop
-    #[arg(long, default_value_t = 20)]
-    observe: usize,
     /// Compares one of so many steps with the exact gradient; 0 for none
     #[arg(long, default_value_t = 0)]
     compare: usize,
@@ -171,25 +168,14 @@ fn train_on(
     if options.schedule != LrSchedule::Constant {
         training = training.metric_train_numeric(LearningRateMetric::new());
     }
-    if options.observe > 0 {
-        training = training
-            .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
-            .metric_train_numeric(AopMetric::new(AopFigure::OuterProducts))
-            .metric_train_numeric(AopMetric::new(AopFigure::Share))
-            .metric_train_numeric(AopMetric::new(AopFigure::Share).of_layer("hidden2"));
-        if (aop.outer_products, aop.method) == (OuterProducts::Auto, Method::Systematic) {
-            training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
-        }
-        if aop.method.memory().decay().is_some() {
-            training = training
-                .metric_train_numeric(AopMetric::new(AopFigure::Memory))
-                .metric_train_numeric(AopMetric::new(AopFigure::Oldest));
-        }
-        if options.compare > 0 {
-            training = training
-                .metric_train_numeric(AopMetric::new(AopFigure::Error))
-                .metric_train_numeric(AopMetric::new(AopFigure::Cosine));
-        }
+    training = training
+        .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed))
+        .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops));
+    if (aop.outer_products, aop.method) == (OuterProducts::Auto, Method::Systematic) {
+        training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
+    }
+    if options.compare > 0 {
+        training = training.metric_train_numeric(AopMetric::new(AopFigure::Error));
     }
     if options.plain {
         training = training.renderer(Box::new(PlainRenderer::default()));
@@ -198,7 +184,7 @@ fn train_on(
         training = training.checkpoint(done);
     }
 
-    let model = Mlp::new(options.width, aop, observer(options), &autodiff);
+    let model = Mlp::new(options.width, aop, Some(observer(options)), &autodiff);
     let scheduler = options.schedule.scheduler(options.lr, steps)?;
     let result = training.launch(Learner::new(model, SgdConfig::new().init(), scheduler));
     match result.error {
@@ -217,10 +203,10 @@ fn strategy(devices: usize, device: &Device) -> ExecutionStrategy {
     }
 }
 
-fn observer(options: &Options) -> Option<AopObserver> {
-    let observer = (options.observe > 0).then(|| AopObserver::new(options.observe))?;
-    Some(match options.compare {
+fn observer(options: &Options) -> AopObserver {
+    let observer = AopObserver::new();
+    match options.compare {
         0 => observer,
-        interval => observer.with_exact(interval),
-    })
+        interval => observer.with_error(interval),
+    }
 }

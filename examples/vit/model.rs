@@ -54,15 +54,15 @@ impl Vit<TransformerEncoder> {
         }
     }
 
-    /// The same weights, approximate gradients; observed at one of `observe` steps, if at any.
-    pub fn with_memaop(self, aop: AopConfig, observe: usize) -> Vit<MemAopTransformerEncoder> {
+    /// The same weights, approximate gradients, which are observed.
+    pub fn with_memaop(self, aop: AopConfig) -> Vit<MemAopTransformerEncoder> {
         Vit {
             patches: self.patches,
             positions: self.positions,
             encoder: MemAopTransformerEncoder::from_encoder(self.encoder, aop),
             norm: self.norm,
             output: self.output,
-            observer: (observe > 0).then(|| AopObserver::new(observe)),
+            observer: Some(AopObserver::new()),
         }
     }
 }
@@ -137,7 +137,7 @@ mod tests {
             dropout: 0.0,
         };
         let exact = Vit::new(size, &device);
-        let memaop = exact.clone().with_memaop(AopConfig::new(), 0);
+        let memaop = exact.clone().with_memaop(AopConfig::new());
         let images = Tensor::<1, Int>::arange(0..3 * 784, &device).float() / 2352.0;
         let images = images.reshape([3, 784]);
         let difference = exact.forward(images.clone()) - memaop.forward(images);

@@ -427,7 +427,7 @@ where
         return None;
     }
     let device = tensor::<B, 2>(grad.clone()).device();
-    let rows = rows.to_device(&device);
+    let rows = rows.moved_to(&device);
     let primitive = |tensor: Tensor<2>| {
         DispatchTensor::try_into_backend(tensor.into_dispatch())
             .expect("the memory was moved to the device of the gradient")

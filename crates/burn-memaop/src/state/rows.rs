@@ -9,7 +9,7 @@ pub(crate) struct RowTensors {
 }
 
 impl RowTensors {
-    pub(crate) fn to_device(self, device: &Device) -> Self {
+    pub(crate) fn moved_to(self, device: &Device) -> Self {
         // In a type that the device has.
         let moved = |tensor: Tensor<2>| match device.supports_dtype(tensor.dtype()) {
             true => tensor.to_device(device),
