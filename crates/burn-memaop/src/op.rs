@@ -8,17 +8,7 @@ use crate::{
     rows::{Draw, Factor, Memory, random::Random},
 };
 
-/// The rows that earlier steps left out, in units of the gradient (there is no learning rate in them). There is one pair
-/// of rows for each position of the batch. A pair of zeros is a position where nothing is pending.
-#[derive(Debug, Clone)]
-pub struct Rows {
-    /// `m^X`, shape `[rows, d_input]`.
-    pub input: Tensor<2>,
-    /// `m^G`, shape `[rows, d_output]`.
-    pub grad: Tensor<2>,
-    /// The number of steps that each pair holds something of, shape `[rows, 1]`, in single precision at least.
-    pub age: Tensor<2>,
-}
+pub use crate::state::rows::Rows;
 
 /// What [`weight_gradient`] returns.
 #[derive(Debug, Clone)]
@@ -43,13 +33,11 @@ pub struct AopStep {
     pub step: u64,
 }
 
-impl Rows {
-    fn into_dispatch(self) -> Memory<Dispatch> {
-        Memory {
-            input: self.input.into_dispatch(),
-            grad: self.grad.into_dispatch(),
-            age: self.age.into_dispatch(),
-        }
+fn into_dispatch(rows: Rows) -> Memory<Dispatch> {
+    Memory {
+        input: rows.input.into_dispatch(),
+        grad: rows.grad.into_dispatch(),
+        age: rows.age.into_dispatch(),
     }
 }
 
@@ -111,7 +99,7 @@ pub fn weight_gradient(
         let shape = [kept, d_output];
         expect("the shape of memory.grad", shape, kept_grad.dims());
         expect("the shape of memory.age", [kept, 1], age.dims());
-        memory.into_dispatch()
+        into_dispatch(memory)
     });
     gradient(Factor::Matrix(input.into_dispatch()), grad, memory, step)
 }
@@ -208,7 +196,7 @@ pub mod parts {
             gradient(
                 Factor::Packed(self.0),
                 grad,
-                memory.map(Rows::into_dispatch),
+                memory.map(into_dispatch),
                 step,
             )
         }

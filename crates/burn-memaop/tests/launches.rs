@@ -169,7 +169,12 @@ fn operation(device: &Device) {
             let products = kernels.iter().filter(|name| name.contains("matmul"));
             let products = products.count();
             assert!(products >= 1, "{context}");
-            assert_eq!(kernels.len() - products, 3, "{context}");
+            // A memory takes a pass more, which looks for values that are not finite, and a flag for it.
+            let expected = match method.memory() {
+                Memory::None => 3,
+                _ => 5,
+            };
+            assert_eq!(kernels.len() - products, expected, "{context}");
             assert_eq!(reads, 0, "{context}");
         }
     }
@@ -223,7 +228,7 @@ fn noise(device: &Device) {
     }
 }
 
-/// One kernel packs; the gradient takes two more than of whole rows, for the product of the norms and the other gather.
+/// One kernel packs. The gradient takes one more than that of whole rows, as each factor is gathered by itself.
 fn packed(device: &Device) {
     for dtype in [DType::F32, DType::F16] {
         if !device.supports_dtype(dtype) {
@@ -251,7 +256,7 @@ fn packed(device: &Device) {
                 rows.clone().weight_gradient(g.clone(), None, settings);
             });
             let products = kernels.iter().filter(|name| name.contains("matmul"));
-            assert_eq!(kernels.len() - products.count(), 5, "{kernels:?}");
+            assert_eq!(kernels.len() - products.count(), 4, "{kernels:?}");
             assert_eq!(reads, 0, "{stored:?}: {kernels:?}");
 
             let (kernels, reads) = observe(device, || drop(rows.unpack()));

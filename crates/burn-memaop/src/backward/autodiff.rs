@@ -26,7 +26,7 @@ use crate::{
         transfer::CopyOut,
         window::Window,
     },
-    state::{choice::FIGURES, reading::Reading, rows::RowTensors},
+    state::{choice::FIGURES, reading::Reading, rows::Rows},
 };
 
 impl<B: LayerOps, C: CheckpointStrategy> CopyOut for Autodiff<B, C> {}
@@ -408,7 +408,7 @@ fn factor<B: LayerOps>(
 /// A set of rows on the device of the gradient. Rows of other widths, of a weight that has been exchanged for another
 /// since, are dropped, and so are rows of a layer that has no memory any more.
 fn of_layer<B>(
-    rows: RowTensors,
+    rows: Rows,
     layer: &AopLayer,
     input: &Factor<B>,
     grad: &FloatTensor<B>,
@@ -440,12 +440,12 @@ where
     })
 }
 
-fn of_state<B>(memory: Memory<B>) -> RowTensors
+fn of_state<B>(memory: Memory<B>) -> Rows
 where
     B: LayerOps,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    RowTensors {
+    Rows {
         input: tensor::<B, 2>(memory.input),
         grad: tensor::<B, 2>(memory.grad),
         age: tensor::<B, 2>(memory.age),

@@ -8,7 +8,7 @@ use crate::{
         choice::{FIGURES, Figures, Shares, k_of, measured_ks},
         device::{DeviceState, Progress, StateHandle},
         reading::Reading,
-        rows::RowTensors,
+        rows::Rows,
         watch::StepReport,
     },
 };
@@ -37,13 +37,13 @@ pub(super) struct Plan {
     /// Whether the gradient is compared with the exact one.
     pub(super) compares: bool,
     /// The set of rows that the step works with.
-    pub(super) memory: Option<RowTensors>,
+    pub(super) memory: Option<Rows>,
 }
 
 /// What a step leaves behind.
 #[derive(Default)]
 pub(super) struct Outcome {
-    pub(super) memory: Option<RowTensors>,
+    pub(super) memory: Option<Rows>,
     pub(super) figures: Option<Reading<FIGURES>>,
     pub(super) input_figures: Option<Reading<FIGURES>>,
     pub(super) error: Option<Reading<2>>,

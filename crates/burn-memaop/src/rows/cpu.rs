@@ -5,11 +5,10 @@ use burn::backend::{
     Backend, TensorMetadata,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::{IntDType, Shape, TensorData};
+use burn::tensor::{DType, FloatDType, IntDType, Shape, TensorData};
 
 mod backends;
 mod convolution;
-#[cfg(feature = "flex")]
 mod gelu;
 mod images;
 mod packed;
@@ -22,14 +21,20 @@ use self::{
     passes::{Clear, FoldIn, Gather, PutBack, Rows, RowsMut, Score, are_finite, in_parallel},
 };
 use super::{
+    Bias, ExactOps,
     packing::Packing,
     portable,
     random::Random,
-    verbs::{Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
+    transfer::CopyOut,
+    verbs::{Draw, Drawn, Factor, Fold, Memory, Packed, RowOps, Scores},
+    window::Window,
 };
 
 /// Access to the values of a backend's tensors in single precision.
-pub(super) trait HostTensors: Backend {
+pub(super) trait HostTensors: CopyOut {
+    /// Whether GELU is that of the normal distribution function, whose passes are faster here.
+    const HAS_EXACT_GELU: bool;
+
     /// Lays the values out row by row, without gaps, if they are not.
     fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
     /// The values of a contiguous tensor.
@@ -48,6 +53,303 @@ fn from_values<B: Backend>(
     B::float_from_data(TensorData::new(values, shape), device)
 }
 
+fn is_single<B: HostTensors>(tensor: &FloatTensor<B>) -> bool {
+    TensorMetadata::dtype(tensor) == DType::F32
+}
+
+/// Other types take the default bodies.
+impl<B: HostTensors> RowOps for B {
+    fn memaop_score(input: Factor<Self>, grad: FloatTensor<Self>) -> Scores<Self> {
+        if !is_single::<Self>(&grad) {
+            return portable::score::<Self>(input, grad);
+        }
+        let device = grad.device();
+        let count = input.rows(&grad);
+        let grad = Self::contiguous(grad);
+        let mut scores = NewScores::of(count);
+        match input {
+            Factor::Patches(images, window) => {
+                let images = Self::contiguous(images);
+                let images = Images::new(Self::values(&images), window);
+                positions::score(images, Self::values(&grad), &mut scores);
+            }
+            Factor::One => scores.of_rows(None, rows::<Self>(&grad)),
+            // The norms are a matrix of one column, whose norms they are.
+            Factor::Packed(Packed { norms: input, .. }) | Factor::Matrix(input) => {
+                let input = Self::contiguous(input);
+                scores.of_rows(Some(rows::<Self>(&input)), rows::<Self>(&grad));
+            }
+        }
+        scores.into_tensors::<Self>(&device)
+    }
+
+    fn memaop_fold(
+        memory: Memory<Self>,
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        fold: Fold,
+    ) -> (Memory<Self>, Scores<Self>) {
+        if !is_single::<Self>(&grad) {
+            return portable::fold::<Self>(memory, input, grad, fold);
+        }
+        let device = grad.device();
+        let [input, grad] = [input, grad].map(Self::contiguous);
+        let (x, g) = (rows::<Self>(&input), rows::<Self>(&grad));
+        let count = g.count();
+        let mut scores = NewScores::of(count);
+        if !are_finite(x) || !are_finite(g) {
+            scores.score.fill(f32::NAN);
+            return (memory, scores.into_tensors::<Self>(&device));
+        }
+        let Memory {
+            input: kept_input,
+            grad: kept_grad,
+            age,
+        } = memory;
+        let [mut kept_input, mut kept_grad, mut age] =
+            [kept_input, kept_grad, age].map(Self::contiguous);
+        in_parallel(FoldIn {
+            batch: [x, g],
+            memory: [
+                rows_mut::<Self>(&mut kept_input).first(count),
+                rows_mut::<Self>(&mut kept_grad).first(count),
+                rows_mut::<Self>(&mut age).first(count),
+            ],
+            score: &mut scores.score,
+            tilt: &mut scores.tilt,
+            first: 0,
+            fold,
+        });
+        let memory = Memory {
+            input: kept_input,
+            grad: kept_grad,
+            age,
+        };
+        (memory, scores.into_tensors::<Self>(&device))
+    }
+
+    fn memaop_draw(score: FloatTensor<Self>, draw: Draw) -> Drawn<Self> {
+        portable::draw_in::<Self>(score, draw, IntDType::I32)
+    }
+
+    fn memaop_product(
+        input: Factor<Self>,
+        grad: FloatTensor<Self>,
+        tilt: FloatTensor<Self>,
+        drawn: Drawn<Self>,
+    ) -> FloatTensor<Self> {
+        if !is_single::<Self>(&grad) {
+            return portable::product::<Self>(input, grad, tilt, drawn);
+        }
+        let device = grad.device();
+        let grad = Self::contiguous(grad);
+        let drawn = drawn_rows::<Self>(&drawn, Some(&tilt));
+        let input = match input {
+            Factor::Patches(images, window) => {
+                let images = Self::contiguous(images);
+                return convolution::product::<Self>(images, grad, &drawn, window);
+            }
+            Factor::Packed(packed) => unpack_rows::<Self>(&packed, &drawn),
+            Factor::Matrix(input) => {
+                gather::<Self, 0>(rows::<Self>(&Self::contiguous(input)), &drawn, &device)
+            }
+            Factor::One => unreachable!("a gradient of the weight has two factors"),
+        };
+        Self::linear_weight_backward(
+            input,
+            gather::<Self, 1>(rows::<Self>(&grad), &drawn, &device),
+        )
+    }
+
+    fn memaop_take_out(
+        memory: Memory<Self>,
+        tilt: FloatTensor<Self>,
+        drawn: Drawn<Self>,
+        dtype: FloatDType,
+    ) -> (FloatTensor<Self>, Memory<Self>) {
+        if dtype != FloatDType::F32 {
+            return portable::take_out::<Self>(memory, tilt, drawn, dtype);
+        }
+        let device = tilt.device();
+        let drawn = drawn_rows::<Self>(&drawn, Some(&tilt));
+        let weight = Self::linear_weight_backward(
+            gather::<Self, 0>(rows::<Self>(&memory.input), &drawn, &device),
+            gather::<Self, 1>(rows::<Self>(&memory.grad), &drawn, &device),
+        );
+        if drawn.iter().any(|drawn| drawn.scales[0].is_nan()) {
+            return (weight, memory);
+        }
+        let cleared = |mut matrix: FloatTensor<Self>| {
+            in_parallel(Clear {
+                of: rows_mut::<Self>(&mut matrix),
+                first: 0,
+                drawn: &drawn,
+            });
+            matrix
+        };
+        let Memory { input, grad, age } = memory;
+        let memory = Memory {
+            input: cleared(input),
+            grad: cleared(grad),
+            age: cleared(age),
+        };
+        (weight, memory)
+    }
+
+    fn memaop_input_product(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        score: FloatTensor<Self>,
+        drawn: Drawn<Self>,
+    ) -> FloatTensor<Self> {
+        if !is_single::<Self>(&grad) {
+            return portable::input_product::<Self>(grad, weight, score, drawn);
+        }
+        let (device, d_input) = (grad.device(), weight.shape()[0]);
+        let grad = Self::contiguous(grad);
+        let grad = rows::<Self>(&grad);
+        let scores = Self::values(&score);
+        let mut drawn = drawn_rows::<Self>(&drawn, None);
+        let finite = scores.iter().all(|score| score.is_finite());
+        if !finite {
+            drawn.clear();
+        }
+        let panel = gather::<Self, 0>(grad, &drawn, &device);
+        let product = Self::contiguous(Self::float_matmul(panel, Self::float_transpose(weight)));
+        let mut gradient = put_back::<Self>(&product, &drawn, grad.count(), d_input, &device);
+        if !finite {
+            let rows = Self::values_mut(&mut gradient).chunks_exact_mut(d_input);
+            let broken = rows.zip(scores).filter(|(_, score)| !score.is_finite());
+            broken.for_each(|(row, _)| row.fill(f32::NAN));
+        }
+        gradient
+    }
+
+    fn memaop_pack(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        random: Option<Random>,
+    ) -> Packed<Self> {
+        match is_single::<Self>(&input) {
+            true => pack::<Self>(input, |value| value, packing, random),
+            false => portable::pack::<Self>(input, packing, random),
+        }
+    }
+
+    fn memaop_unpack(packed: Packed<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        if dtype != FloatDType::F32 {
+            return portable::unpack::<Self>(packed, dtype);
+        }
+        let scales = [1.0; 2];
+        let all = (0..packed.norms.shape()[0]).map(|row| DrawnRow { row, scales });
+        unpack_rows::<Self>(&packed, &all.collect::<Vec<_>>())
+    }
+
+    fn memaop_times(packed: Packed<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+        if !is_single::<Self>(&values) {
+            return portable::times::<Self>(packed, values);
+        }
+        let packing = packed.packing;
+        let mut values = Self::contiguous(values);
+        in_parallel(Times {
+            words: Rows::new(Self::words(&packed.words), packing.words()),
+            packing,
+            values: rows_mut::<Self>(&mut values),
+        });
+        values
+    }
+}
+
+impl<B: HostTensors> ExactOps for B {
+    /// Without the rows of zeros, if they are many enough for a copy of the others to pay.
+    fn memaop_exact_input_product(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        if !is_single::<Self>(&grad) {
+            return portable::exact_input_product::<Self>(grad, weight);
+        }
+        let (device, d_input) = (grad.device(), weight.shape()[0]);
+        let grad = Self::contiguous(grad);
+        let all = rows::<Self>(&grad);
+        let scales = [1.0; 2];
+        let drawn = all.not_zero().map(|row| DrawnRow { row, scales });
+        let drawn: Vec<_> = drawn.collect();
+        let weight = Self::float_transpose(weight);
+        if 4 * drawn.len() > 3 * all.count() {
+            return Self::float_matmul(grad, weight);
+        }
+        let panel = gather::<Self, 0>(all, &drawn, &device);
+        let product = Self::contiguous(Self::float_matmul(panel, weight));
+        put_back::<Self>(&product, &drawn, all.count(), d_input, &device)
+    }
+
+    fn memaop_convolve(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Bias<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        let bias = bias.into_option();
+        match is_single::<Self>(&input) {
+            true => convolution::convolve::<Self>(input, weight, bias, window),
+            false => Self::conv2d(input, weight, bias, window.options()),
+        }
+    }
+
+    fn memaop_convolve_input_gradient(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        match is_single::<Self>(&grad) {
+            true => convolution::input_gradient::<Self>(input, weight, grad, window),
+            false => Self::conv2d_x_backward(input, weight, grad, window.options()),
+        }
+    }
+
+    fn memaop_convolve_weight_gradient(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        window: Window,
+    ) -> FloatTensor<Self> {
+        match is_single::<Self>(&grad) {
+            true => convolution::exact_weight_gradient::<Self>(input, grad, window),
+            false => portable::exact_gradient_of_patches::<Self>(input, grad, window),
+        }
+    }
+
+    fn memaop_exact_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        match Self::HAS_EXACT_GELU && is_single::<Self>(&input) {
+            true => gelu::forward::<Self>(input),
+            false => Self::gelu(input),
+        }
+    }
+
+    fn memaop_gelu_backward(
+        input: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        match Self::HAS_EXACT_GELU && is_single::<Self>(&input) {
+            true => gelu::backward::<Self>(input, grad),
+            false => Self::gelu_backward(input, grad),
+        }
+    }
+
+    fn memaop_gelu_derivative(
+        input: FloatTensor<Self>,
+        packing: Packing,
+        random: Random,
+    ) -> Packed<Self> {
+        match Self::HAS_EXACT_GELU && is_single::<Self>(&input) {
+            // The norms are those of the input, and no one reads them.
+            true => pack::<Self>(input, gelu::derivative, packing, Some(random)),
+            false => portable::gelu_derivative::<Self>(input, packing, random),
+        }
+    }
+}
+
 /// A matrix whose rows lie one after the other.
 fn rows<B: HostTensors>(matrix: &FloatTensor<B>) -> Rows<'_, f32> {
     let [_, width] = TensorMetadata::shape(matrix).dims();
@@ -57,27 +359,6 @@ fn rows<B: HostTensors>(matrix: &FloatTensor<B>) -> Rows<'_, f32> {
 fn rows_mut<B: HostTensors>(matrix: &mut FloatTensor<B>) -> RowsMut<'_, f32> {
     let [_, width] = TensorMetadata::shape(matrix).dims();
     RowsMut::new(B::values_mut(matrix), width)
-}
-
-fn score<B: HostTensors>(input: Factor<B>, grad: FloatTensor<B>) -> Scores<B> {
-    let device = grad.device();
-    let count = input.rows(&grad);
-    let grad = B::contiguous(grad);
-    let mut scores = NewScores::of(count);
-    match input {
-        Factor::Patches(images, window) => {
-            let images = B::contiguous(images);
-            let images = Images::new(B::values(&images), window);
-            positions::score(images, B::values(&grad), &mut scores);
-        }
-        Factor::One => scores.of_rows(None, rows::<B>(&grad)),
-        // The norms are a matrix of one column, whose norms they are.
-        Factor::Packed(Packed { norms: input, .. }) | Factor::Matrix(input) => {
-            let input = B::contiguous(input);
-            scores.of_rows(Some(rows::<B>(&input)), rows::<B>(&grad));
-        }
-    }
-    scores.into_tensors::<B>(&device)
 }
 
 /// Scores that are being written.
@@ -112,51 +393,6 @@ impl NewScores {
     }
 }
 
-fn fold<B: HostTensors>(
-    memory: Memory<B>,
-    input: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    fold: Fold,
-) -> (Memory<B>, Scores<B>) {
-    let device = grad.device();
-    let [input, grad] = [input, grad].map(B::contiguous);
-    let (x, g) = (rows::<B>(&input), rows::<B>(&grad));
-    let count = g.count();
-    let mut scores = NewScores::of(count);
-    if !are_finite(x) || !are_finite(g) {
-        scores.score.fill(f32::NAN);
-        return (memory, scores.into_tensors::<B>(&device));
-    }
-    let Memory {
-        input: kept_input,
-        grad: kept_grad,
-        age,
-    } = memory;
-    let [mut kept_input, mut kept_grad, mut age] = [kept_input, kept_grad, age].map(B::contiguous);
-    in_parallel(FoldIn {
-        batch: [x, g],
-        memory: [
-            rows_mut::<B>(&mut kept_input).first(count),
-            rows_mut::<B>(&mut kept_grad).first(count),
-            rows_mut::<B>(&mut age).first(count),
-        ],
-        score: &mut scores.score,
-        tilt: &mut scores.tilt,
-        first: 0,
-        fold,
-    });
-    let memory = Memory {
-        input: kept_input,
-        grad: kept_grad,
-        age,
-    };
-    (memory, scores.into_tensors::<B>(&device))
-}
-
-fn draw<B: HostTensors>(score: FloatTensor<B>, draw: Draw) -> Drawn<B> {
-    portable::draw_in::<B>(score, draw, IntDType::I32)
-}
-
 /// A drawn row, and what its two factors are multiplied by.
 #[derive(Clone, Copy)]
 struct DrawnRow {
@@ -182,27 +418,6 @@ fn drawn_rows<B: HostTensors>(drawn: &Drawn<B>, tilt: Option<&FloatTensor<B>>) -
     drawn
 }
 
-fn product<B: HostTensors>(
-    input: Factor<B>,
-    grad: FloatTensor<B>,
-    tilt: FloatTensor<B>,
-    drawn: Drawn<B>,
-) -> FloatTensor<B> {
-    let device = grad.device();
-    let grad = B::contiguous(grad);
-    let drawn = drawn_rows::<B>(&drawn, Some(&tilt));
-    let input = match input {
-        Factor::Patches(images, window) => {
-            let images = B::contiguous(images);
-            return convolution::product::<B>(images, grad, &drawn, window);
-        }
-        Factor::Packed(packed) => unpack_rows::<B>(&packed, &drawn),
-        Factor::Matrix(input) => gather::<B, 0>(rows::<B>(&B::contiguous(input)), &drawn, &device),
-        Factor::One => unreachable!("a gradient of the weight has two factors"),
-    };
-    B::linear_weight_backward(input, gather::<B, 1>(rows::<B>(&grad), &drawn, &device))
-}
-
 /// The drawn rows of a matrix, each times the scale of factor `FACTOR`. A product needs a row, so there is a row of
 /// zeros at least.
 fn gather<B: Backend, const FACTOR: usize>(
@@ -217,63 +432,6 @@ fn gather<B: Backend, const FACTOR: usize>(
         panel: &mut panel[..drawn.len() * from.width],
     });
     from_values::<B>(panel, [drawn.len().max(1), from.width], device)
-}
-
-fn take_out<B: HostTensors>(
-    memory: Memory<B>,
-    tilt: FloatTensor<B>,
-    drawn: Drawn<B>,
-) -> (FloatTensor<B>, Memory<B>) {
-    let device = tilt.device();
-    let drawn = drawn_rows::<B>(&drawn, Some(&tilt));
-    let weight = B::linear_weight_backward(
-        gather::<B, 0>(rows::<B>(&memory.input), &drawn, &device),
-        gather::<B, 1>(rows::<B>(&memory.grad), &drawn, &device),
-    );
-    if drawn.iter().any(|drawn| drawn.scales[0].is_nan()) {
-        return (weight, memory);
-    }
-    let cleared = |mut matrix: FloatTensor<B>| {
-        in_parallel(Clear {
-            of: rows_mut::<B>(&mut matrix),
-            first: 0,
-            drawn: &drawn,
-        });
-        matrix
-    };
-    let Memory { input, grad, age } = memory;
-    let memory = Memory {
-        input: cleared(input),
-        grad: cleared(grad),
-        age: cleared(age),
-    };
-    (weight, memory)
-}
-
-fn input_product<B: HostTensors>(
-    grad: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    score: FloatTensor<B>,
-    drawn: Drawn<B>,
-) -> FloatTensor<B> {
-    let (device, d_input) = (grad.device(), weight.shape()[0]);
-    let grad = B::contiguous(grad);
-    let grad = rows::<B>(&grad);
-    let scores = B::values(&score);
-    let mut drawn = drawn_rows::<B>(&drawn, None);
-    let finite = scores.iter().all(|score| score.is_finite());
-    if !finite {
-        drawn.clear();
-    }
-    let panel = gather::<B, 0>(grad, &drawn, &device);
-    let product = B::contiguous(B::float_matmul(panel, B::float_transpose(weight)));
-    let mut gradient = put_back::<B>(&product, &drawn, grad.count(), d_input, &device);
-    if !finite {
-        let rows = B::values_mut(&mut gradient).chunks_exact_mut(d_input);
-        let broken = rows.zip(scores).filter(|(_, score)| !score.is_finite());
-        broken.for_each(|(row, _)| row.fill(f32::NAN));
-    }
-    gradient
 }
 
 /// A matrix of zeros, but for the rows of the product, each times its scale.
@@ -294,24 +452,18 @@ fn put_back<B: HostTensors>(
     from_values::<B>(gradient, [count, width], device)
 }
 
-/// `grad @ weight^T` without the rows of zeros, if they are many enough for a copy of the others to pay.
-fn exact_input_product<B: HostTensors>(
-    grad: FloatTensor<B>,
-    weight: FloatTensor<B>,
-) -> FloatTensor<B> {
-    let (device, d_input) = (grad.device(), weight.shape()[0]);
-    let grad = B::contiguous(grad);
-    let all = rows::<B>(&grad);
-    let scales = [1.0; 2];
-    let drawn = all.not_zero().map(|row| DrawnRow { row, scales });
-    let drawn: Vec<_> = drawn.collect();
-    let weight = B::float_transpose(weight);
-    if 4 * drawn.len() > 3 * all.count() {
-        return B::float_matmul(grad, weight);
-    }
-    let panel = gather::<B, 0>(all, &drawn, &device);
-    let product = B::contiguous(B::float_matmul(panel, weight));
-    put_back::<B>(&product, &drawn, all.count(), d_input, &device)
+/// The drawn rows, each times the scale of the first factor.
+fn unpack_rows<B: HostTensors>(packed: &Packed<B>, drawn: &[DrawnRow]) -> FloatTensor<B> {
+    let packing = packed.packing;
+    let shape = [drawn.len().max(1), packing.width];
+    let mut values = vec![0.0; shape[0] * shape[1]];
+    in_parallel(Unpack {
+        words: Rows::new(B::words(&packed.words), packing.words()),
+        packing,
+        drawn,
+        panel: &mut values[..drawn.len() * packing.width],
+    });
+    from_values::<B>(values, shape, &packed.norms.device())
 }
 
 fn pack<B: HostTensors>(
@@ -341,35 +493,4 @@ fn pack<B: HostTensors>(
         norms: from_values::<B>(norms, [count, 1], &device),
         packing,
     }
-}
-
-fn unpack<B: HostTensors>(packed: &Packed<B>) -> FloatTensor<B> {
-    let scales = [1.0; 2];
-    let all = (0..packed.norms.shape()[0]).map(|row| DrawnRow { row, scales });
-    unpack_rows::<B>(packed, &all.collect::<Vec<_>>())
-}
-
-/// The drawn rows, each times the scale of the first factor.
-fn unpack_rows<B: HostTensors>(packed: &Packed<B>, drawn: &[DrawnRow]) -> FloatTensor<B> {
-    let packing = packed.packing;
-    let shape = [drawn.len().max(1), packing.width];
-    let mut values = vec![0.0; shape[0] * shape[1]];
-    in_parallel(Unpack {
-        words: Rows::new(B::words(&packed.words), packing.words()),
-        packing,
-        drawn,
-        panel: &mut values[..drawn.len() * packing.width],
-    });
-    from_values::<B>(values, shape, &packed.norms.device())
-}
-
-fn times<B: HostTensors>(packed: Packed<B>, values: FloatTensor<B>) -> FloatTensor<B> {
-    let packing = packed.packing;
-    let mut values = B::contiguous(values);
-    in_parallel(Times {
-        words: Rows::new(B::words(&packed.words), packing.words()),
-        packing,
-        values: rows_mut::<B>(&mut values),
-    });
-    values
 }

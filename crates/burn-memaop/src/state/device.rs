@@ -11,7 +11,7 @@ use burn::tensor::Tensor;
 use super::{
     choice::{Averages, FIGURES},
     reading::Reading,
-    rows::RowTensors,
+    rows::Rows,
     watch::Watch,
 };
 use crate::config::AopConfig;
@@ -40,7 +40,7 @@ pub(crate) struct DeviceState {
     pub(crate) input_reading: Option<Reading<FIGURES>>,
     /// The sets of rows that no pass is working with, the one that has waited longest first. There are as many sets as
     /// passes have run at the same time.
-    pub(super) rows: VecDeque<RowTensors>,
+    pub(super) rows: VecDeque<Rows>,
     pub(crate) watch: Watch,
     /// How often the clone of the last step had been mapped, and what was known before that step; 0 before the first.
     pub(super) maps: u64,
@@ -122,11 +122,11 @@ impl DeviceState {
     }
 
     /// A set of rows for a pass, which puts it back; a pass that finds none begins with zeros.
-    pub(crate) fn take_rows(&mut self) -> Option<RowTensors> {
+    pub(crate) fn take_rows(&mut self) -> Option<Rows> {
         self.rows.pop_front()
     }
 
-    pub(crate) fn put_back(&mut self, rows: Option<RowTensors>) {
+    pub(crate) fn put_back(&mut self, rows: Option<Rows>) {
         self.rows.extend(rows);
     }
 

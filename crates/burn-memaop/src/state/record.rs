@@ -20,7 +20,7 @@ use super::{
     device::{DeviceState, Progress},
     offer::{Shown, show},
     reading::Reading,
-    rows::RowTensors,
+    rows::Rows,
 };
 
 /// The version that is written, and the latest that is read. It counts what no older reader may skip.
@@ -116,7 +116,7 @@ fn restored_rows(
     rows: [TensorData; 3],
     [d_input, d_output]: [usize; 2],
     device: &Device,
-) -> Result<RowTensors, String> {
+) -> Result<Rows, String> {
     let count = rows[0].shape().first().copied().unwrap_or(0);
     let shapes = [[count, d_input], [count, d_output], [count, 1]];
     let found: Vec<_> = rows.iter().map(|data| data.shape().to_vec()).collect();
@@ -125,11 +125,17 @@ fn restored_rows(
             "a memory of the shapes {shapes:?}, as the layer has them: the record has {found:?}"
         ));
     }
-    if rows
-        .iter()
-        .any(|data| !matches!(data.dtype(), DType::F32 | DType::F64))
-    {
-        return Err("a memory in single or double precision".to_string());
+    // What is damaged can lack values of its shape.
+    let is_sound = |data: &TensorData| match data.dtype() {
+        dtype @ (DType::F32 | DType::F64) => {
+            let mut sizes = data.shape().iter().copied();
+            let bytes = sizes.try_fold(dtype.size(), usize::checked_mul);
+            bytes == Some(data.as_bytes().len())
+        }
+        _ => false,
+    };
+    if !rows.iter().all(is_sound) {
+        return Err("a memory of whole rows in single or double precision".to_string());
     }
     let [input, grad, age] = rows.map(|data| {
         let data = match device.supports_dtype(data.dtype()) {
@@ -139,7 +145,7 @@ fn restored_rows(
         let dtype = data.dtype();
         Tensor::from_data(data, (device, dtype))
     });
-    Ok(RowTensors { input, grad, age })
+    Ok(Rows { input, grad, age })
 }
 
 /// The ids of a state's tensors in the module tree.

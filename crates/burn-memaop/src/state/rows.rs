@@ -1,14 +1,18 @@
 use burn::tensor::{DType, Device, Tensor};
 
-/// A set of rows of a memory between steps: [`Memory`](crate::rows::Memory) as tensors without autodiff.
+/// The rows that earlier steps left out, in units of the gradient (there is no learning rate in them). There is one pair
+/// of rows for each position of the batch. A pair of zeros is a position where nothing is pending.
 #[derive(Debug, Clone)]
-pub(crate) struct RowTensors {
-    pub(crate) input: Tensor<2>,
-    pub(crate) grad: Tensor<2>,
-    pub(crate) age: Tensor<2>,
+pub struct Rows {
+    /// `m^X`, shape `[rows, d_input]`.
+    pub input: Tensor<2>,
+    /// `m^G`, shape `[rows, d_output]`.
+    pub grad: Tensor<2>,
+    /// The number of steps that each pair holds something of, shape `[rows, 1]`, in single precision at least.
+    pub age: Tensor<2>,
 }
 
-impl RowTensors {
+impl Rows {
     pub(crate) fn moved_to(self, device: &Device) -> Self {
         // In a type that the device has.
         let moved = |tensor: Tensor<2>| match device.supports_dtype(tensor.dtype()) {

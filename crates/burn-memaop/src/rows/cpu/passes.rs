@@ -190,13 +190,7 @@ impl RowWork for AreFinite<'_> {
 
     #[inline(always)]
     fn run(self) -> bool {
-        // As integers, numbers without a sign are in order, then infinity, then NaN.
-        let sizes = self
-            .0
-            .values
-            .iter()
-            .map(|value| value.to_bits() & 0x7FFF_FFFF);
-        sizes.fold(0, u32::max) < f32::INFINITY.to_bits()
+        largest(self.0.values).is_finite()
     }
 
     fn join(first: bool, second: bool) -> bool {
@@ -257,13 +251,12 @@ impl RowWork for FoldIn<'_> {
                 false => (1.0, 1.0),
                 true => {
                     let sign = self.fold.random.sign(self.first + row) as f32;
-                    let kept = [decay * norm(a), decay * norm(b)];
-                    scales([norm(x), norm(g)], kept, sign)
+                    let ([x, a], [g, b]) = (norms(x, a), norms(g, b));
+                    scales([x, g], [decay * a, decay * b], sign)
                 }
             };
-            add(a, x, by_input, decay);
-            add(b, g, by_grad, decay);
-            let (x, g) = (norm(a), norm(b));
+            let x = add(a, x, by_input, decay);
+            let g = add(b, g, by_grad, decay);
             let age = &mut ages.row(row)[0];
             if (x * g).is_finite() {
                 *age += 1.0;
@@ -295,12 +288,26 @@ fn scales([x, g]: [f32; 2], [a, b]: [f32; 2], sign: f32) -> (f32, f32) {
     (sign * r, sign / r)
 }
 
-/// `kept <- decay kept + scale new`.
+/// `kept <- decay kept + scale new`; returns the norm of the result.
 #[inline(always)]
-fn add(kept: &mut [f32], new: &[f32], scale: f32, decay: f32) {
-    for (kept, &new) in kept.iter_mut().zip(new) {
-        *kept = decay * *kept + scale * new;
+fn add(kept: &mut [f32], new: &[f32], scale: f32, decay: f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    let (chunks, rest) = kept.as_chunks_mut::<LANES>();
+    let (new_chunks, new_rest) = new.as_chunks::<LANES>();
+    for (kept, new) in chunks.iter_mut().zip(new_chunks) {
+        for lane in 0..LANES {
+            let value = decay * kept[lane] + scale * new[lane];
+            sums[lane] += value * value;
+            kept[lane] = value;
+        }
     }
+    let mut sum = total(sums);
+    for (kept, &new) in rest.iter_mut().zip(new_rest) {
+        let value = decay * *kept + scale * new;
+        sum += value * value;
+        *kept = value;
+    }
+    root(sum, kept)
 }
 
 /// Copies the drawn rows to a panel of their own, each times the scale of factor `FACTOR`.
@@ -441,7 +448,32 @@ pub(super) const SAFE: std::ops::RangeInclusive<f32> = 1e-20..=1e30;
 /// The norm of a row. It is not finite where a value is not.
 #[inline(always)]
 pub(super) fn norm(row: &[f32]) -> f32 {
-    let sum = square_sum(row);
+    root(square_sum(row), row)
+}
+
+/// The norms of two rows of one width, in one pass over both.
+#[inline(always)]
+fn norms(first: &[f32], second: &[f32]) -> [f32; 2] {
+    let mut sums = [[0.0; LANES]; 2];
+    let (chunks, rest) = first.as_chunks::<LANES>();
+    let (second_chunks, second_rest) = second.as_chunks::<LANES>();
+    for (first, second) in chunks.iter().zip(second_chunks) {
+        for lane in 0..LANES {
+            sums[0][lane] += first[lane] * first[lane];
+            sums[1][lane] += second[lane] * second[lane];
+        }
+    }
+    let of_rest = |rest: &[f32]| rest.iter().fold(0.0, |sum, v| sum + v * v);
+    let [of_first, of_second] = sums.map(total);
+    [
+        root(of_first + of_rest(rest), first),
+        root(of_second + of_rest(second_rest), second),
+    ]
+}
+
+/// The norm of a row whose squares have this sum.
+#[inline(always)]
+fn root(sum: f32, row: &[f32]) -> f32 {
     match SAFE.contains(&sum) {
         true => sum.sqrt(),
         false => norm_by_the_largest(row),
@@ -449,16 +481,22 @@ pub(super) fn norm(row: &[f32]) -> f32 {
 }
 
 /// The norm of a row whose squares overflow or underflow.
-#[cold]
+#[inline(always)]
 fn norm_by_the_largest(row: &[f32]) -> f32 {
-    let largest = row
-        .iter()
-        .fold(0.0, |most: f32, value| most.max(value.abs()));
-    let parts = row.iter().map(|value| value / largest);
-    match largest == 0.0 && row.iter().all(|value| !value.is_nan()) {
-        true => 0.0,
-        false => parts.map(|part| part * part).sum::<f32>().sqrt() * largest,
+    let largest = largest(row);
+    if largest == 0.0 || !largest.is_finite() {
+        return largest;
     }
+    let parts = row.iter().map(|value| value / largest);
+    parts.map(|part| part * part).sum::<f32>().sqrt() * largest
+}
+
+/// The largest of absolute values, which is not finite where a value is not.
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    // As integers, numbers without a sign are in order, then infinity, then NaN.
+    let sizes = values.iter().map(|value| value.to_bits() & 0x7FFF_FFFF);
+    f32::from_bits(sizes.fold(0, u32::max))
 }
 
 #[inline(always)]
