@@ -106,11 +106,9 @@ fn up_to_one<B: Backend>(tensor: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor
     (B::float_div(tensor, divisor), most)
 }
 
-/// The norm of a tensor, shape `[1]`.
+/// The norm of a tensor, shape `[1]`. It is 0 where all squares underflow.
 pub(crate) fn norm<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    let (tensor, most) = up_to_one::<B>(tensor);
-    let squares = B::float_sum(B::float_mul(tensor.clone(), tensor));
-    B::float_mul(B::float_sqrt(squares), most)
+    B::float_sqrt(B::float_sum(B::float_mul(tensor.clone(), tensor)))
 }
 
 /// The Euclidean norm of every row, shape `[rows, 1]`. It is not finite where a value is not.
