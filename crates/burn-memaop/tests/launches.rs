@@ -346,7 +346,8 @@ fn layer(device: &Device) {
                 reports.push(observer.observe(&layer));
             }
         });
-        assert_eq!(reads, 0, "{method:?}: {kernels:?}");
+        // Two of the steps are compared, and two figures of each are copied, which no one waits for.
+        assert_eq!(reads, 2, "{method:?}: {kernels:?}");
         assert!(reports[3].layers[0].error().is_some());
     }
 }
