@@ -63,15 +63,16 @@ def least(device, kind):
 
 
 def predictions():
-    print("| | type | " + " | ".join(f"{m}, {n}, {p}" for m, n, p in SIZES) + " | exact below |")
-    print("|---|---|" + "---|" * (len(SIZES) + 1))
+    names = [f"{letter}, {what}" for letter in "ABC" for what in ("ms", "dW", "step")]
+    print("| GPU | type | " + " | ".join(names) + " | width |")
+    print("|---|---|" + "---|" * (len(names) + 1))
     for name, device in DEVICES.items():
         for kind in (kind for kind in WIDTHS if kind in device):
             cells = []
             for m, n, p in SIZES:
                 dw, all_of_it = ratios(device, kind, m, n, p, m // 8)
                 exact = 1e3 * gradient(device, kind, m, n, p, m)
-                cells.append(f"{exact:.3g} ms, {dw:.2f}, {all_of_it:.2f}")
+                cells += [f"{exact:.3g}", f"{dw:.2f}", f"{all_of_it:.2f}"]
             print(f"| {name} | {kind} | " + " | ".join(cells) + f" | {least(device, kind)} |")
 
 

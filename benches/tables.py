@@ -1,5 +1,5 @@
-"""Writes the tables of docs/benchmarks.md, docs/choosing.md, docs/convolutions.md and docs/memory.md
-anew from the raw results in benches/results.
+"""Writes the tables of docs/activation-memory.md, docs/benchmarks.md, docs/convolutions.md and docs/results.md anew
+from the raw results in benches/results.
 
 A table stands between the lines `<!-- begin NAME FILE -->` and `<!-- end NAME -->`.
 """
@@ -10,9 +10,18 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks.md", "choosing.md", "convolutions.md", "memory.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("activation-memory.md", "benchmarks.md", "convolutions.md", "results.md")]
 # The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+
+# How the rows of a table call the cases of compare.py; the documents say the rest.
+SHORT = [
+    (r"^layer ", ""),
+    (r"^perceptron [^d]*M = 1024", "perceptron"),
+    (r"^transformer.*", "transformer"),
+    (r"^convolution 3 x 3, ", ""),
+]
 
 
 def method(row):
@@ -25,26 +34,17 @@ def markdown(head, rows):
 
 
 def layer(rows):
-    """The rows of the bench `layer`."""
-    head = ["M, N, P", "K", "method", "exact dW", "aop dW", "limit dW", "dW ratio", "limit ratio"]
-    head += ["exact", "aop", "step ratio"]
-
-    def cells(row):
-        exact = row["exact_by_rule"]
-        times = [f"{row[name]:.3g}" for name in ("exact_dw_ms", "aop_dw_ms", "limit_dw_ms")]
-        return [
-            f"{row['m']}, {row['n']}, {row['p']}",
-            row["k"],
-            method(row) + (" *" if exact else ""),
-            *times,
-            f"{row['dw_ratio']:.2f}",
-            "" if exact else f"{row['limit_ratio']:.2f}",
-            f"{row['exact_step_ms']:.4g}",
-            f"{row['aop_step_ms']:.4g}",
-            f"{row['step_ratio']:.2f}",
-        ]
-
-    return markdown(head, [cells(row) for row in rows])
+    """The rows of the bench `layer`, a line for each size and K: the times of the exact side, and after each the ratios of the methods."""
+    methods = {"systematic": "systematic", "topk": "topk", "topk, balanced": "balanced"}
+    of = {(row["m"], row["n"], row["p"], row["k"], method(row)): row for row in rows if not row["exact_by_rule"]}
+    cells = []
+    for m, n, p, k in dict.fromkeys(key[:4] for key in of):
+        found = [of[m, n, p, k, name] for name in methods]
+        line = [f"{m}, {n}, {p}", divisor(k / m)]
+        for time, digits, ratio in [("exact_dw_ms", 3, "dw_ratio"), ("exact_step_ms", 4, "step_ratio")]:
+            line += [f"{found[0][time]:.{digits}g}", *(f"{row[ratio]:.2f}" for row in found)]
+        cells.append(line)
+    return markdown(["M, N, P", "K", "dW, ms", *methods.values(), "step, ms", *methods.values()], cells)
 
 
 def sides(row):
@@ -59,9 +59,8 @@ def sides(row):
 
 def conv(rows):
     """The rows of the bench `conv`."""
-    some = f"K = {divisor(rows[0]['k_ratio'])}"
-    head = ["images, channels, size", "kernel, stride, groups", "Burn, forward", "ours", "Burn, step", "K = M"]
-    head += [some, "K = M to Burn", f"{some} to Burn"]
+    some = divisor(rows[0]["k_ratio"])
+    head = ["input", "kernel", "forward, Burn", "forward", "step, Burn", "K = M", some, "ratio, M", f"ratio, {some}"]
 
     def cells(row):
         times = ["burn_forward_ms", "forward_ms", "burn_step_ms", "exact_step_ms", "aop_step_ms"]
@@ -76,33 +75,6 @@ def conv(rows):
     return markdown(head, [cells(row) for row in rows])
 
 
-def cnn(courses, target=0.985):
-    """The race of `cargo cnn`: the mean accuracy of the second half of the tests, all times to those of Burn's modules."""
-    names = list(dict.fromkeys(course["name"] for course in courses))
-    seeds = sorted({course["seed"] for course in courses})
-    of = {(course["name"], course["seed"]): course for course in courses}
-
-    def accuracy(course):
-        half = course["accuracy"][len(course["accuracy"]) // 2 :]
-        return 100 * statistics.mean(half)
-
-    rows = []
-    for name in names:
-        pairs = [(of[name, seed], of[names[0], seed]) for seed in seeds]
-        cells = [f"{statistics.mean(accuracy(mine) for mine, _ in pairs):.2f}"]
-        finishes = [[finish(course, course["accuracy"], target)[0] for course in pair] for pair in pairs]
-        seconds = statistics.mean(mine for mine, _ in finishes)
-        if name == names[0]:
-            cells += ["", "", f"{seconds:.0f}", ""]
-        else:
-            cells.append(interval([accuracy(mine) - accuracy(burn) for mine, burn in pairs], "+"))
-            cells.append(interval([mine["seconds"][-1] / burn["seconds"][-1] for mine, burn in pairs]))
-            cells += [f"{seconds:.0f}", interval([mine / burn for mine, burn in finishes])]
-        rows.append([name, *cells])
-    head = ["", "accuracy, %", "to Burn's, points", "time to Burn's", f"seconds to {100 * target} %", "to Burn's"]
-    return markdown(head, rows)
-
-
 def compare(results):
     """The rounds of compare.py: medians, ratios of medians, and the least and the largest ratio of a round."""
     cases = {}
@@ -111,7 +83,11 @@ def compare(results):
             entries = cases.setdefault((entry["case"], share, name), [])
             entries.append((burn, ours, entry["torch"]["step_ms"], entry["ours"].get("dw_ratio")))
 
-    head = ["", "K/M", "method", "Burn, ms", "this crate, ms", "PyTorch, ms", "to Burn", "to PyTorch", "dW ratio"]
+    head = ["", "Burn, ms", "ours, ms", "PyTorch, ms", "to Burn", "to PyTorch"]
+    # Where a case has rows of several K, or a method that is not the default, its name says so.
+    several = {case for case, *_ in cases if len({share for other, share, _ in cases if other == case}) > 1}
+    with_products = all(entries[0][3] is not None for (case, *_), entries in cases.items() if case.startswith("layer"))
+    with_products = with_products and any(case.startswith("layer") for case, *_ in cases)
     rows = []
     for (case, share, name), entries in cases.items():
         exact, aop, torch, products = zip(*entries)
@@ -120,12 +96,21 @@ def compare(results):
         def ratio(others):
             each = [mine / other for mine, other in zip(aop, others)]
             middle = statistics.median(aop) / statistics.median(others)
-            return f"{middle:.2f} ({min(each):.2f} to {max(each):.2f})"
+            return f"{middle:.2f} ({min(each):.2f}-{max(each):.2f})"
 
         times = [f"{statistics.median(times):.4g}" for times in (exact, aop, torch)]
         product = f"{statistics.median(products):.2f}" if products else ""
-        rows.append([case, share if isinstance(share, str) else f"{share:.3g}", name, *times, ratio(exact), ratio(torch), product])
-    return markdown(head, rows)
+        for pattern, short in SHORT:
+            label = re.sub(pattern, short, case)
+            if label != case:
+                break
+        if case in several:
+            label += f", {'K = M' if share == 1 else divisor(share)}"
+        if ", " in name:
+            label += f", {name.split(', ')[1]}"
+        row = [label, *times, ratio(exact), ratio(torch)]
+        rows.append([*row, product] if with_products else row)
+    return markdown([*head, "dW"] if with_products else head, rows)
 
 
 def interval(values, sign=""):
@@ -148,8 +133,12 @@ def name(row):
     return method if rows is None else f"{method}, dX {rows}"
 
 
-def regime(row):
-    return {"sgd": "SGD", "adam": "Adam"}[row["optimizer"]] + f", batch {row['batch']}, {row['epochs']} epochs"
+REGIMES = {
+    "SGD, 128": ("sgd", 128),
+    "Adam, 128": ("adam", 128),
+    "SGD, 512": ("sgd", 512),
+    "Adam, 512": ("adam", 512),
+}
 
 
 def tuned(rows):
@@ -160,23 +149,18 @@ def tuned(rows):
 
     best = {}
     for row in rows:
-        key = (regime(row), name(row), divisor(row["k_ratio"]))
+        key = (row["optimizer"], row["batch"], name(row), divisor(row["k_ratio"]))
         if key not in best or statistics.mean(accuracies(best[key])) < statistics.mean(accuracies(row)):
             best[key] = row
-    order = ["M", "auto", "M/4", "M/8", "M/16"]
-    regimes = sorted({key[0] for key in best}, key=lambda text: (int(text.split()[2][:-1]), text.startswith("Adam")))
-    tables = []
-    for wanted in regimes:
-        exact = accuracies(best[wanted, "exact", "M"])
-        found = [(key, row) for key, row in best.items() if key[0] == wanted]
-        cells = []
-        for (_, method, k), row in sorted(found, key=lambda pair: (pair[0][1] == "topk, balanced 0.9", order.index(pair[0][2]))):
-            ours = accuracies(row)
-            differences = [a - b for a, b in zip(ours, exact)]
-            cells.append([method, k, row["lr"], interval(ours), "" if k == "M" else interval(differences, "+")])
-        head = ["method", "K", "learning rate", "accuracy, %", "minus exact"]
-        tables.append(f"{wanted}\n\n{markdown(head, cells)}")
-    return "\n\n".join(tables)
+    lines = []
+    for label, regime in REGIMES.items():
+        exact = accuracies(best[*regime, "exact", "M"])
+        cells = [interval(exact)]
+        for k in ("auto", "M/4", "M/8", "M/16"):
+            ours = accuracies(best[*regime, "systematic", k])
+            cells.append(interval([a - b for a, b in zip(ours, exact)], "+"))
+        lines.append([label, *cells])
+    return markdown(["", "exact, %", "auto", "M/4", "M/8", "M/16"], lines)
 
 
 def finish(course, values, target):
@@ -190,88 +174,93 @@ def finish(course, values, target):
     raise ValueError(f"seed {course['seed']} does not reach {target}")
 
 
-def race(courses, to_loss=False):
-    """The times of `cargo ablation race`, each to exact training of the same seed and batch size."""
+def race(*courses):
+    """Times to 97 %, each to exact training of the same seed and batch. The later runs also choose rows of dX."""
 
-    def key(course):
-        return (course["batch"], name(course), divisor(course["k_ratio"]))
+    def finishes(courses):
+        found = {}
+        for course in courses:
+            key = (course["optimizer"], course["batch"], name(course), divisor(course["k_ratio"]))
+            found.setdefault(key, {})[course["seed"]] = finish(course, course["accuracy"], 0.97)[0]
+        return found
 
-    finishes = {}
-    for course in courses:
-        batch, seed = course["batch"], course["seed"]
-        exact = next(c for c in courses if (c["batch"], c["seed"], c["k_ratio"]) == (batch, seed, 1))
-        target = -exact["loss"][-1] if to_loss else 0.97
-        values = [-loss for loss in course["loss"]] if to_loss else course["accuracy"]
-        finishes.setdefault((key(course), course["lr"]), {})[seed] = finish(course, values, target)
-    rows = []
-    for ((batch, method, k), lr), found in finishes.items():
-        exact = next(seeds for (other, _), seeds in finishes.items() if other == (batch, "exact", "M"))
-        seconds, epochs = zip(*found.values())
-        ratios = [found[seed][0] / exact[seed][0] for seed in found]
-        rows.append([batch, lr, method, k, interval(seconds), interval(epochs), interval(ratios)])
-    return markdown(["batch", "learning rate", "method", "K", "seconds", "epochs", "to exact"], rows)
+    half = len(courses) // 2
+    first, second = (finishes(sum(part, [])) for part in (courses[:half], courses[half:]))
+    lines = []
+    for label, regime in REGIMES.items():
 
+        def ratio(of, method, k):
+            exact = of[*regime, "exact", "M"]
+            return interval([seconds / exact[seed] for seed, seconds in of[*regime, method, k].items()])
 
-def final_loss(courses):
-    return race(courses, to_loss=True)
+        cells = [ratio(first, "systematic", k) for k in ("auto", "M/4", "M/8", "M/16")]
+        cells += [ratio(second, method, "auto") for method in ("systematic", "systematic, dX auto")]
+        lines.append([label, *cells])
+    return markdown(["", "auto", "M/4", "M/8", "M/16", "auto, again", "dX auto"], lines)
 
 
 def memory(rows):
-    """The rows of the bench `memory`, each to the first of its model."""
-    first = {}
-    cells = []
-    # The kept runs also have inputs in half precision, which the crate no longer has.
-    for row in (row for row in rows if row["side"] != "half"):
-        key = (row["model"], row["checkpointing"])
-        base = first.setdefault(key, row)
+    """The rows of the bench `memory`: a row for each model and figure, a column for each side."""
+    head = ["", "Burn's", "full", "inputs", "int8", "int4", "Burn's, gc", "full, gc"]
 
-        def cell(name):
-            return f"{row[name]:.1f} ({row[name] / base[name]:.2f})"
+    def column(row):
+        side = row["side"]
+        if side in ("Linear", "Burn's encoder"):
+            side = "Burn's"
+        elif side.startswith("int8, Burn's"):
+            side = "inputs"
+        return side + (", gc" if row["checkpointing"] else "")
 
-        again = ", gradient checkpointing" if row["checkpointing"] else ""
-        cells.append([row["model"] + again, row["side"], cell("kept_mib"), cell("peak_mib"), cell("ms")])
-    return markdown(["model", "layers", "kept, MiB", "peak, MiB", "step, ms"], cells)
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of = {column(row): row for row in rows if row["model"] == model}
+        for title, name in (("kept MiB", "kept_mib"), ("peak MiB", "peak_mib"), ("step ms", "ms")):
+            cells = [f"{of[side][name]:.1f}" if side in of else "" for side in head[1:]]
+            lines.append([f"{model}, {title}", *cells])
+    return markdown(head, lines)
 
 
 def stored(outcomes):
-    """Accuracies of `cargo ablation --stored-input`, each against the same with inputs as they are, seed by seed."""
+    """Accuracies of `cargo ablation --stored-input`: exact training, and for each K inputs in full and the differences."""
 
     def last(outcome):
         return [100 * run["test_accuracy"][-1] for run in outcome["runs"]]
 
     regimes = {}
     for outcome in outcomes:
-        key = (outcome["optimizer"], outcome["lr"], outcome["batch"])
-        regimes.setdefault(key, []).append(outcome)
-    cells = []
-    for (optimizer, lr, batch), found in regimes.items():
+        regimes.setdefault((outcome["optimizer"], outcome["lr"], outcome["batch"]), []).append(outcome)
+    head, lines = ["", "exact"], []
+    for (optimizer, _, batch), found in regimes.items():
         exact = next(outcome for outcome in found if outcome["k_ratio"] == 1)
+        cells = [f"{statistics.mean(last(exact)):.2f}"]
         for k_ratio in dict.fromkeys(o["k_ratio"] for o in found if o["k_ratio"] != 1):
             of = {o["stored_input"]: last(o) for o in found if o["k_ratio"] == k_ratio}
-
-            def difference(name):
-                return interval([a - b for a, b in zip(of[name], of["full"])], "+")
-
-            name = f"{'SGD' if optimizer == 'sgd' else 'Adam'} {lr}, batch {batch}"
-            means = [f"{statistics.mean(values):.2f}" for values in (last(exact), of["full"])]
-            cells.append([name, divisor(k_ratio), *means, difference("int8"), difference("int4")])
-    return markdown(["", "K", "exact, %", "full, %", "int8 − full", "int4 − full"], cells)
-
-
-def parts(rows):
-    """The rows of the bench `memory` with --parts."""
-    rows = [row for row in rows if row["part"] != "MemAopLinear, half"]
-    cells = [[row["part"], f"{row['bytes_a_row']:.0f}"] for row in rows]
-    return markdown(["module", "bytes a row"], cells)
+            cells.append(f"{statistics.mean(of['full']):.2f}")
+            for name in ("int8", "int4"):
+                cells.append(interval([a - b for a, b in zip(of[name], of["full"])], "+"))
+            if not lines:
+                head += [divisor(k_ratio), "int8", "int4"]
+        lines.append([f"{'SGD' if optimizer == 'sgd' else 'Adam'}, {batch}", *cells])
+    return markdown(head, lines)
 
 
-TABLES = {"layer": layer, "cnn": cnn, "conv": conv, "compare": compare, "tuned": tuned, "race": race, "final_loss": final_loss, "memory": memory, "parts": parts, "stored": stored}
+TABLES = {
+    "layer": layer,
+    "conv": conv,
+    "compare": compare,
+    "tuned": tuned,
+    "race": race,
+    "memory": memory,
+    "stored": stored,
+}
 
 
 def main():
     def table(match):
-        results = json.loads((ROOT / "benches" / "results" / match["file"]).read_text())
-        return f"{match['begin']}\n\n{TABLES[match['name']](results)}\n\n{match['end']}"
+        files = re.fullmatch(r"(.*?)(?:\{(.*)\}(.*))?", match["file"])
+        parts = [files[1]] if files[2] is None else [files[1] + part + files[3] for part in files[2].split(",")]
+        results = [json.loads((ROOT / "benches" / "results" / part).read_text()) for part in parts]
+        return f"{match['begin']}\n\n{TABLES[match['name']](*results)}\n\n{match['end']}"
 
     pattern = r"(?P<begin><!-- begin (?P<name>\w+) (?P<file>\S+) -->).*?(?P<end><!-- end (?P=name) -->)"
     for document in DOCUMENTS:
