@@ -6,16 +6,16 @@ use rayon::prelude::*;
 
 use crate::Precision;
 
-/// Values to be copied as fast as the machine can.
+/// Values that are copied as fast as the machine can.
 pub enum Buffers {
-    /// In main memory: from the first to the second, on all cores.
+    /// On a CPU, all cores copy the first to the second.
     Host(Vec<f32>, Vec<f32>),
-    /// On a device: to a tensor of the doubles.
+    /// On another device, values are doubled into a new tensor.
     Device(Box<Tensor<1>>),
 }
 
 impl Buffers {
-    /// So many values of a type.
+    /// A number of values of a type.
     pub fn new(backend: Backend, values: usize, device: &Device, precision: Precision) -> Self {
         if !backend.is_cpu() {
             let values = Tensor::ones([values], (device, precision.dtype()));

@@ -1,5 +1,5 @@
-//! One convolution: forward, and forward and backward together, of Burn's layer, of this crate's with all rows and with
-//! some.
+//! Times one convolution, forward alone and with backward: Burn's layer, and that of this crate
+//! with all rows and with some.
 //!
 //! ```text
 //! cargo bench --bench conv
@@ -19,27 +19,27 @@ use memaop_benches::{Common, Observed, Precision, interleaved, observe};
 use memaop_examples::Backend;
 use serde::Serialize;
 
-/// One convolution, exact and approximate; without sizes, a table of several
+/// Times one convolution, exact and approximate; without sizes, several convolutions
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
     #[arg(long, requires_all = ["channels", "size"])]
     images: Option<usize>,
-    /// Of input and output
+    /// Channels of input and output
     #[arg(long, value_delimiter = ',', requires = "images")]
     channels: Vec<usize>,
     /// Height and width of the images
     #[arg(long, requires = "images")]
     size: Option<usize>,
-    /// Height and width of the kernel, which is padded so that the output is as large as the images
+    /// Height and width of the kernel; images are padded by half of it
     #[arg(long, requires = "images", default_value_t = 3)]
     kernel: usize,
     #[arg(long, requires = "images", default_value_t = 1)]
     stride: usize,
     #[arg(long, requires = "images", default_value_t = 1)]
     groups: usize,
-    /// Outer products as a share of the rows
+    /// K as a share of the rows
     #[arg(long, default_value_t = 0.125)]
     k_ratio: f64,
 }
@@ -55,7 +55,7 @@ struct Sizes {
     groups: usize,
 }
 
-/// Images, channels of input and output, size, kernel, stride, groups.
+/// The images, channels of input and output, size, kernel, stride and groups.
 const SIZES: [[usize; 7]; 16] = [
     [64, 1, 32, 28, 3, 1, 1],
     [64, 3, 64, 32, 3, 1, 1],
@@ -82,15 +82,15 @@ struct Row {
     #[serde(flatten)]
     sizes: Sizes,
     k_ratio: f64,
-    /// Whether the layer took the exact path by the cost rule.
+    /// Whether the layer is exact by the cost rule.
     exact_by_rule: bool,
     burn_forward_ms: f64,
     forward_ms: f64,
-    /// Forward and backward.
+    /// The time of forward and backward.
     burn_step_ms: f64,
     exact_step_ms: f64,
     aop_step_ms: f64,
-    /// What a step asks of a GPU.
+    /// The kernels and read-backs of a step.
     exact_step: Option<Observed>,
     aop_step: Option<Observed>,
 }
@@ -129,8 +129,8 @@ fn main() -> Result<()> {
         print(&row);
         rows.push(row);
     }
-    println!("\nMilliseconds, and the ratios of steps to Burn's.");
-    println!("*: the layer takes the exact path by the cost rule (--no-cost-rule turns it off).");
+    println!("\nTimes are in milliseconds, and ratios are those of steps to Burn's.");
+    println!("*: the layer is exact by the cost rule, which --no-cost-rule turns off.");
     options.common.save(&rows)
 }
 
@@ -201,7 +201,7 @@ fn measure(options: &Options, sizes: Sizes) -> Result<Row> {
     let images = Tensor::<4>::random(shape, normal, &device).cast(common.dtype.dtype());
     let input = || images.clone().autodiff().require_grad();
 
-    // With dX, and a gradient of ones from above: what comes from there is no part of the layer.
+    // A step includes dX. The gradient from above is ones, so only the layer is timed.
     let mut burn_forward = || {
         black_box(conv.forward(input()));
     };

@@ -1,8 +1,8 @@
-//! The constants of the cost rule: what a value in the passes over a batch costs, in operations of the matrix
-//! product of the same machine.
+//! Measures the constants of the cost rule: what a value costs in the passes over a batch, in
+//! operations of the matrix product of the same machine.
 //!
 //! ```text
-//! cargo bench --bench cost                                            # with AVX-512, where it is
+//! cargo bench --bench cost                                            # with AVX-512, if present
 //! cargo bench --bench cost --no-default-features --features flex      # without
 //! ```
 
@@ -22,7 +22,7 @@ use clap::Parser;
 use memaop_benches::{Common, interleaved, random};
 use serde::Serialize;
 
-/// What the passes cost, in operations of the product
+/// Measures what passes over a batch cost, in operations of the matrix product
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
@@ -50,15 +50,15 @@ struct Row {
     m: usize,
     n: usize,
     p: usize,
-    /// Operations of the product in a nanosecond.
+    /// The operations of the product in a nanosecond.
     rate: f64,
-    /// Operations that a value of `M (N + P)` costs beyond the product of the chosen rows.
+    /// The operations that each of `M (N + P)` values costs, beyond the product of the drawn rows.
     read: f64,
     fold_in: f64,
     input_rows: f64,
-    /// The time of measuring the noise, in that of the product.
+    /// The time of measuring the noise, divided by that of the product.
     measure: f64,
-    /// Operations that a value of the gradient costs in a product of any number of rows.
+    /// The operations that a value of the gradient costs, whatever the number of rows.
     write: f64,
 }
 
@@ -129,7 +129,7 @@ fn main() -> Result<()> {
             fold_in: cost(fold_in, some),
             input_rows: cost(input_rows, some_dx),
             measure: measured / exact,
-            // T(K) is a + b K.
+            // The time of a product of K rows is taken to be a + b K.
             write: (some - exact / 8.0) / (1.0 - 1.0 / 8.0) * 1e6 * rate / (n * p) as f64,
         };
         println!(

@@ -1,4 +1,4 @@
-//! The gradient of a layer's input, for all rows and for some.
+//! Times the gradient of a layer's input, from all rows and from some.
 //!
 //! ```text
 //! cargo bench --bench input -- --m 1024 --n 1024 --p 1024 --dx-ratio 0.25
@@ -13,21 +13,21 @@ use clap::Parser;
 use memaop_benches::{Buffers, Common, Observed, interleaved, observe, random};
 use serde::Serialize;
 
-/// The gradient of the input of one layer; without sizes, a table of several
+/// Times the gradient of the input of one layer; without sizes, of several
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Rows of the batch
+    /// Number of rows of the batch
     #[arg(long, requires_all = ["n", "p"])]
     m: Option<usize>,
-    /// Inputs
+    /// Number of inputs
     #[arg(long, requires = "m")]
     n: Option<usize>,
-    /// Outputs
+    /// Number of outputs
     #[arg(long, requires = "m")]
     p: Option<usize>,
-    /// Rows that are computed, as a share of the batch; without it 1/4 and 1/8
+    /// Share of the rows that the gradient is computed from [default: 0.25 and 0.125]
     #[arg(long)]
     dx_ratio: Option<f64>,
 }
@@ -48,12 +48,12 @@ struct Row {
     exact_ms: f64,
     aop_ms: f64,
     limit_ms: f64,
-    /// Of the same gradient, for all rows, where only so many hold something else than zeros.
+    /// The time of the gradient of all rows where all but K hold zeros.
     sparse_ms: f64,
     ratio: f64,
     limit_ratio: f64,
     sparse_ratio: f64,
-    /// What one gradient asks of a GPU, the product included.
+    /// The kernels and read-backs of one gradient, product included.
     observed: Option<Observed>,
 }
 
@@ -112,7 +112,7 @@ fn main() -> Result<()> {
             let [exact_ms, aop_ms, product_ms, copy_ms, sparse_ms] = times[..] else {
                 bail!("five sides were timed");
             };
-            // The gradient of the output is read once, that of the input written once.
+            // The gradient of the output is read once, and that of the input is written once.
             let limit_ms = product_ms + copy_ms;
             let row = Row {
                 m,
@@ -140,9 +140,7 @@ fn main() -> Result<()> {
             rows.push(row);
         }
     }
-    println!(
-        "\nMilliseconds; limit: the product of so many rows, and one pass over both gradients"
-    );
-    println!("at copy bandwidth; sparse: all rows, of which so many are not zeros.");
+    println!("\nTimes are in milliseconds. limit: the product of these rows, and a copy of both");
+    println!("gradients. sparse: the exact gradient, if all other rows are zeros.");
     common.save(&rows)
 }

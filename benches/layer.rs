@@ -1,4 +1,4 @@
-//! One layer: its weight gradient, and forward and backward together, exact and approximate.
+//! Times the weight gradient of one layer, and both of its passes, exact and approximate.
 //!
 //! ```text
 //! cargo bench --bench layer -- --m 4096 --n 1024 --p 1024 --k 512 --policy topk --memory balanced
@@ -20,24 +20,24 @@ use memaop_benches::{Buffers, Common, Method, Observed, Precision, interleaved, 
 use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
 
-/// One layer, exact and approximate; without sizes, a table of several
+/// Times one layer, exact and approximate; without sizes, several layers
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Rows of the batch
+    /// Number of rows of the batch
     #[arg(long, requires_all = ["n", "p"])]
     m: Option<usize>,
-    /// Inputs
+    /// Number of inputs
     #[arg(long, requires = "m")]
     n: Option<usize>,
-    /// Outputs
+    /// Number of outputs
     #[arg(long, requires = "m")]
     p: Option<usize>,
-    /// Outer products; without it M/4, M/8 and M/16
+    /// Number K of rows that are used [default: M/4, M/8 and M/16]
     #[arg(long, requires = "m")]
     k: Option<usize>,
-    /// Without it topk with balanced memory, topk without memory, and systematic
+    /// Policy [default: topk with balanced memory, topk without memory, and systematic]
     #[arg(long, value_enum)]
     policy: Option<PolicyOption>,
     #[arg(long, value_enum, requires = "policy")]
@@ -65,7 +65,7 @@ struct Row {
     k: usize,
     policy: PolicyOption,
     memory: MemoryOption,
-    /// Whether the layer took the exact path by the cost rule.
+    /// Whether the layer is exact by the cost rule.
     exact_by_rule: bool,
     exact_dw_ms: f64,
     aop_dw_ms: f64,
@@ -77,7 +77,7 @@ struct Row {
     limit_ratio: f64,
     /// The measured bandwidth of copying, reads and writes together.
     copy_gb_per_s: f64,
-    /// What one weight gradient asks of a GPU, the product included.
+    /// The kernels and read-backs of one weight gradient, product included.
     exact_dw: Option<Observed>,
     aop_dw: Option<Observed>,
 }
@@ -129,10 +129,10 @@ fn main() -> Result<()> {
             }
         }
     }
-    println!("\nMilliseconds; limit: K-row product and one pass over memory at copy bandwidth.");
-    println!("*: the layer takes the exact path by the cost rule (--no-cost-rule turns it off).");
+    println!("\nTimes are in milliseconds. limit: product of K rows, and a pass at copy speed.");
+    println!("*: the layer is exact by the cost rule, which --no-cost-rule turns off.");
     if rows.iter().any(|row| row.aop_dw.is_some()) {
-        println!("Kernels and read-backs of one weight gradient follow the ratios: exact; aop.");
+        println!("At the end: kernels and read-backs of one weight gradient, exact; aop.");
     }
     options.common.save(&rows)
 }
@@ -202,7 +202,7 @@ fn measure(
         black_box(gradient.weight);
     };
 
-    // With dX, and a gradient of ones from above: what comes from there is no part of the layer.
+    // A step includes dX. The gradient from above is ones, so only the layer is timed.
     let input = x.clone().autodiff();
     let mut exact_step = || {
         let input = input.clone().require_grad();
@@ -242,7 +242,7 @@ fn measure(
         bail!("six sides were timed");
     };
     // A copy reads and writes as many bytes as the batch has. Without a memory the pass reads the
-    // batch; with one it also reads and writes the memory, which can have wider values.
+    // batch. With one it also reads and writes the memory, which can have wider values.
     let value_bytes = common.dtype.dtype().size() as f64;
     let wider = size_of::<f32>() as f64 / value_bytes;
     let passes = match method.memory {

@@ -1,4 +1,4 @@
-//! What the benchmarks share: their options, interleaved timing, tables.
+//! Code that the benchmarks share: options, times in turns, and tables.
 
 use std::{fs, path::PathBuf, time::Instant};
 
@@ -20,7 +20,7 @@ pub use buffers::Buffers;
 pub use observed::{Observed, observe};
 pub use steps::{Size, Step, StepOptions, Training, step_table};
 
-/// What every benchmark can be told.
+/// The options of every benchmark.
 #[derive(Args, Debug)]
 pub struct Common {
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
@@ -28,26 +28,26 @@ pub struct Common {
     /// Type of activations, weights and gradients
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     pub dtype: Precision,
-    /// Approximates layers too for which the exact gradient takes less time
+    /// Approximates gradients even where exact ones take less time
     #[arg(long)]
     pub no_cost_rule: bool,
-    /// How often each side is timed
+    /// Number of times that each side is timed
     #[arg(long, default_value_t = 15)]
     pub repeats: usize,
-    /// Writes the rows to this file
+    /// File for the rows of the table, as JSON
     #[arg(long)]
     pub json: Option<PathBuf>,
-    /// Given by `cargo bench`
+    /// Passed by cargo bench
     #[arg(long, hide = true)]
     pub bench: bool,
 }
 
 impl Common {
-    /// The device of the backend, with what is random seeded.
+    /// The device of the backend, seeded.
     ///
     /// # Errors
     ///
-    /// A backend that is not built in, a type that the device does not have, and no repeats.
+    /// Returns an error if the backend is not built in, the device lacks the type, or repeats is 0.
     pub fn device(&self) -> Result<Device> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
         let device = self.backend.device()?;
@@ -60,11 +60,11 @@ impl Common {
         Ok(device)
     }
 
-    /// Writes the rows as JSON, if that is asked for.
+    /// Writes the rows as JSON if there is a file for them.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn save<R: Serialize>(&self, rows: &[R]) -> Result<()> {
         match &self.json {
             None => Ok(()),
@@ -116,7 +116,7 @@ pub struct Method {
 }
 
 impl Method {
-    /// The method of the options, or those that the issue of speed is about.
+    /// The method of the options, or those that tables have without options.
     pub fn selected(policy: Option<PolicyOption>, memory: Option<MemoryOption>) -> Vec<Self> {
         let Some(policy) = policy else {
             let pairs = [
@@ -145,7 +145,7 @@ impl Method {
     ///
     /// # Errors
     ///
-    /// Values that break their rule.
+    /// Returns an error for a value that breaks its rule.
     pub fn config(&self, outer_products: OuterProducts, common: &Common) -> Result<AopConfig> {
         let config = AopConfig::new()
             .with_outer_products(outer_products)
@@ -159,7 +159,7 @@ impl Method {
     }
 }
 
-/// A matrix whose rows differ in size.
+/// A random matrix whose rows differ in norm.
 pub fn random(rows: usize, columns: usize, device: &Device, precision: Precision) -> Tensor<2> {
     let normal = Distribution::Normal(0.0, 1.0);
     let sizes = Tensor::<2>::random([rows, 1], normal, device).exp();
@@ -167,12 +167,12 @@ pub fn random(rows: usize, columns: usize, device: &Device, precision: Precision
     matrix.cast(precision.dtype())
 }
 
-/// Times of the sides in milliseconds, taken in turns: A B C A B C ... Each side is run twice
-/// before, and ends with the device idle.
+/// The median times of the sides in milliseconds. Sides take turns (A B C A B C ...), and each
+/// waits for the device at its end. Their first two runs are not timed.
 ///
 /// # Errors
 ///
-/// A device that fails.
+/// Returns an error if the device fails.
 pub fn interleaved(
     device: &Device,
     repeats: usize,

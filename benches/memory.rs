@@ -1,5 +1,5 @@
-//! What a model keeps between forward and backward pass, the peak of a training step, and its time: with Burn's layers, and
-//! with those of this crate, whose inputs are kept as they are or in few bits.
+//! Measures what a model keeps between its passes, and the peak and the time of a training step.
+//! Layers are Burn's, or those of this crate, which keep their inputs in full or in few bits.
 //!
 //! ```text
 //! cargo bench --bench memory -- --model transformer --width 512 --batch 64 --length 64 --blocks 4
@@ -34,18 +34,18 @@ use memaop_benches::{Common, interleaved, random};
 use memaop_examples::{Encoder, KRatio, check};
 use serde::Serialize;
 
-/// Bytes between the passes and at most, and milliseconds, of training steps with Adam
+/// Measures the bytes that training steps with Adam keep between their passes, peaks and times
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Without it all of them
+    /// Model [default: all of them]
     #[arg(long, value_enum)]
     model: Option<ModelKind>,
-    /// Inputs and outputs of a layer, or the size of a token
+    /// Number of inputs and outputs of a layer, or the width of a token
     #[arg(long, default_value_t = 512)]
     width: usize,
-    /// Rows of the batch of layer and perceptron
+    /// Number of rows of the batch, for layer and perceptron
     #[arg(long, default_value_t = 4096)]
     m: usize,
     /// Hidden layers of the perceptron
@@ -62,13 +62,13 @@ struct Options {
     /// Tokens in a sequence
     #[arg(long, default_value_t = 64)]
     length: usize,
-    /// Outer products as a share of the batch; 1 for exact gradients
+    /// K as a share of the batch, or auto; 1 for exact gradients
     #[arg(long, default_value = "0.125")]
     k_ratio: KRatio,
-    /// With gradient checkpointing too
+    /// Also measures with gradient checkpointing
     #[arg(long)]
     checkpointing: bool,
-    /// What single modules keep, in place of whole models
+    /// Measures what single modules keep, in place of whole models
     #[arg(long, conflicts_with_all = ["model", "checkpointing"])]
     parts: bool,
 }
@@ -91,7 +91,7 @@ impl fmt::Display for ModelKind {
 #[derive(Serialize)]
 struct Part {
     part: &'static str,
-    /// Beyond its output, which the next one is given.
+    /// The bytes beyond the output of the module, which the next module gets.
     bytes_a_row: f64,
     values_a_row: f64,
 }
@@ -101,9 +101,9 @@ struct Row {
     model: ModelKind,
     side: &'static str,
     checkpointing: bool,
-    /// Alive between the passes, beyond what is alive between steps.
+    /// What is allocated between the passes, but not between steps.
     kept_mib: f64,
-    /// The most alive in a step, with weights and the optimizer's state; not known of a GPU.
+    /// The most that is allocated in a step, with weights and optimizer state; unknown on a GPU.
     peak_mib: Option<f64>,
     ms: f64,
 }
@@ -121,7 +121,7 @@ fn main() -> Result<()> {
     }
     println!(
         "{:<12} {:<20} {:<8} {:>10} {:>6} {:>10} {:>6} {:>9} {:>6}",
-        "model", "side", "again", "kept MiB", "", "peak MiB", "", "ms", ""
+        "model", "side", "gc", "kept MiB", "", "peak MiB", "", "ms", ""
     );
     let mut rows = Vec::new();
     let models = match options.model {
@@ -137,12 +137,12 @@ fn main() -> Result<()> {
         }
     }
     println!(
-        "\nRatios are to the first side. again: gradient checkpointing computes some values again."
+        "\nEach figure is followed by its ratio to the first side. gc: gradient checkpointing."
     );
     options.common.save(&rows)
 }
 
-/// All sides of a model: each by itself for the bytes, in turns for the times.
+/// Measures all sides of a model: bytes one after the other, and times in turns.
 fn measure(
     options: &Options,
     device: &Device,
@@ -155,7 +155,7 @@ fn measure(
     };
     let mut sides = sides(options, &autodiff, model)?;
     if checkpointing {
-        // Nothing is packed then, so the others are as the second.
+        // With checkpointing nothing is packed, so the other sides are like the second.
         sides.truncate(2);
     }
     let mut rows = Vec::new();
@@ -201,7 +201,7 @@ fn measure(
 
 const MIB: f64 = 1024.0 * 1024.0;
 
-/// The bytes that a step keeps between its passes, and the most that are alive in it, after two steps before.
+/// The bytes that the third step keeps between its passes, and its peak.
 fn bytes(device: &Device, make: &dyn Fn() -> Box<dyn Run>) -> Result<[usize; 2]> {
     let before = alive(device)?;
     let mut side = make();
@@ -216,7 +216,7 @@ fn bytes(device: &Device, make: &dyn Fn() -> Box<dyn Run>) -> Result<[usize; 2]>
     Ok([kept, PEAK.load(Relaxed).saturating_sub(before)])
 }
 
-/// What the modules of a perceptron and a transformer keep of a batch of sequences.
+/// Measures what modules of a perceptron and a transformer keep of a batch of sequences.
 fn parts(options: &Options, device: &Device) -> Result<()> {
     let (width, batch, length) = (options.width, options.batch, options.length);
     let autodiff = device.clone().autodiff();
@@ -268,7 +268,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     );
     let mut found = Vec::new();
     for (part, forward) in &modules {
-        // The first pass can make what stays; no one else has the input, as within a model.
+        // The first pass can allocate what stays. As in a model, nothing else has the input.
         let run = || forward(input.clone().require_grad() * 1.0);
         run().sum().backward();
         let before = alive(device)?;
@@ -287,7 +287,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     options.common.save(&found)
 }
 
-/// A training that is stopped between its passes.
+/// A training that can be stopped between its passes.
 trait Run {
     fn forward(&mut self);
     fn backward(&mut self);
@@ -298,7 +298,7 @@ trait Run {
 }
 
 struct Running<M> {
-    /// Moved through the optimizer by each step.
+    /// The model, which each step moves through the optimizer.
     model: Option<M>,
     optimizer: ModuleOptimizer,
     loss: Box<dyn Fn(&M) -> Tensor<1>>,
@@ -321,7 +321,7 @@ impl<M: Module> Run for Running<M> {
 
 type Side = (&'static str, Box<dyn Fn() -> Box<dyn Run>>);
 
-/// Models with the same weights, and what they are called.
+/// The sides of a model, with their names. Their weights have the same values.
 fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Side>> {
     let aop = |stored| -> Result<AopConfig> {
         let aop = AopConfig::new()
@@ -341,7 +341,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
         let values = random(rows, width, &device.clone().inner(), dtype).into_data();
         Tensor::<2>::from_data(values, (device, dtype.dtype()))
     };
-    // Weights of its own for each side, so that none is kept by another; their values are equal.
+    // Each side has weights of its own, so that no side keeps those of another.
     let seeded = {
         let device = device.clone();
         move || device.seed(1)
@@ -357,7 +357,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
             let burns = linear.clone();
             let mut sides = vec![side("Linear", burns, {
                 let input = input.clone();
-                // As below another layer.
+                // The product makes the input the output of something, as in a model.
                 move |layer: &Linear| layer.forward(input.clone().require_grad() * 1.0).sum()
             })];
             for (name, aop) in [("full", full), ("int8", int8), ("int4", int4)] {
@@ -455,7 +455,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
     })
 }
 
-/// A block that normalises first, with the activation as Burn has it.
+/// The output of a block that normalises first, with Burn's GELU.
 fn burns_gelu(tokens: Tensor<3>, block: &MemAopTransformerEncoderLayer) -> Tensor<3> {
     let attended = MhaInput::self_attn(block.norm_2.forward(tokens.clone()));
     let tokens = tokens + block.mha.forward(attended).context;
@@ -482,7 +482,7 @@ fn side<M: Module + ModuleDisplay + 'static>(
     (name, Box::new(make))
 }
 
-/// The bytes that are alive: of the process, or of the GPU.
+/// The bytes that are allocated, by the process or on the GPU.
 fn alive(device: &Device) -> Result<usize> {
     device.sync()?;
     #[cfg(feature = "cubecl-backend")]
@@ -494,7 +494,7 @@ fn alive(device: &Device) -> Result<usize> {
     Ok(ALIVE.load(Relaxed))
 }
 
-/// The system's allocator, which counts the bytes that are alive.
+/// The system's allocator, which counts the bytes that are allocated.
 struct Counting;
 
 static ALIVE: AtomicUsize = AtomicUsize::new(0);
@@ -519,7 +519,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Old and new block can both be there for a moment.
+        // The old and the new block can both be there for a moment.
         count(size, layout.size());
         unsafe { System.realloc(block, layout, size) }
     }

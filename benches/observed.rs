@@ -1,4 +1,4 @@
-//! What work asks of a GPU: kernels, and reads of what they have computed.
+//! The kernels that work launches on a GPU, and the read-backs of their results.
 
 use std::fmt::{self, Display};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use burn::tensor::Device;
 use serde::Serialize;
 
-/// Counted while some work ran.
+/// What was counted while some work ran.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Observed {
     /// Kernels launched.
@@ -21,11 +21,11 @@ impl Display for Observed {
     }
 }
 
-/// Runs the work and counts; nothing where no CubeCL backend is built in, or none is in use.
+/// Runs the work and counts. Returns none if no CubeCL backend is built in or in use.
 ///
 /// # Errors
 ///
-/// A device that fails.
+/// Returns an error if the device fails.
 #[cfg(feature = "cubecl-backend")]
 pub fn observe(device: &Device, work: impl FnOnce()) -> Result<Option<Observed>> {
     use std::sync::{
@@ -62,7 +62,7 @@ pub fn observe(device: &Device, work: impl FnOnce()) -> Result<Option<Observed>>
 
     static READS: Reads = Reads(AtomicUsize::new(0));
 
-    // The second time it is set already.
+    // From the second call on, the logger is set already.
     let _ = log::set_logger(&READS);
     device.sync()?;
     log::set_max_level(log::LevelFilter::Debug);
@@ -79,11 +79,11 @@ pub fn observe(device: &Device, work: impl FnOnce()) -> Result<Option<Observed>>
     Ok((kernels > 0).then_some(Observed { kernels, reads }))
 }
 
-/// Runs the work and counts; nothing where no CubeCL backend is built in, or none is in use.
+/// Runs the work and counts. Returns none if no CubeCL backend is built in or in use.
 ///
 /// # Errors
 ///
-/// A device that fails.
+/// Returns an error if the device fails.
 #[cfg(not(feature = "cubecl-backend"))]
 pub fn observe(_device: &Device, _work: impl FnOnce()) -> Result<Option<Observed>> {
     Ok(None)

@@ -1,8 +1,7 @@
-//! A whole training step (forward, loss, backward, SGD) of a multi-layer perceptron, exact and
-//! approximate.
+//! Times a training step (forward, loss, backward, SGD) of a perceptron, exact and approximate.
 //!
 //! ```text
-//! cargo bench --bench step -- --width 1024 --m 1024 --k-ratio 0.125 --policy topk --memory balanced
+//! cargo bench --bench step -- --width 1024 --m 1024 --k-ratio 0.125 --policy systematic
 //! ```
 
 use anyhow::{Result, ensure};
@@ -18,7 +17,7 @@ use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
 
 const CLASSES: usize = 10;
 
-/// A training step of a perceptron width-...-width-10
+/// Times a training step of a perceptron width-...-width-10
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
@@ -28,7 +27,7 @@ struct Options {
     width: usize,
     #[arg(long, default_value_t = 2)]
     hidden: usize,
-    /// Rows of the batch
+    /// Number of rows of the batch
     #[arg(long, default_value_t = 1024)]
     m: usize,
     #[command(flatten)]

@@ -16,10 +16,10 @@ use crate::{Common, Method, Precision, interleaved};
 /// The approximations of a table.
 #[derive(Args, Debug)]
 pub struct StepOptions {
-    /// Outer products as a share of the batch; without it 1/4, 1/8 and 1/16
+    /// K as a share of the batch [default: 0.25, 0.125 and 0.0625]
     #[arg(long)]
     pub k_ratio: Option<KRatio>,
-    /// Without it topk with balanced memory, topk without memory, and systematic
+    /// Policy [default: topk with balanced memory, topk without memory, and systematic]
     #[arg(long, value_enum)]
     pub policy: Option<PolicyOption>,
     #[arg(long, value_enum, requires = "policy")]
@@ -28,14 +28,14 @@ pub struct StepOptions {
     pub input_gradient: InputGradientOptions,
 }
 
-/// What a step is measured on.
+/// The size of the model and the batch of a step.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Size {
-    /// Units in a layer, or the size of a token.
+    /// Units in a layer, or the width of a token.
     pub width: usize,
     /// Hidden layers, or blocks of a transformer.
     pub depth: usize,
-    /// Rows of a gradient.
+    /// The number M of rows.
     pub m: usize,
 }
 
@@ -58,12 +58,12 @@ struct Row {
     step_ratio: f64,
 }
 
-/// Prints and saves a row for each K and method: `sides` gives a step of the exact training and one of
-/// the training with a configuration.
+/// Prints and saves a row for each K and method. `sides` gives a step of exact training, and one of
+/// training with a configuration.
 ///
 /// # Errors
 ///
-/// Options that break their rule, a device that fails, a file that cannot be written.
+/// Returns an error if an option breaks its rule, the device fails, or the file cannot be written.
 pub fn step_table<'a>(
     common: &Common,
     options: &StepOptions,
@@ -76,9 +76,7 @@ pub fn step_table<'a>(
         "width", "M", "K", "method", "exact", "aop", "ratio"
     );
     if options.k_ratio == Some(KRatio::AUTO) {
-        bail!(
-            "--k-ratio must be a share of the batch here, since a chosen K changes from step to step, but got auto"
-        );
+        bail!("--k-ratio must be a share of the batch, because a chosen K changes, but got auto");
     }
     let mut rows = Vec::new();
     let ratios = [0.25, 0.125, 0.0625].map(KRatio::Of).to_vec();
@@ -115,13 +113,13 @@ pub fn step_table<'a>(
             });
         }
     }
-    println!("\nMilliseconds for forward, loss, backward and optimizer.");
+    println!("\nTimes are in milliseconds: forward, loss, backward and optimizer.");
     common.save(&rows)
 }
 
-/// A training, step after step with one loss.
+/// A training with the same loss in each step.
 pub struct Training<M, L> {
-    /// Moved through the optimizer by each step.
+    /// The model, which each step moves through the optimizer.
     model: Option<M>,
     optimizer: ModuleOptimizer,
     loss: L,
@@ -137,7 +135,7 @@ impl<M: Module, L: Fn(&M) -> Tensor<1>> Training<M, L> {
         }
     }
 
-    /// Forward and loss, backward, optimizer.
+    /// Takes one step: forward, loss, backward, optimizer.
     pub fn step(&mut self) {
         let model = self.model.take().expect("put back by every step");
         let grads = GradientsParams::from_grads((self.loss)(&model).backward(), &model);

@@ -1,5 +1,5 @@
-//! A whole training step (forward, loss, backward, Adam) of a transformer encoder, Burn's own and the
-//! counterpart.
+//! Times a training step (forward, loss, backward, Adam) of a transformer encoder, Burn's and that
+//! of this crate.
 //!
 //! ```text
 //! cargo bench --bench transformer -- --width 128 --batch 32 --length 64 --k-ratio 0.25
@@ -23,12 +23,12 @@ use memaop_examples::{Encoder, check};
 
 const CLASSES: usize = 10;
 
-/// A training step of a transformer encoder, from tokens to a class for each sequence
+/// Times a training step of a transformer encoder that gives each sequence a class
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// The size of a token; the feed-forward network has four times as many units
+    /// Width of a token; the feed-forward network has four times as many units
     #[arg(long, default_value_t = 128)]
     width: usize,
     #[arg(long, default_value_t = 4)]
@@ -36,14 +36,13 @@ struct Options {
     /// Transformer blocks
     #[arg(long, default_value_t = 2)]
     blocks: usize,
-    /// Sequences in a batch; M is --batch times --length
+    /// Sequences in a batch; M, the number of rows, is --batch times --length
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// Tokens in a sequence
     #[arg(long, default_value_t = 64)]
     length: usize,
-    /// Compares with the counterpart at exact gradients: products of all tokens at once, where Burn's
-    /// own modules make one for each sequence
+    /// Compares with exact gradients of this crate, which take one product for all sequences
     #[arg(long)]
     flat: bool,
     #[command(flatten)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serves a folder, opens its page in a headless Chromium, and prints what the page reports.
 
-The page posts a JSON object to `report`; with a field `error` this fails."""
+The page posts a JSON object to `report`. If it has a field `error`, this script fails."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 
-# WebGPU on the processor: Chromium brings SwiftShader along.
+# SwiftShader, a part of Chromium, runs WebGPU on the CPU.
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -32,7 +32,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(204)
         self.end_headers()
-        # The first counts: of a page that failed others may follow.
+        # The first report counts. A page that failed may send more.
         if not self.server.reported.is_set():
             self.server.report = json.loads(body)
             self.server.reported.set()
@@ -45,8 +45,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--browser", default="chromium")
-    parser.add_argument("--query", default="", help="of the page's address")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds")
+    parser.add_argument("--query", default="", help="query of the page's address")
+    parser.add_argument("--timeout", type=float, default=600, help="limit in seconds")
     options = parser.parse_args()
 
     handler = functools.partial(Handler, directory=options.folder)
@@ -70,7 +70,7 @@ def main():
             browser.kill()
         if not came:
             log.seek(0)
-            sys.exit(f"{log.read()}\nnothing was reported")
+            sys.exit(f"{log.read()}\nthe page reported nothing")
         log.seek(0)
         if "error" in server.report:
             print(log.read(), file=sys.stderr)

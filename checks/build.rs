@@ -1,4 +1,5 @@
-//! Without LLVM (`DOCS_RS`) CubeCL's CUDA runtime has calls into it that nothing resolves, and that its C++ never makes.
+//! With `DOCS_RS` LLVM is missing, so the linker must leave its symbols unresolved. CubeCL's CUDA
+//! runtime refers to them, but calls none of them for CUDA C++.
 
 use std::env;
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs Burn's own tests with the layers of burn-memaop in the places of Burn's.
 
-The tests are taken from the sources of Burn's crates that cargo has fetched, and written to the target folder; nothing
-of them is kept in this repository. The arguments are those of `cargo test` that choose packages and features.
+The tests come from the sources of Burn's crates that cargo has fetched, and are written to the
+target folder. The arguments are those of `cargo test` that choose packages and features.
 """
 
 import json
@@ -12,10 +12,10 @@ import re
 import subprocess
 import sys
 
-# Another number is a sign that the sources have changed, and that this script no longer finds them.
+# The number of tests. Another one means that Burn has changed, and that this script misses tests.
 TESTS = 79
 
-# Tests that fail, and why they are allowed to.
+# The tests that may fail, and why.
 EXCUSED = {
     name: "compares the printed name and fields of the module"
     for name in [
@@ -29,10 +29,10 @@ EXCUSED = {
 
 OPTIMIZERS = "use burn::optim::{*, decay::WeightDecayConfig, momentum::MomentumConfig}; use burn::tensor::{Device, Tensor};"
 
-# Each entry has a name, the crate and the file of the tests, what the module around them imports, and what `crate` becomes.
-# Last come the tests and helpers that are left out, because they name private functions or fields of Burn.
-# Of burn-store's round trips, safetensors and burnpack are here. The others use private functions, or files that the
-# published crate does not hold.
+# An entry has a name, the crate and the file of the tests, what the module around them imports,
+# what `crate` becomes, and the functions left out because they name private parts of Burn.
+# Of burn-store's round trips, those of safetensors and burnpack are here. The others use private
+# functions, or files that the published crate does not hold.
 SOURCES = [
     (
         "linear", "burn-nn", "src/modules/linear.rs",
@@ -123,14 +123,14 @@ def without(text, names):
     for name in names:
         found = re.search(r"(?:[ \t]*#\[[^\n]*\n)*[ \t]*fn %s\b" % name, text)
         if not found:
-            raise SystemExit(f"Burn's tests have no function {name} any more: look at {__file__}")
+            raise SystemExit(f"Burn's tests have no function {name}: change {__file__}")
         _, end = block(text, found.start())
         text = text[: found.start()] + text[end:]
     return text
 
 
 def ours(text, own):
-    """The text with our layers in the places of Burn's; `own` is what it calls `crate`."""
+    """The text with the layers of burn-memaop; `own` is what it calls `crate`."""
     text = re.sub(r"\bcrate::", own + "::", text)
     text = re.sub(r"^\s*use burn_core as burn;\n", "", text, flags=re.M)
     text = re.sub(r"\bburn_core::", "burn::", text)
@@ -176,17 +176,17 @@ def main():
     if unexpected:
         print(run.stdout)
     for name in sorted(failed & EXCUSED.keys()):
-        print(f"excused: {name} {EXCUSED[name]}")
+        print(f"allowed to fail: {name} {EXCUSED[name]}")
     print(f"{len(results) - len(failed)} of {len(results)} of Burn's tests pass with the layers of burn-memaop")
-    # libtest's own number for failed tests; anything else is a process that did not end by itself.
+    # libtest returns 101 if tests fail. Anything else is a process that did not end by itself.
     if run.returncode not in (0, 101) or "test result:" not in run.stdout:
         raise SystemExit(f"the tests did not run to their end: {run.returncode}")
     if len(results) != TESTS:
-        raise SystemExit(f"{len(results)} tests ran, and not {TESTS}")
+        raise SystemExit(f"{TESTS} tests must run, but {len(results)} did")
     if unexpected:
         raise SystemExit(f"failed: {', '.join(unexpected)}")
     if passing:
-        raise SystemExit(f"these are excused and do not fail: {', '.join(passing)}")
+        raise SystemExit(f"these are allowed to fail, but pass: {', '.join(passing)}")
 
 
 if __name__ == "__main__":

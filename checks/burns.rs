@@ -1,4 +1,4 @@
-//! Burn's own tests with our layers, as `burn_tests.py` writes them.
+//! Burn's own tests with the layers of burn-memaop, as `burn_tests.py` writes them.
 
 #![allow(unused_imports, dead_code)]
 

@@ -1,4 +1,4 @@
-//! What CubeCL compiles in another process.
+//! The kernels that CubeCL compiles in another process.
 
 use std::{
     collections::BTreeSet,
@@ -6,12 +6,12 @@ use std::{
     process::{Command, Output},
 };
 
-/// What another process compiled.
+/// The output of another process, and what it compiled.
 pub struct Compiled {
     pub output: Output,
     /// The names and sources of the kernels of the crate.
     pub kernels: BTreeSet<(String, String)>,
-    /// What `driver.c` was given.
+    /// The PTX that `driver.c` was given.
     pub ptx: String,
 }
 
@@ -42,9 +42,9 @@ fn sources(log: &str) -> BTreeSet<(String, String)> {
         .filter_map(|block| {
             let name = block.split_once("name: burn_memaop::rows::cube::")?.1;
             let name = name.split(|c: char| c.is_whitespace() || c == '<').next()?;
-            // Below its module and function stands the type of the kernel.
+            // The last part of the path is the type of the kernel.
             let name = name.rsplit_once("::").map_or(name, |(name, _)| name);
-            // The language stands in the first line.
+            // The first line names the language.
             let (_, source) = block.split_once("```")?.1.split_once('\n')?;
             let (source, _) = source.split_once("```")?;
             Some((name.to_string(), source.to_string()))

@@ -1,4 +1,5 @@
-//! Every kernel of the crate as CUDA C++, compiled to PTX by NVRTC. `checks/cuda.sh` runs it, on a driver that needs no GPU.
+//! NVRTC compiles every kernel of the crate from CUDA C++ to PTX. `checks/cuda.sh` runs these tests
+//! with a driver that needs no GPU.
 
 #![cfg(feature = "cuda")]
 
@@ -8,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 use burn_memaop::{AopConfig, MemAopLinearConfig};
 use memaop_checks::{KERNELS, compiled_by, run_every_kernel};
 
-/// Run by the test below in a process of its own, which writes what it compiles to a file.
+/// A test below runs this in a process of its own, which logs what it compiles.
 #[test]
 #[ignore = "the other test runs it"]
 fn run_on_cuda() {
@@ -17,8 +18,8 @@ fn run_on_cuda() {
     device.sync().unwrap();
 }
 
-/// Steps of a layer that measures the noise of its gradient at the first step and again by the sixth, and ends without a
-/// wait.
+/// Takes steps of a layer, and exits without waiting for the device. The layer measures the noise
+/// of its gradient at the first step, and again by the sixth.
 fn step(steps: usize) {
     let device = Device::cuda(0).autodiff();
     let aop = AopConfig::new().with_cost_rule(false);
@@ -52,7 +53,7 @@ fn figures_are_waited_for_when_the_next_are_measured() {
         compiled.ptx.matches("// waited").count()
     };
     assert_eq!(waits("one_step"), 0);
-    // One or two, as the passes to measure are drawn.
+    // Which passes are measured is random, so there are one or two waits.
     assert!((1..=2).contains(&waits("six_steps")));
 }
 
@@ -65,7 +66,7 @@ fn kernels_are_valid_cuda() {
     let kernels = compiled.kernels;
     let seen: BTreeSet<_> = kernels.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(seen, BTreeSet::from(KERNELS));
-    // CubeCL tells of what does not compile where the results are read, and goes on.
+    // CubeCL reports a kernel that does not compile only where results are read.
     for (name, source) in &kernels {
         let (head, _) = source.split_once("__global__").expect("a kernel");
         let after = &source[head.len()..];

@@ -1,4 +1,4 @@
-//! Work that asks for every kernel of the crate, and what CubeCL made of them.
+//! Work that runs every kernel of the crate, and what CubeCL compiles for it.
 
 #[cfg(not(target_family = "wasm"))]
 mod compiled;
@@ -24,7 +24,7 @@ use burn_memaop::{
     },
 };
 
-/// All kernels of `rows/cube/`, whose names differ without their modules too.
+/// All kernels of `rows/cube/`. Their names differ even without their modules.
 pub const KERNELS: [&str; 27] = [
     "gather::gather_grad_kernel",
     "gather::gather_kernel",
@@ -55,7 +55,7 @@ pub const KERNELS: [&str; 27] = [
     "select::variance::variance_kernel",
 ];
 
-/// Runs them all, in each type that the device has.
+/// Runs all kernels, in each floating-point type that the device has.
 pub fn run_every_kernel(device: &Device) {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         if device.supports_dtype(dtype) {
@@ -70,7 +70,7 @@ fn random(shape: [usize; 2], device: &Device, dtype: DType) -> Tensor<2> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), (device, dtype))
 }
 
-/// Modules in another type.
+/// Casts the parameters of modules to a type.
 struct Cast(DType);
 
 impl Cast {
@@ -95,7 +95,7 @@ fn gradients(device: &Device, dtype: DType) {
         Method::Baseline(Baseline::WeightedK(Memory::Balanced { decay: 1.0 })),
     ];
     for method in methods {
-        // Of widths that are read as vectors, and of others.
+        // Rows of width 64 are read as vectors, and rows of width 7 are not.
         for (rows, width) in [(300, 64), (300, 7), (3000, 7)] {
             let step = AopStep {
                 k: 40,
@@ -141,7 +141,7 @@ fn others(device: &Device, dtype: DType) {
     }
 }
 
-/// In a type: activations of one bit, and convolutions.
+/// Runs a linear layer, the activations and convolutions of the crate in a type.
 fn layers(device: &Device, dtype: DType) {
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(20))

@@ -1,4 +1,4 @@
-//! What `page/index.html` calls.
+//! The functions that `page/index.html` calls.
 
 use burn::tensor::{Device, Tensor};
 use wasm_bindgen::prelude::*;
@@ -12,11 +12,11 @@ pub fn kernels() -> Vec<String> {
     names.map(str::to_string).collect()
 }
 
-/// Runs them, and waits for the last.
+/// Runs all kernels, and waits for the last one.
 ///
 /// # Errors
 ///
-/// Where the browser has no WebGPU.
+/// Returns an error if the browser has no WebGPU.
 #[wasm_bindgen]
 pub async fn run() -> Result<(), JsError> {
     console_error_panic_hook::set_once();

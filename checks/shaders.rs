@@ -1,5 +1,5 @@
-//! Every kernel of the crate, run on a device that has no more than WebGPU's defaults, as in a browser. As CubeCL writes them
-//! there, they are valid WGSL within those limits, and naga translates them to what Direct3D, Metal and Vulkan take.
+//! Every kernel of the crate runs on a device with WebGPU's default limits, as in a browser. Its
+//! WGSL is valid within them, and naga translates it for Direct3D, Metal and Vulkan.
 
 #![cfg(feature = "wgpu")]
 
@@ -21,12 +21,12 @@ use naga::{
     valid::{Capabilities, ModuleInfo, ValidationFlags, Validator},
 };
 
-/// What every device of the standard has: invocations of a workgroup, bytes of its memory, storage buffers of a stage.
+/// WebGPU's default limits: invocations and bytes of a workgroup, and storage buffers of a stage.
 const INVOCATIONS: u32 = 256;
 const WORKGROUP_BYTES: u32 = 16_384;
 const STORAGE_BUFFERS: usize = 8;
 
-/// A device without anything that the standard does not ask for, but half precision where it is to be had.
+/// A device with WebGPU's default limits, and with half precision if the adapter has it.
 fn default_device() -> Device {
     let instance = wgpu::Instance::default();
     let adapter = block_on(instance.request_adapter(&Default::default())).expect("no adapter");
@@ -46,7 +46,7 @@ fn default_device() -> Device {
     Device::wgpu_options().setup(setup).init().unwrap()
 }
 
-/// Run by the test below in a process of its own, which writes what it compiles to a file.
+/// The test below runs this in a process of its own, which logs what it compiles.
 #[test]
 #[ignore = "the other test runs it"]
 fn run_on_a_default_device() {
@@ -103,8 +103,8 @@ impl<'a> Shader<'a> {
         });
         let extensions = [
             ("enable f16", Capabilities::SHADER_FLOAT16),
-            // Where the adapter has integers of 64 bits, CubeCL takes the upper halves of products from them, whatever the
-            // device was asked for, and puts them together from 16 bits where not.
+            // If the adapter has 64-bit integers, CubeCL computes the upper halves of products
+            // with them, even if the device was not asked for them.
             ("u64(", Capabilities::SHADER_INT64),
         ];
         let extensions = extensions.into_iter();
@@ -153,7 +153,7 @@ impl<'a> Shader<'a> {
         assert!(count <= STORAGE_BUFFERS, "{name}: {count} storage buffers");
     }
 
-    /// To MSL, HLSL and SPIR-V.
+    /// Translates the shader to MSL, HLSL and SPIR-V.
     fn translate(&self, spirv_val: bool) {
         let Self {
             name,

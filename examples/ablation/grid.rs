@@ -29,8 +29,8 @@ impl Outcome {
     }
 }
 
-/// Runs every setting with every seed, on all cores. With a folder, each run is kept in a file
-/// there as soon as it is done, and runs that are there already are not run again.
+/// Runs every setting with every seed, on all cores. If there is a folder, each run is written to a
+/// file there as soon as it is done, and runs that are there already are not repeated.
 pub fn run(
     data: &Data,
     settings: &[Setting],
@@ -52,7 +52,7 @@ pub fn run(
 
     let mut done = Vec::new();
     let mut missing = Vec::new();
-    // Seed by seed, so that an interrupted grid has something to say of every setting.
+    // The order is seed by seed, so that an interrupted grid has a run of every setting.
     for &seed in seeds {
         for (index, setting) in settings.iter().enumerate() {
             match finished(setting, seed) {

@@ -1,8 +1,7 @@
-//! MNIST with a multi-layer perceptron, trained by every policy, memory and K asked for, and with
-//! exact gradients beside them.
+//! MNIST with a perceptron, trained with every combination of the given policies, memories and K.
 //!
 //! ```text
-//! cargo run --release --example ablation -- --policy topk --memory balanced --k-ratio 0.125 --data DIR
+//! cargo ablation --policy topk --memory balanced --k-ratio 0.125,1 --data DIR
 //! ```
 
 mod grid;
@@ -28,7 +27,7 @@ use crate::{
     training::Data,
 };
 
-/// MNIST with a multi-layer perceptron: policies, memories and K compared
+/// Compares policies, memories and K, for a perceptron on MNIST
 #[derive(Parser, Debug)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Cli {
@@ -40,11 +39,11 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// The grid of docs/study.md; goes on where it was interrupted
+    /// Runs the grid of docs/results.md; a repeated call with --out runs only what is missing
     Study(Study),
-    /// The study of the methods that are recommended, each with the best of three learning rates
+    /// Runs the methods that are recommended, each with three learning rates
     Tuned(Study),
-    /// Time to an accuracy, at several batch sizes, all trainings in turns
+    /// Measures the time to an accuracy at several batch sizes, with all trainings in turns
     Race(Race),
 }
 
@@ -56,43 +55,42 @@ struct Grid {
     /// Learning rate
     #[arg(long, default_value_t = 0.1)]
     lr: f64,
-    /// Of SGD
+    /// Momentum of SGD
     #[arg(long, default_value_t = 0.0)]
     momentum: f64,
     /// Images in a batch
     #[arg(long, default_value_t = 128)]
     batch: usize,
-    /// Units in the hidden layers
+    /// Units in each hidden layer
     #[arg(long, value_delimiter = ',', default_value = "512,512")]
     widths: Vec<usize>,
     #[arg(long, default_value_t = 3)]
     epochs: usize,
-    /// Outer products in a step as a share of the batch; 1 is the exact gradient, auto as the layer chooses
+    /// K as a share of the batch, or auto: the layer chooses it; 1 is the exact gradient
     #[arg(long, value_delimiter = ',', default_value = "0.125")]
     k_ratio: Vec<KRatio>,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "topk")]
     policy: Vec<PolicyOption>,
-    /// Of policies that are not unbiased [default: balanced; none with policies that take none]
+    /// Memories of the rows left out [default: balanced, or none if the policy takes none]
     #[arg(long, value_enum, value_delimiter = ',')]
     memory: Vec<MemoryOption>,
-    /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
-    /// balanced]
+    /// Factors by which the memory shrinks at each step [default: published 1, balanced 0.9]
     #[arg(long, value_delimiter = ',')]
     decay: Vec<f64>,
     #[command(flatten)]
     input_gradient: InputGradientOptions,
-    /// How inputs are kept for the backward pass
+    /// How a layer keeps its input for the backward pass
     #[arg(long, value_enum, default_value_t)]
     stored_input: StoredInputOption,
-    /// Approximates layers too for which the exact gradient takes less time: the one to the classes
+    /// Approximates gradients even where exact ones take less time, as in the last layer
     #[arg(long)]
     no_cost_rule: bool,
-    /// Steps with exact gradients at the start
+    /// Number of first steps with exact gradients
     #[arg(long, default_value_t = 0)]
     exact_steps: usize,
     #[command(flatten)]
     common: Common,
-    /// Writes the runs to this file
+    /// File for the runs, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
 }
@@ -105,13 +103,13 @@ struct Study {
 
 #[derive(Args, Debug)]
 struct Common {
-    /// The number of seeds
+    /// Number of seeds
     #[arg(long, default_value_t = 5)]
     seeds: u64,
-    /// A folder with the four IDX files of MNIST in mnist/, plain or .gz
+    /// Folder with the four IDX files of MNIST in mnist/, plain or .gz
     #[arg(long, default_value = "data")]
     data: PathBuf,
-    /// Keeps every run in this folder, goes on where it was interrupted, and draws figures there
+    /// Folder for runs, table and figures; a repeated call runs only what is missing there
     #[arg(long)]
     out: Option<PathBuf>,
 }
@@ -176,7 +174,7 @@ impl Grid {
                         true => setting.exact(),
                         false => setting,
                     };
-                    // In a grid, not every policy goes with every memory.
+                    // A grid leaves out memories that a policy does not take.
                     let invalid = !policy.takes_memory()
                         && memory != MemoryOption::None
                         && self.memory.len() > 1;

@@ -1,5 +1,5 @@
-//! How long trainings take to an accuracy, or to the loss that exact training ends at. All of one seed take turns, a
-//! part of an epoch each, so that their times compare.
+//! The time that trainings take to an accuracy, or to the last loss of exact training. Those of a
+//! seed take turns, a part of an epoch each, so that their times can be compared.
 
 use std::{fmt::Write, path::PathBuf};
 
@@ -16,15 +16,15 @@ use crate::{
     training::{Data, Tested, Training},
 };
 
-/// Turns, and so tests, in an epoch.
+/// The number of turns in an epoch. Each ends with a test.
 const TURNS: usize = 5;
 
 #[derive(Args, Debug)]
 pub struct Race {
-    /// The share of test images to recognise
+    /// Share of the test images to recognise
     #[arg(long, default_value_t = 0.97)]
     target: f64,
-    /// To the loss on the test images that exact training at the same batch size has after --epochs, in place of --target
+    /// Races to the last test loss of exact training at the same batch size, in place of --target
     #[arg(long, conflicts_with = "target")]
     final_loss: bool,
     #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
@@ -35,49 +35,49 @@ pub struct Race {
     /// Learning rates, one for each batch size
     #[arg(long, value_delimiter = ',', default_value = "0.1,0.2,0.3")]
     lr: Vec<f64>,
-    /// Units in the hidden layers
+    /// Units in each hidden layer
     #[arg(long, value_delimiter = ',', default_value = "512,512")]
     widths: Vec<usize>,
     /// Epochs after which a training gives up
     #[arg(long, default_value_t = 10)]
     epochs: usize,
-    /// Outer products in a step as a share of the batch, auto as the layers choose; each is a training of its own
+    /// K as a share of the batch, or auto; each value is a training of its own
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     k_ratio: Vec<KRatio>,
-    /// Besides, with these shares of the rows of the gradient of the input, or auto
+    /// Also trains with these shares of the rows of the gradient of the input, or auto
     #[arg(long, value_delimiter = ',')]
     dx_ratio: Vec<KRatio>,
-    /// Besides, top-K with the balanced memory, where K is fixed
+    /// Also trains by top-K with the balanced memory, where K is fixed
     #[arg(long)]
     topk: bool,
     #[arg(long, default_value_t = 3)]
     seeds: u64,
-    /// A folder with the four IDX files of MNIST in mnist/, plain or .gz
+    /// Folder with the four IDX files of MNIST in mnist/, plain or .gz
     #[arg(long, default_value = "data")]
     data: PathBuf,
-    /// Writes the table to this file
+    /// File for the table
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Writes the course of every training to this file
+    /// File for the course of every training, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
 }
 
-/// A training's course, turn by turn.
+/// The course of a training, with a value for each turn.
 #[derive(Debug, Clone, Serialize)]
 struct Course {
     #[serde(flatten)]
     setting: Setting,
     seed: u64,
-    /// Of training, tests not counted.
+    /// The time of training until the test, without tests.
     seconds: Vec<f64>,
     accuracy: Vec<f64>,
     loss: Vec<f64>,
-    /// K of each layer at the last step; 0 of layers that are exact by the cost rule.
+    /// K of each layer at the last step of a turn; 0 for layers that are exact by the cost rule.
     k: Vec<Vec<usize>>,
 }
 
-/// A training's way to the target.
+/// The time and the epochs that a training takes to the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Finish {
     seconds: f64,
@@ -85,7 +85,7 @@ struct Finish {
 }
 
 impl Course {
-    /// When a value that rises first reached a target, on the line between two tests.
+    /// When values first reached a target from below, interpolated between two tests.
     fn finish(&self, values: impl Iterator<Item = f64>, target: f64) -> Option<Finish> {
         let mut before = (0.0, f64::NAN);
         for (turn, (&seconds, value)) in self.seconds.iter().zip(values).enumerate() {
@@ -139,7 +139,7 @@ impl Race {
         }
     }
 
-    /// For each batch size the exact training first.
+    /// The settings of all trainings; those of a batch size begin with the exact one.
     fn settings(&self) -> Vec<Setting> {
         let mut methods = Vec::new();
         for &k_ratio in &self.k_ratio {
@@ -190,7 +190,7 @@ impl Race {
         settings.collect()
     }
 
-    /// The course of each training, to the target or to the end.
+    /// The course of each training, up to the target or the last epoch.
     fn race(
         &self,
         data: &Data,
@@ -220,7 +220,7 @@ impl Race {
                     continue;
                 }
                 let steps = data.train.len() / course.setting.batch;
-                // The parts of an epoch are equal but for one step.
+                // The parts of an epoch differ by one step at most.
                 let part = turn % TURNS;
                 let steps = (part + 1) * steps / TURNS - part * steps / TURNS;
                 let before = course.seconds.last().copied().unwrap_or(0.0);
@@ -235,7 +235,7 @@ impl Race {
         runners.into_iter().map(|(_, course)| course).collect()
     }
 
-    /// When each training of a seed reached the target, if it did.
+    /// When each training of a seed reached the target; none if it did not.
     fn finishes(&self, courses: &[Course]) -> Vec<Option<Finish>> {
         let finish = |course: &Course| {
             if !self.final_loss {
@@ -251,8 +251,8 @@ impl Race {
         courses.iter().map(finish).collect()
     }
 
-    /// A Markdown table with 95 % intervals. Ratios are those of the same seed: to exact training at the same batch
-    /// size, and at the one at which it is fastest.
+    /// A Markdown table with 95 % intervals. Ratios are to exact training with the same seed, at
+    /// the same batch size and at the one at which it is fastest.
     fn table(&self, settings: &[Setting], races: &[Vec<Course>]) -> String {
         let by_seed: Vec<_> = races.iter().map(|courses| self.finishes(courses)).collect();
         let finishes: Vec<Vec<Finish>> = (0..settings.len())
@@ -334,7 +334,7 @@ mod tests {
         }
     }
 
-    /// Whatever it costs: what the cost rule makes of so small layers depends on the processor.
+    /// Settings without the cost rule, whose decisions for layers so small depend on the processor.
     fn every_layer(race: &Race) -> Vec<Setting> {
         let mut settings = race.settings();
         let approximate = settings.iter_mut().filter(|setting| !setting.is_exact());
@@ -355,7 +355,7 @@ mod tests {
         let finishes = race.finishes(&courses);
         assert_eq!(finishes.len(), 12);
         for finish in &finishes {
-            let finish = finish.expect("it is easy");
+            let finish = finish.expect("the target is easy");
             assert!(finish.epochs > 0.0 && finish.epochs <= 4.0 && finish.seconds > 0.0);
         }
         let table = race.table(&settings, &[courses]);

@@ -36,7 +36,7 @@ impl<'a> Regime<'a> {
         outcomes.find(|outcome| outcome.setting.is_exact())
     }
 
-    /// The outcomes of each method, in the order of first appearance, by falling K.
+    /// The outcomes of each method by falling K. Methods are in the order of their first outcome.
     fn methods(&self) -> Vec<(String, Vec<&'a Outcome>)> {
         let mut methods: Vec<(String, Vec<&Outcome>)> = Vec::new();
         for &outcome in &self.outcomes {
@@ -47,7 +47,7 @@ impl<'a> Regime<'a> {
             }
         }
         for (_, outcomes) in &mut methods {
-            // Where K is not fixed, in the end.
+            // An outcome without a fixed K comes last.
             let order =
                 |outcome: &Outcome| outcome.setting.k_ratio.divisor().unwrap_or(f64::INFINITY);
             outcomes.sort_by(|a, b| order(a).total_cmp(&order(b)));
@@ -64,8 +64,8 @@ fn percent(values: &[f64]) -> String {
     }
 }
 
-/// A Markdown table for each regime: the test accuracy after the last epoch in per cent, with the
-/// 95 % confidence interval of the mean, and what it lacks of the exact layer's, seed by seed.
+/// A Markdown table for each regime: the test accuracy after the last epoch in per cent, and its
+/// difference to exact training, seed by seed, both with 95 % confidence intervals.
 pub fn table(outcomes: &[Outcome]) -> String {
     let mut table = String::new();
     for regime in Regime::all(outcomes) {
@@ -101,8 +101,8 @@ pub fn table(outcomes: &[Outcome]) -> String {
     table
 }
 
-/// A Markdown table for each regime: of each method the learning rate with the highest mean accuracy, and the difference
-/// to exact training at its own.
+/// A Markdown table for each regime: each method at the learning rate with its highest mean
+/// accuracy, and the difference to exact training at its own best learning rate.
 pub fn tuned_table(outcomes: &[Outcome]) -> String {
     let mean = |outcome: &Outcome| mean_and_error(&outcome.final_accuracy()).0;
     let mut regimes: Vec<(String, Vec<&Outcome>)> = Vec::new();
@@ -155,11 +155,11 @@ pub fn tuned_table(outcomes: &[Outcome]) -> String {
     table
 }
 
-/// The methods that `docs/choosing.md` recommends, by name; the rest is grey.
+/// The methods that `docs/results.md` recommends. Others are drawn in grey.
 const RECOMMENDED: [&str; 2] = ["systematic", "topk, balanced 0.9"];
 const AUTO: &str = "systematic, K chosen by the layer";
 
-/// Two figures for each regime: what is lost against K, and the course of the trainings.
+/// Draws two figures for each regime: the difference to exact training by K, and accuracy by epoch.
 pub fn figures(outcomes: &[Outcome], folder: &Path) -> Result<()> {
     for (number, regime) in Regime::all(outcomes).iter().enumerate() {
         let file = |kind: &str| folder.join(format!("{}-{kind}.svg", number + 1));
@@ -169,7 +169,7 @@ pub fn figures(outcomes: &[Outcome], folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Points of accuracy to exact with 95 % intervals, seed by seed.
+/// Draws the difference to exact training by K, seed by seed, with 95 % intervals.
 fn against_k(regime: &Regime, path: &Path) -> Result<()> {
     let Some(exact) = regime.exact().map(Outcome::final_accuracy) else {
         return Ok(());
@@ -231,7 +231,7 @@ fn against_k(regime: &Regime, path: &Path) -> Result<()> {
     let chart = Chart {
         title: &regime.name,
         x: "K",
-        y: "points of test accuracy to exact",
+        y: "test accuracy minus exact, points",
         logarithmic: false,
         x_label: |place| match place.fract().abs() < 1e-6 {
             true => format!("M/{}", 2f64.powf(place)),
@@ -242,8 +242,8 @@ fn against_k(regime: &Regime, path: &Path) -> Result<()> {
     chart::save(&[chart], path)
 }
 
-/// Test accuracy by epoch: exact training, K as the layer chooses, and of the methods that are recommended the K nearest
-/// to M/8. Times are for trainings that take turns, as in a race.
+/// Draws test accuracy by epoch: of exact training, of K that the layer chooses, and of each method
+/// that is recommended at the K nearest to M/8.
 fn courses(regime: &Regime, path: &Path) -> Result<()> {
     let curve = |outcome: &Outcome| -> Vec<f64> {
         let of_epoch = |epoch: usize| -> Vec<f64> {

@@ -13,18 +13,18 @@ pub enum Optimizer {
     Adam,
 }
 
-/// All that a training depends on, but for the seed.
+/// All that a training depends on except the seed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
     pub optimizer: Optimizer,
     pub lr: f64,
-    /// Of SGD.
+    /// The momentum of SGD.
     pub momentum: f64,
     pub batch: usize,
-    /// Units in the hidden layers.
+    /// The number of units in each hidden layer.
     pub widths: Vec<usize>,
     pub epochs: usize,
-    /// 1 is the exact gradient.
+    /// K as a share of the batch; 1 is the exact gradient.
     pub k_ratio: KRatio,
     pub policy: PolicyOption,
     pub memory: MemoryOption,
@@ -33,9 +33,9 @@ pub struct Setting {
     pub input_gradient: InputGradientOptions,
     #[serde(default)]
     pub stored_input: StoredInputOption,
-    /// Whether layers for which the exact gradient takes less time are exact.
+    /// Whether gradients are exact where that takes less time.
     pub cost_rule: bool,
-    /// Steps with exact gradients at the start.
+    /// The number of first steps with exact gradients.
     #[serde(default)]
     pub exact_steps: usize,
 }
@@ -64,7 +64,7 @@ impl Setting {
     ///
     /// # Errors
     ///
-    /// Options that do not go together.
+    /// Returns an error if options do not go together.
     pub fn aop(&self, seed: u64) -> Result<AopConfig> {
         ensure!(
             self.k_ratio.goes_with(self.policy),
@@ -113,12 +113,12 @@ impl Setting {
         Ok(())
     }
 
-    /// What is common to the settings that are compared: all but the approximation.
+    /// The name of what compared settings have in common: all but the approximation.
     pub fn regime(&self) -> String {
         self.regime_at(&format!(" {}", self.lr))
     }
 
-    /// The same, where each method has a learning rate of its own.
+    /// The same without the learning rate, for methods with learning rates of their own.
     pub fn tuned_regime(&self) -> String {
         self.regime_at("")
     }
@@ -140,7 +140,7 @@ impl Setting {
         )
     }
 
-    /// The approximation, without K.
+    /// The name of the approximation, without K.
     pub fn method(&self) -> String {
         if self.is_exact() {
             return "exact".to_string();

@@ -1,4 +1,4 @@
-//! The settings of `docs/study.md` and `docs/choosing.md`.
+//! The settings of the studies in `docs/results.md`.
 
 use memaop_examples::{
     InputGradientOptions, KRatio,
@@ -14,7 +14,7 @@ use crate::setting::{
     Setting,
 };
 
-/// An approximation, and how far its K is taken: M over K, as exponents of 2.
+/// A policy, its memory and decay, and the values of M / K as exponents of 2.
 type Method = (PolicyOption, MemoryOption, f64, &'static [i32]);
 
 const COMPARED: &[Method] = &[
@@ -52,7 +52,7 @@ const REGIMES: &[(Regime, &[Method])] = &[
     ((Sgd, 0.1, 0.0, 128, 4, 3), FEW),
 ];
 
-/// Methods whose learning rate is tuned, each on its own.
+/// The methods that have learning rates of their own.
 const TUNED: &[(PolicyOption, MemoryOption, f64, KRatio)] = &[
     (Systematic, None, 1.0, KRatio::AUTO),
     (Systematic, None, 1.0, KRatio::Of(0.25)),
@@ -60,7 +60,7 @@ const TUNED: &[(PolicyOption, MemoryOption, f64, KRatio)] = &[
     (Systematic, None, 1.0, KRatio::Of(0.0625)),
     (TopK, Balanced, 0.9, KRatio::Of(0.125)),
 ];
-/// Times the learning rate of the regime.
+/// The learning rates, as multiples of that of the regime.
 const FACTORS: [f64; 3] = [0.5, 1.0, 2.0];
 
 /// The first four regimes with three learning rates for each method.

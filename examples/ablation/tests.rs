@@ -12,7 +12,7 @@ use crate::{
     training::{Data, Run},
 };
 
-/// MNIST of a few images: each class has rows of its own that are white.
+/// Data like MNIST with few images. Each class has white rows of its own.
 pub fn data(folder: &Path) -> Data {
     fs::create_dir_all(folder.join("mnist")).unwrap();
     for (prefix, count) in [("train", 320), ("t10k", 100)] {
@@ -110,7 +110,7 @@ fn of_each_method_the_best_learning_rate_is_reported() {
         }],
         setting: study::tuned()[index].clone(),
     };
-    // Exact and chosen K at half, one and two times the learning rate.
+    // Exact training and a chosen K, at half, one and two times the learning rate.
     let accuracies = [
         (0, 0.5),
         (6, 0.9),
@@ -161,7 +161,7 @@ fn a_grid_learns_is_written_and_goes_on_where_it_was_interrupted() {
         4
     );
 
-    // A run that is there is taken as it is; one that is not, or is of other settings, is run.
+    // A run that is there is taken as it is. One whose file is broken is repeated.
     let kept = out.join(format!("{}-seed-0.json", settings[0].slug()));
     let text = fs::read_to_string(&kept).unwrap();
     let mut marked: Value = serde_json::from_str(&text).unwrap();

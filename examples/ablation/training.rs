@@ -18,10 +18,10 @@ use serde::{Deserialize, Serialize};
 use crate::setting::{Optimizer, Setting};
 
 const CLASSES: usize = 10;
-/// Images that are tested at a time.
+/// The number of images that are tested at a time.
 const TEST_BATCH: usize = 1000;
 
-/// MNIST, with the pixels of the training images standardised.
+/// MNIST, standardised by the mean and the standard deviation of the training pixels.
 pub struct Data {
     pub train: Images,
     pub test: Images,
@@ -75,8 +75,8 @@ struct Mlp {
 }
 
 impl Mlp {
-    /// Weights and biases uniform in ±1/sqrt(inputs), as Burn initialises its `Linear`, but from
-    /// a generator that trainings on other threads do not share.
+    /// Draws weights and biases uniformly from ±1/sqrt(inputs), as Burn does for its `Linear`, but
+    /// with a generator that trainings on other threads do not share.
     fn new(setting: &Setting, random: &mut StdRng, device: &Device) -> Self {
         let mut inputs = PIXELS;
         let outputs = setting.widths.iter().copied().chain([CLASSES]);
@@ -133,9 +133,9 @@ impl Mlp {
     }
 }
 
-/// How a model does on the test images.
+/// How well a model does on the test images.
 pub struct Tested {
-    /// The share that is recognised.
+    /// The share of the images that are recognised.
     pub accuracy: f64,
     /// The mean cross-entropy.
     pub loss: f64,
@@ -151,7 +151,7 @@ pub struct Run {
     pub train_seconds: Vec<f64>,
 }
 
-/// Trains; `after_epoch` is called after each epoch.
+/// Trains, and calls `after_epoch` after each epoch.
 pub fn run(data: &Data, setting: &Setting, seed: u64, after_epoch: impl Fn()) -> Run {
     let mut training = Training::new(data, setting, seed);
     let mut run = Run {
@@ -168,18 +168,18 @@ pub fn run(data: &Data, setting: &Setting, seed: u64, after_epoch: impl Fn()) ->
     run
 }
 
-/// A training in progress. An unequal last batch of an epoch is left out.
+/// A training in progress. A smaller last batch of an epoch is left out.
 pub struct Training<'a> {
     data: &'a Data,
     setting: &'a Setting,
-    /// Moved through the optimizer by each step.
+    /// The model, which each step moves through the optimizer.
     model: Option<Mlp>,
     optimizer: ModuleOptimizer,
     loss: CrossEntropyLoss,
     device: Device,
     random: StdRng,
     order: Vec<usize>,
-    /// The next batch of the epoch.
+    /// The number of the next batch of the epoch.
     next: usize,
 }
 
@@ -211,7 +211,7 @@ impl<'a> Training<'a> {
         }
     }
 
-    /// Takes some steps; returns their time in seconds: forward, backward, optimizer.
+    /// Takes some steps (forward, backward, optimizer), and returns their time in seconds.
     pub fn advance(&mut self, steps: usize) -> f64 {
         let batch = self.setting.batch;
         let mut seconds = 0.0;
@@ -240,7 +240,7 @@ impl<'a> Training<'a> {
         layers.map(|layer| layer.memory_stats().k).collect()
     }
 
-    /// How the model does now.
+    /// Tests the model as it is now.
     pub fn test(&self) -> Tested {
         let model = self.model.as_ref().expect("put back by every step");
         model.test(&self.data.test, &Device::flex())

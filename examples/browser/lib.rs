@@ -1,5 +1,5 @@
-//! The quickstart's model in a browser, by WebGPU. `checks/browser.sh examples/browser` builds it and runs it
-//! headless; the page is `index.html`, for any server of files.
+//! The model of the quickstart in a browser, by WebGPU. `checks/browser.sh examples/browser` builds
+//! and runs it headless. Any server of files can serve its page, `index.html`.
 
 #![cfg(target_family = "wasm")]
 
@@ -29,7 +29,7 @@ use crate::{
     model::{Dense, Mlp},
 };
 
-/// Of the model.
+/// The number of layers of the model.
 const LAYERS: usize = 3;
 const BATCH: usize = 128;
 const LEARNING_RATE: f64 = 0.1;
@@ -40,12 +40,12 @@ struct Report {
     runs: Vec<Run>,
 }
 
-/// One weight gradient here, and the same on the processor.
+/// How far a weight gradient by WebGPU is from the same one on the CPU.
 #[derive(Serialize)]
 struct Gradient {
     method: String,
     rows: usize,
-    /// The norm of the difference over the norm.
+    /// The norm of the difference, divided by the norm of the gradient on the CPU.
     distance: f64,
 }
 
@@ -58,11 +58,11 @@ struct Run {
     seconds: f64,
 }
 
-/// Compares gradients, trains, and returns what came of it as JSON; `say` is called after each epoch.
+/// Compares gradients, trains, and returns the results as JSON. Calls `say` after each epoch.
 ///
 /// # Errors
 ///
-/// Where the browser has no WebGPU, or a computation failed.
+/// Returns an error if the browser has no WebGPU, or a computation fails.
 #[wasm_bindgen]
 pub async fn run(epochs: usize, width: usize, say: js_sys::Function) -> Result<String, JsError> {
     console_error_panic_hook::set_once();
@@ -170,7 +170,7 @@ impl<L: Dense> Training<L> {
                 (self, of_batch) = self.step(batch);
                 losses.push(of_batch);
             }
-            // The one wait of an epoch.
+            // An epoch waits for the device only here.
             let losses = Tensor::cat(losses, 0).mean().into_data_async().await?;
             loss = losses.iter::<f64>().sum();
             let line = format!("{}: epoch {}, loss {loss:.4}", self.layer, epoch + 1);

@@ -1,5 +1,5 @@
-//! A language model of two transformer blocks that reads a text character by character, trained with
-//! Burn's encoder and with its counterpart from the same weights, step by step in turns.
+//! A language model that reads a text character by character. It is trained with Burn's encoder and
+//! with that of burn-memaop, from the same weights and in turns.
 //!
 //! ```text
 //! cargo charlm --text FILE
@@ -30,30 +30,29 @@ use crate::{
     training::{Contender, Training},
 };
 
-/// A character-level language model, exact and approximate
+/// Trains a character-level language model with exact and with approximate gradients
 #[derive(Parser, Debug)]
 struct Options {
-    /// Any text in UTF-8; its last tenth is for validation
+    /// File with a text in UTF-8; its last tenth is for validation
     #[arg(long)]
     text: PathBuf,
-    /// Outer products in a step as a share of the rows, 1 for all by flat products, auto as the layers choose; each
-    /// is a training of its own
+    /// K as a share of the rows, or auto; each value is a training of its own
     #[arg(long, value_delimiter = ',', default_value = "1,auto")]
     k_ratio: Vec<KRatio>,
-    /// Each with its usual memory: balanced, or none where it takes none
+    /// Policies, each with its usual memory: balanced, or none if it takes none
     #[arg(long, value_enum, value_delimiter = ',', default_value = "systematic")]
     policy: Vec<PolicyOption>,
     #[command(flatten)]
     input_gradient: InputGradientOptions,
-    /// How inputs are kept for the backward pass; each is a training of its own
+    /// How layers keep their inputs for the backward pass; each value is a training of its own
     #[arg(long, value_enum, value_delimiter = ',', default_value = "full")]
     stored_input: Vec<StoredInputOption>,
-    /// Besides, with all rows, but only this share of the sequences' gradients from block to block
+    /// Also trains with all rows, and gradients between blocks for these shares of the sequences
     #[arg(long, value_delimiter = ',')]
     sequences: Vec<f64>,
     #[arg(long, default_value_t = 800)]
     steps: usize,
-    /// Sequences in a batch; the rows of a gradient are --batch times --length
+    /// Sequences in a batch; M, the number of rows, is --batch times --length
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// Characters in a sequence
@@ -69,23 +68,23 @@ struct Options {
     /// Learning rate of Adam
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
-    /// The number of seeds, of weights and of batches
+    /// Number of seeds of weights and batches
     #[arg(long, default_value_t = 1)]
     seeds: u64,
     /// Steps from one validation to the next
     #[arg(long, default_value_t = 50)]
     interval: usize,
-    /// Writes so many characters with each model in the end
+    /// Number of characters that each model writes in the end
     #[arg(long, default_value_t = 0)]
     sample: usize,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// A folder for the table, the runs and figures of loss against steps and time
+    /// Folder for the table, the runs and figures of loss against steps and time
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
-/// Sequences that every validation is made of: so many batches.
+/// The number of batches in a validation.
 const VALIDATION_BATCHES: usize = 10;
 
 fn main() -> Result<()> {
@@ -115,7 +114,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// All methods, from the same initial weights and over the same batches, step by step in turns.
+/// Trains all methods from the same weights and on the same batches. They take turns, a step each.
 fn compare(
     options: &Options,
     text: &Text,
@@ -198,7 +197,7 @@ impl Options {
         check::positive("lr", self.lr)
     }
 
-    /// Burn's own modules first, then every policy with every K.
+    /// The configurations of the trainings: none for Burn's own modules, then every policy and K.
     fn configurations(&self, seed: u64) -> Result<Vec<Option<AopConfig>>> {
         let pairs = self.pairs().map(|(policy, k_ratio, stored_input)| {
             let options = AopOptions {
@@ -223,7 +222,7 @@ impl Options {
         let policies = self.policy.iter().enumerate();
         policies.flat_map(move |(number, &policy)| {
             let k_ratios = self.k_ratio.iter().filter(move |&&k_ratio| {
-                // All rows are the same with every policy.
+                // With all rows every policy is the same.
                 k_ratio.goes_with(policy) && (k_ratio != KRatio::ALL || number == 0)
             });
             k_ratios.flat_map(move |&k_ratio| {
@@ -300,10 +299,10 @@ mod tests {
                 "{losses:?}"
             );
         }
-        // Counterparts with all rows train as Burn's own modules do; with a quarter they do not.
+        // With all rows layers train as Burn's own modules do; with a quarter of them they do not.
         let distance = |method: usize| (losses[method][1] - losses[0][1]).abs();
         assert!(distance(2) < 1e-5 && distance(1) > 1e-4, "{losses:?}");
-        // One block has no other below it.
+        // With one block no gradient passes between blocks.
         assert!(distance(3) < 1e-5, "{losses:?}");
 
         let table = report::table(&methods);

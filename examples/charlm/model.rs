@@ -17,7 +17,7 @@ pub struct CharLm<E: Encoder> {
     positions: Embedding,
     encoder: E,
     norm: LayerNorm,
-    /// Gives the classes, and so is exact.
+    /// The last layer, which is exact.
     output: Linear,
 }
 
@@ -33,7 +33,7 @@ pub struct Size {
 impl CharLm<TransformerEncoder> {
     pub fn new(size: Size, device: &Device) -> Self {
         let Size { width, .. } = size;
-        // A few hundred steps over one text: there is nothing for dropout to do.
+        // A model that takes a few hundred steps over one text needs no dropout.
         let encoder = TransformerEncoderConfig::new(width, 4 * width, size.heads, size.blocks)
             .with_norm_first(true)
             .with_dropout(0.0);
@@ -58,7 +58,7 @@ impl CharLm<TransformerEncoder> {
 }
 
 impl CharLm<MemAopTransformerEncoder> {
-    /// Sends the gradients of some sequences alone from block to block, for a share of them below 1.
+    /// Passes only the gradients of a share of the sequences from block to block.
     pub fn with_sequences(self, share: f64) -> CharLm<SampledEncoder> {
         CharLm {
             characters: self.characters,
@@ -73,8 +73,8 @@ impl CharLm<MemAopTransformerEncoder> {
     }
 }
 
-/// An encoder between whose blocks each sequence's gradient passes with a probability, divided by it: sampled whole, since
-/// tokens of a sequence mix.
+/// An encoder that passes the gradient of a sequence between blocks with a probability, divided by
+/// it. Sequences are sampled whole, because their tokens depend on each other.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct SampledEncoder {
@@ -97,7 +97,7 @@ impl Encoder for SampledEncoder {
     }
 }
 
-/// The same tokens; their gradient is that of a share of the sequences, divided by it, and zero in the others.
+/// The same tokens, with a gradient for a share of the sequences, divided by it, and else zeros.
 fn sampled(tokens: Tensor<3>, share: f64) -> Tensor<3> {
     if share >= 1.0 || !tokens.is_tracked() {
         return tokens;
@@ -160,7 +160,7 @@ mod tests {
             }
             sum = sum + gradient;
         }
-        // Eight numbers with a standard error of the root of 3 / 400.
+        // There are eight means, each with a standard error of sqrt(3 / 400).
         let distance = (sum / draws as f32 - 1.0).abs().max().into_scalar::<f32>();
         assert!(distance < 4.5 * (3.0 / draws as f32).sqrt(), "{distance}");
     }

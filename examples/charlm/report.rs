@@ -28,7 +28,7 @@ impl Method {
         self.runs.iter().map(value).collect()
     }
 
-    /// The mean of all runs at each validation.
+    /// The means over all runs, with a point for each validation.
     fn curve(&self, x: impl Fn(&Run, usize) -> f64) -> Vec<(f64, f64)> {
         let points = self.runs.first().map_or(0, |run| run.steps.len());
         let mean = |value: &dyn Fn(&Run) -> f64| mean_and_error(&self.of_each(value)).0;
@@ -47,7 +47,7 @@ impl Run {
         self.validation_loss.last().copied().unwrap_or(f64::NAN)
     }
 
-    /// The loss after some time, on the line between the validations before and after it.
+    /// The loss after some time, interpolated between the validations before and after it.
     fn loss_after(&self, seconds: f64) -> f64 {
         let after = self.seconds.partition_point(|&time| time < seconds);
         match after {
@@ -78,8 +78,8 @@ pub fn line(step: usize, losses: Vec<f64>) {
     println!();
 }
 
-/// A Markdown table: losses with their 95 % confidence intervals, after equal steps and, seed by seed,
-/// after the time that the fastest of the methods took.
+/// A Markdown table of losses with 95 % confidence intervals: after equal steps, and after the time
+/// that the fastest method took with the same seed.
 pub fn table(methods: &[Method]) -> String {
     let least = |seed: usize| {
         let totals = methods
@@ -92,7 +92,7 @@ pub fn table(methods: &[Method]) -> String {
         Some(width) => format!("{:.3} ± {width:.3}", mean_and_error(values).0),
     };
     let mut table = String::from(
-        "| method | loss, equal steps | minus exact | loss, equal time | ms a step | ratio |\n\
+        "| method | loss, equal steps | minus exact | loss, equal time | ms per step | to exact |\n\
          |---|---|---|---|---|---|\n",
     );
     let Some(exact) = methods.first() else {
@@ -123,7 +123,7 @@ pub fn table(methods: &[Method]) -> String {
     table
 }
 
-/// Validation loss against steps, and against the time spent on them.
+/// Draws the validation loss against steps, and against their time.
 pub fn figure(methods: &[Method], path: &Path) -> Result<()> {
     let lines = |value: &dyn Fn(&Run, usize) -> f64| -> Vec<_> {
         let methods = methods.iter().enumerate();
@@ -137,7 +137,7 @@ pub fn figure(methods: &[Method], path: &Path) -> Result<()> {
     let by_step = lines(&|run, i| run.steps[i] as f64);
     let by_time = lines(&|run, i| run.seconds[i]);
     let chart = |x, series| Chart {
-        title: "Validation loss, nats a character",
+        title: "Validation loss, nats per character",
         x,
         y: "loss",
         logarithmic: false,

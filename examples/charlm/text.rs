@@ -4,12 +4,12 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, rngs::StdRng};
 
-/// The share of the text, at its end, that is not trained on.
+/// The share of the text, at its end, that is for validation.
 const VALIDATION: f64 = 0.1;
 
 /// A text as numbers, one for each character.
 pub struct Text {
-    /// Every character that occurs, in order.
+    /// Every character that occurs, in ascending order.
     vocabulary: Vec<char>,
     tokens: Vec<i64>,
     train: usize,
@@ -18,14 +18,14 @@ pub struct Text {
 /// Sequences of characters and, for each character, the one that follows.
 #[derive(Clone)]
 pub struct Batch {
-    /// Shape `[batch, length]`.
+    /// The characters, shape `[batch, length]`.
     pub tokens: Tensor<2, Int>,
-    /// Shape `[batch * length]`.
+    /// The characters that follow, shape `[batch * length]`.
     pub next: Tensor<1, Int>,
 }
 
 impl Text {
-    /// Reads a text that has room for sequences of `length` characters.
+    /// Reads a text, which must be long enough for sequences of `length` characters.
     pub fn read(path: &Path, length: usize) -> Result<Self> {
         let text =
             fs::read_to_string(path).with_context(|| format!("--text {}", path.display()))?;
@@ -61,13 +61,13 @@ impl Text {
         self.vocabulary[token as usize]
     }
 
-    /// Sequences from anywhere in the part to train on.
+    /// Sequences from random places of the part that is trained on.
     pub fn draw(&self, count: usize, length: usize, random: &mut StdRng, device: &Device) -> Batch {
         let starts = (0..count).map(|_| random.random_range(0..self.train - length));
         self.batch(&starts.collect::<Vec<_>>(), length, device)
     }
 
-    /// Sequences evenly spread over the part that is not trained on.
+    /// Sequences that are spread evenly over the part for validation.
     pub fn validation(
         &self,
         batches: usize,

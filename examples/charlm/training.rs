@@ -17,19 +17,19 @@ use crate::{model::CharLm, text::Batch};
 #[derive(Debug, Clone, Serialize)]
 pub struct Run {
     pub seed: u64,
-    /// The steps after which the others were measured.
+    /// The steps after which loss and time were measured.
     pub steps: Vec<usize>,
-    /// The mean cross-entropy of the next character in the text that is not trained on, in nats.
+    /// The mean cross-entropy of the next character in the validation text, in nats.
     pub validation_loss: Vec<f64>,
-    /// The time of all steps until then: forward, backward, optimizer.
+    /// The time of all steps until then (forward, backward, optimizer).
     pub seconds: Vec<f64>,
     /// The median time of a step.
     pub step_ms: f64,
 }
 
-/// A training in progress. Several can take turns, so that the times of their steps compare.
+/// A training in progress. Several can take turns, so that their times can be compared.
 pub struct Training<E: Encoder> {
-    /// Moved through the optimizer by each step.
+    /// The model, which each step moves through the optimizer.
     model: Option<CharLm<E>>,
     optimizer: ModuleOptimizer,
     lr: f64,
@@ -41,10 +41,10 @@ pub struct Training<E: Encoder> {
 
 /// A training of any model.
 pub trait Contender {
-    /// Forward, backward, optimizer.
+    /// Takes one step: forward, backward, optimizer.
     fn step(&mut self, batch: &Batch) -> Result<()>;
     fn validate(&mut self, batches: &[Batch]) -> f64;
-    /// Goes on with what a model writes after `start`.
+    /// Writes `count` characters after `start`, each from the last `length` ones.
     fn sample(&self, start: &[i64], count: usize, length: usize, random: &mut StdRng) -> Vec<i64>;
     fn finish(&mut self) -> Run;
 }

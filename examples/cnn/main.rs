@@ -1,4 +1,4 @@
-//! MNIST with the convolutional network of Burn's own example, its layers exchanged for those of burn-memaop.
+//! MNIST with the convolutional network of Burn's own example, but with the layers of burn-memaop.
 //!
 //! ```text
 //! cargo cnn
@@ -36,15 +36,15 @@ use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::{Cnn, Convolution, Dense, Exact};
 
-/// MNIST with a small convolutional network, trained by burn-train
+/// Trains a small convolutional network on MNIST, by burn-train
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     aop: AopOptions,
-    /// Burn's own modules, with the same initial weights and batches
+    /// Trains Burn's own modules, from the same weights and on the same batches
     #[arg(long)]
     exact: bool,
-    /// A folder with the four IDX files in mnist/, plain or .gz; they are downloaded without it
+    /// Folder with the four IDX files in mnist/, plain or .gz [default: they are downloaded]
     #[arg(long)]
     data: Option<PathBuf>,
     #[arg(long, default_value_t = 3)]
@@ -59,22 +59,22 @@ struct Options {
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// No dashboard, but a line for each epoch
+    /// Prints a line for each epoch instead of the dashboard
     #[arg(long)]
     plain: bool,
-    /// Where logs go
+    /// Folder for logs
     #[arg(long, default_value = "cnn-run")]
     out: PathBuf,
     #[command(subcommand)]
     study: Option<Study>,
 }
 
-/// In place of one training
+/// What is run in place of one training
 #[derive(Subcommand, Debug)]
 enum Study {
-    /// How long trainings take to an accuracy, in turns with exact ones
+    /// Measures the time to an accuracy, in turns with exact trainings
     Race(race::Race),
-    /// The variance of sampled positions beside that of sampled images
+    /// Compares the variance of sampled positions with that of sampled images
     Units(units::Units),
 }
 
@@ -84,10 +84,10 @@ fn main() -> Result<()> {
     check::positive("lr", options.lr)?;
     let device = options.backend.device()?;
     let aop = options.aop.config(options.seed << 32)?;
-    // That of linear layers alone may be of some rows.
+    // Only linear layers can compute some rows of the gradient of the input.
     aop.with_input_gradient(OuterProducts::All)
         .validate_convolution()
-        .map_err(|error| anyhow!("{error}: --memory none"))?;
+        .map_err(|error| anyhow!("{error}: add --memory none"))?;
     let [train, test]: [Items; 2] = match &options.data {
         Some(folder) => [
             Arc::new(read(folder, Split::Train)?),
@@ -103,7 +103,7 @@ fn main() -> Result<()> {
 
 type Items = Arc<dyn Dataset<MnistItem>>;
 
-/// The seed comes before the weights, so that both kinds of model begin with the same.
+/// Seeds the device before weights are drawn, so that both kinds of model begin with the same.
 fn start(
     options: &Options,
     aop: AopConfig,

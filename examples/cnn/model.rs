@@ -29,7 +29,7 @@ impl Convolution for MemAopConv2d {
     }
 }
 
-/// The same for linear layers.
+/// Burn's linear layer or that of burn-memaop.
 pub trait Dense: Module + ModuleDisplay + 'static {
     fn apply(&self, input: Tensor<2>) -> Tensor<2>;
 }
@@ -46,7 +46,7 @@ impl Dense for MemAopLinear {
     }
 }
 
-/// A convolution, normalized, and halved by the largest of four values.
+/// A convolution, batch normalization, ReLU, and max pooling to half the size.
 #[derive(Module, Debug)]
 pub struct Block<C: Convolution> {
     conv: C,
@@ -109,7 +109,7 @@ impl Exact {
         }
     }
 
-    /// The same weights, approximate gradients, which are observed. The gradients of the inputs of
+    /// The same weights, with approximate gradients and an observer. The gradients of the inputs of
     /// convolutions stay exact.
     pub fn with_memaop(self, aop: AopConfig) -> MemAop {
         let of_convolutions = aop.with_input_gradient(OuterProducts::All);
@@ -141,7 +141,7 @@ impl<C: Convolution, D: Dense> Cnn<C, D> {
         self.classify(self.block2.forward(images))
     }
 
-    /// The input of the second convolution, and its output by itself, from which the logits follow.
+    /// The input of the second convolution, and its output, detached from the graph.
     pub fn cut(&self, images: Tensor<2>) -> [Tensor<4>; 2] {
         let [batch, _] = images.dims();
         let images = self.block1.forward(images.reshape([batch, 1, SIDE, SIDE]));
@@ -149,7 +149,7 @@ impl<C: Convolution, D: Dense> Cnn<C, D> {
         [images, convolved.detach()]
     }
 
-    /// The logits after [`cut`](Self::cut).
+    /// The logits for an output of [`cut`](Self::cut).
     pub fn after_cut(&self, convolved: Tensor<4>) -> Tensor<2> {
         self.classify(self.block2.after(convolved))
     }

@@ -17,13 +17,13 @@ use crate::{
     training::{Train, Training, loader},
 };
 
-/// Images that are tested at a time.
+/// The number of images that are tested at a time.
 const TEST_BATCH: usize = 1000;
 const NAMES: [&str; 3] = ["Burn's modules", "K = M", "as set"];
 
 #[derive(Args, Debug)]
 pub struct Race {
-    /// The share of test images to recognise
+    /// Share of the test images to recognise
     #[arg(long, default_value_t = 0.985)]
     target: f64,
     #[arg(long, default_value_t = 3)]
@@ -31,24 +31,24 @@ pub struct Race {
     /// Steps from one test to the next
     #[arg(long, default_value_t = 50)]
     every: usize,
-    /// Writes the course of every training to this file
+    /// File for the course of every training, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
 }
 
-/// A training's course, test by test.
+/// The course of a training, with a value for each test.
 #[derive(Debug, Clone, Serialize)]
 struct Course {
     name: &'static str,
     seed: u64,
     batch: usize,
-    /// Of training, tests not counted.
+    /// The time of training until the test, without tests.
     seconds: Vec<f64>,
     accuracy: Vec<f64>,
 }
 
 impl Course {
-    /// When the target was first reached, on the line between two tests.
+    /// The time at which the target was first reached, interpolated between two tests.
     fn finish(&self, target: f64) -> Option<f64> {
         let index = self.accuracy.iter().position(|&value| value >= target)?;
         let before = index.checked_sub(1);
@@ -69,7 +69,7 @@ impl Course {
 }
 
 impl Race {
-    /// The trainings of one seed take turns, a step each.
+    /// Trains with every seed. The trainings of one seed take turns, a step each.
     pub fn run(
         &self,
         options: &Options,
@@ -151,11 +151,11 @@ impl Race {
         Ok(courses.into())
     }
 
-    /// With 95 % intervals.
+    /// A Markdown table with 95 % intervals.
     fn table(&self, courses: &[Course]) -> String {
         let of = |name| courses.iter().filter(move |course| course.name == name);
         let mut table = format!(
-            "\n| | accuracy at the end | to Burn's, points | time to Burn's | to {} %, seconds | to Burn's |\n\
+            "\n| | accuracy, % | minus Burn's | time to Burn's | seconds to {} % | to Burn's |\n\
              |---|---|---|---|---|---|\n",
             100.0 * self.target
         );
@@ -173,7 +173,7 @@ impl Race {
                 .collect();
             let missed = match of(name).count() - seconds.len() {
                 0 => String::new(),
-                missed => format!(" ({missed} not)"),
+                missed => format!(" ({missed} missed it)"),
             };
             let row = [
                 interval(&accuracy, 2),

@@ -14,7 +14,7 @@ use memaop_mnist::{MnistBatch, MnistBatcher, classified};
 
 use crate::model::{Cnn, Convolution, Dense};
 
-/// Batches on a device, in the order of a seed. Without worker threads they are the same in every run.
+/// Loads batches without worker threads, so that a seed gives the same order in every run.
 pub fn loader(
     items: impl Dataset<MnistItem> + 'static,
     size: usize,
@@ -54,7 +54,7 @@ impl<C: Convolution, D: Dense> Training<C, D> {
 
 /// A training of any model.
 pub trait Train {
-    /// Returns the seconds that it took.
+    /// Takes one step, and returns its time in seconds.
     fn step(&mut self, batch: MnistBatch) -> f64;
     /// The share of the images that are recognised.
     fn accuracy(&self, batches: &[MnistBatch]) -> f64;

@@ -11,17 +11,18 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub struct Units {
-    /// The steps after which the gradient of the second convolution is looked at
+    /// Steps after which the gradient of the second convolution is measured
     #[arg(long, value_delimiter = ',', default_value = "0,50,200,800")]
     steps: Vec<usize>,
-    /// The shares of the units that are sampled
+    /// Shares of the positions or images that are sampled
     #[arg(long, value_delimiter = ',', default_value = "0.25,0.125,0.0625")]
     ratios: Vec<f64>,
 }
 
 impl Units {
-    /// What sampling adds to the square of the gradient, of positions by the norms of their factors and of whole images by the
-    /// norm of the gradient of each, which no one would know before it is computed.
+    /// Prints the variance that sampling adds, divided by the square of the gradient. Positions are
+    /// sampled by the norms of their factors, and images by those of their gradients, which a
+    /// training does not know in advance.
     pub fn run(&self, options: &Options, device: &Device, train: Items) -> Result<()> {
         device.seed(options.seed);
         let autodiff = device.clone().autodiff();
@@ -49,7 +50,8 @@ impl Units {
 
 type Norms = (Vec<f64>, f64);
 
-/// The norms of the parts of the gradient of the second convolution, of positions and of images, and the square of the whole.
+/// The norms of what positions and images add to the gradient of the second convolution, and the
+/// square of the norm of the gradient.
 fn norms(model: &Exact, batch: MnistBatch) -> [Norms; 2] {
     let [input, output] = model.cut(batch.images);
     let output = output.require_grad();
@@ -71,7 +73,7 @@ fn norms(model: &Exact, batch: MnistBatch) -> [Norms; 2] {
     [(values(scores), square), (values(of_images), square)]
 }
 
-/// `sum (1 / p - 1) s^2`, with `p = min(1, c s)` that add up to a share of the number.
+/// Returns `sum (1 / p - 1) s^2`. The `p = min(1, c s)` add up to a share of their number.
 fn variance(sizes: &[f64], ratio: f64) -> f64 {
     let count = ratio * sizes.len() as f64;
     let probability = |c: f64, size: f64| (c * size).min(1.0);

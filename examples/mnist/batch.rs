@@ -6,22 +6,22 @@ use burn::{
 };
 use burn_dataset::vision::MnistItem;
 
-/// Images, shape `[batch, 784]`, and labels, shape `[batch]`.
+/// A batch of images, shape `[batch, 784]`, and labels, shape `[batch]`.
 #[derive(Clone, Debug)]
 pub struct MnistBatch {
-    /// With the mean and the standard deviation of the training pixels taken out.
+    /// The pixels, standardised by the mean and the standard deviation of the training images.
     pub images: Tensor<2>,
-    /// From 0 to 9.
+    /// The digits, from 0 to 9.
     pub labels: Tensor<1, Int>,
 }
 
-/// Makes batches of items.
+/// Makes batches of images.
 #[derive(Clone, Default)]
 pub struct MnistBatcher;
 
 impl Batcher<MnistItem, MnistBatch> for MnistBatcher {
     fn batch(&self, items: Vec<MnistItem>, device: &Device) -> MnistBatch {
-        // The mean and the standard deviation of the training pixels.
+        // 0.1307 is the mean and 0.3081 the standard deviation of the training pixels.
         let pixels = |item: &MnistItem| {
             let pixels = item.image.as_flattened().iter();
             pixels
@@ -40,7 +40,7 @@ impl Batcher<MnistItem, MnistBatch> for MnistBatcher {
     }
 }
 
-/// The loss of logits, shape `[batch, 10]`, and what burn-train's metrics want.
+/// The loss of logits, shape `[batch, 10]`, in the form that burn-train's metrics need.
 pub fn classified(output: Tensor<2>, labels: Tensor<1, Int>) -> ClassificationOutput {
     let loss = CrossEntropyLossConfig::new()
         .init(&output.device())

@@ -5,11 +5,11 @@ use burn::data::dataset::InMemDataset;
 use burn_dataset::vision::MnistItem;
 use memaop_examples::mnist::{self, Images, PIXELS, SIDE, Split};
 
-/// A split in the form that `MnistDataset` gives it, from the four IDX files in a folder.
+/// Reads a split from the IDX files in `mnist` of a data folder, as items of `MnistDataset`.
 ///
 /// # Errors
 ///
-/// The file, and what is wrong with it.
+/// Returns an error that names the file and what is wrong with it.
 pub fn read(folder: &Path, split: Split) -> Result<InMemDataset<MnistItem>> {
     let Images { pixels, labels } = mnist::read(folder, split)?;
     let items = pixels.chunks_exact(PIXELS).zip(labels);

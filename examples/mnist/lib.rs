@@ -1,4 +1,4 @@
-//! What the examples that train on MNIST through burn-train share.
+//! Code of the examples that train on MNIST by burn-train.
 
 mod batch;
 mod data;

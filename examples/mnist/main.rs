@@ -1,5 +1,5 @@
-//! MNIST through burn-train: its loop, dashboard, checkpoints, schedules and workers, and the metrics
-//! of burn-memaop.
+//! MNIST trained by burn-train, with its dashboard, checkpoints, learning rate schedules and
+//! workers, and with the metrics of burn-memaop.
 //!
 //! ```text
 //! cargo mnist
@@ -37,12 +37,12 @@ use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::Mlp;
 
-/// MNIST with MemAopLinear, trained by burn-train
+/// Trains a perceptron of MemAopLinear layers on MNIST, by burn-train
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     aop: AopOptions,
-    /// A folder with the four IDX files in mnist/, plain or .gz; they are downloaded without it
+    /// Folder with the four IDX files in mnist/, plain or .gz [default: they are downloaded]
     #[arg(long)]
     data: Option<PathBuf>,
     #[arg(long, default_value_t = 5)]
@@ -52,29 +52,29 @@ struct Options {
     /// Units in each of the two hidden layers
     #[arg(long, default_value_t = 512)]
     width: usize,
-    /// Learning rate of plain SGD, at the start
+    /// Learning rate of SGD at the start
     #[arg(long, default_value_t = 0.05)]
     lr: f64,
-    /// How the learning rate changes over all epochs, to a hundredth
+    /// Course of the learning rate; linear and cosine end at a hundredth
     #[arg(long, value_enum, default_value_t = LrSchedule::Constant)]
     schedule: LrSchedule,
-    /// Workers, each with batches of its own; they share the device and what the layers keep
+    /// Number of workers with batches of their own; they share the device and the layers' state
     #[arg(long, default_value_t = 1)]
     devices: usize,
     /// Goes on after the last complete checkpoint in --out
     #[arg(long)]
     resume: bool,
-    /// Compares one of so many steps with the exact gradient; 0 for none
+    /// Compares the gradient with the exact one in one of this many steps; 0 for never
     #[arg(long, default_value_t = 0)]
     compare: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// No dashboard, but a line for each epoch
+    /// Prints a line for each epoch instead of the dashboard
     #[arg(long)]
     plain: bool,
-    /// Where logs and checkpoints go
+    /// Folder for logs and checkpoints
     #[arg(long, default_value = "mnist-run")]
     out: PathBuf,
 }

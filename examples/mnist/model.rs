@@ -7,7 +7,7 @@ use burn::{
 use burn_memaop::{AopConfig, AopObserver, MemAopLinear, MemAopLinearConfig};
 use memaop_mnist::{MnistBatch, Observed, classified};
 
-/// A multi-layer perceptron, written as with `Linear`.
+/// A perceptron, written as it would be with `Linear`.
 #[derive(Module, Debug)]
 pub struct Mlp {
     hidden1: MemAopLinear,
@@ -57,7 +57,7 @@ impl TrainStep for Mlp {
     fn step(&self, batch: MnistBatch) -> TrainOutput<Observed> {
         let output = self.classify(batch);
         let grads = output.loss.backward();
-        // After the backward pass, which is what it reports.
+        // The report is about the backward pass, so it comes after it.
         let aop = self.observer.map(|observer| observer.observe(self));
         let aop = aop.unwrap_or_default();
         TrainOutput::new(self, grads, Observed { output, aop })

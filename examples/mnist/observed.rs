@@ -7,11 +7,11 @@ use burn::{
 };
 use burn_memaop::AopReport;
 
-/// What Burn's metrics want, and what the layers report.
+/// The output of a training step, for the metrics of Burn and of burn-memaop.
 pub struct Observed {
-    /// Of the classifier.
+    /// The output of the classifier.
     pub output: ClassificationOutput,
-    /// After the backward pass.
+    /// The report of the layers after the backward pass.
     pub aop: AopReport,
 }
 

@@ -9,7 +9,7 @@ use burn::train::{
     },
 };
 
-/// A line for each epoch of training and validation, where there is no terminal.
+/// Prints a line for each epoch of training and validation, and needs no terminal.
 #[derive(Default)]
 pub struct PlainRenderer {
     names: Vec<(MetricId, String)>,
@@ -85,7 +85,7 @@ impl MetricsRenderer for PlainRenderer {
     }
 }
 
-// This example does not evaluate after training.
+// The examples do not evaluate after training.
 impl MetricsRendererEvaluation for PlainRenderer {
     fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
 }

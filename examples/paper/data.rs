@@ -32,7 +32,7 @@ impl Dataset {
         }
     }
 
-    /// As many as the paper trained for.
+    /// The number of epochs in the paper.
     pub fn epochs(self) -> usize {
         match self {
             Self::Energy => 100,
@@ -40,7 +40,7 @@ impl Dataset {
         }
     }
 
-    /// The numbers of outer products that the paper compares.
+    /// The values of K that the paper compares.
     pub fn ks(self) -> [usize; 3] {
         match self {
             Self::Energy => [18, 9, 3],
@@ -56,7 +56,7 @@ impl Dataset {
     }
 }
 
-/// Rows of inputs, and a target for each: a value, or the number of a class.
+/// Rows of inputs, each with a target: a value, or the number of a class.
 #[derive(Debug, PartialEq)]
 pub struct Rows {
     pub width: usize,
@@ -70,7 +70,7 @@ impl Rows {
     }
 }
 
-/// What a run learns from and what it is validated on.
+/// The rows that a run is trained on, and those that it is validated on.
 pub struct Data {
     pub dataset: Dataset,
     pub train: Rows,
@@ -78,12 +78,12 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads `energy/energy_efficiency.csv` or `mnist/*` in `folder`; without a folder, MNIST is
+    /// Reads `energy/energy_efficiency.csv` or `mnist/*` in `folder`. Without a folder MNIST is
     /// downloaded.
     ///
     /// # Errors
     ///
-    /// The file, and what is wrong with it.
+    /// Returns an error that names the file and what is wrong with it.
     pub fn load(dataset: Dataset, folder: Option<&Path>) -> Result<Self> {
         let (train, validation) = match (dataset, folder) {
             (Dataset::Energy, Some(folder)) => {
@@ -92,7 +92,7 @@ impl Data {
                 read().with_context(|| format!("{}", path.display()))?
             }
             (Dataset::Energy, None) => bail!(
-                "the Energy data is not downloaded: get Energy Efficiency (UCI dataset 242), save \
+                "the Energy data must be downloaded by hand: get Energy Efficiency (UCI dataset 242), save \
                  it as DIR/energy/energy_efficiency.csv (comma separated, a header line, 768 rows: \
                  eight inputs, heating load, cooling load), and add --data DIR"
             ),
@@ -141,12 +141,12 @@ fn scaled(images: Images) -> Rows {
 
 const ENERGY_ROWS: usize = 768;
 const ENERGY_TRAIN: usize = 576;
-/// Of the eight input columns, those that are standardised, and those that are one-hot.
+/// The input columns that are standardised. Those in `ONE_HOT` are one-hot encoded.
 const STANDARDISED: [usize; 6] = [0, 1, 2, 3, 4, 6];
 const ONE_HOT: [usize; 2] = [5, 7];
 const HEATING_LOAD: usize = 8;
 
-/// The bytes of the table that are read at most; it has some 40,000.
+/// The most bytes of the table that are read; it has some 40,000.
 const MOST_BYTES: u64 = 1 << 20;
 
 fn parse_energy(file: impl Read) -> Result<(Rows, Rows)> {

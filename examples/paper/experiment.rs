@@ -69,8 +69,7 @@ impl Setting {
         }
     }
 
-    /// All series of an experiment: the exact one, and every policy with and without memory at
-    /// every K.
+    /// The exact series of an experiment, and for each K every policy with and without memory.
     pub fn all(dataset: Dataset) -> Vec<Self> {
         let mut settings = vec![Self::exact(dataset)];
         for k in dataset.ks() {
@@ -110,7 +109,7 @@ impl Setting {
             bail!("--policy exact leaves no rows out, so it has --memory none");
         }
         if self.policy == PolicyName::Systematic && self.memory != MemoryName::None {
-            bail!("--policy systematic weighs what it chooses, so it has --memory none");
+            bail!("--policy systematic weighs the rows that it draws, so it has --memory none");
         }
         if let Some(aop) = self.aop(0) {
             aop.validate()?;
@@ -144,23 +143,23 @@ impl Setting {
 /// The values of one run after each epoch.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Curves {
-    /// The mean loss of the batches, each before its step.
+    /// The mean loss of the batches, each measured before its step.
     pub loss: Vec<f64>,
     pub loss_val: Vec<f64>,
-    /// The share of the validation set that is recognised; nothing for Energy.
+    /// The share of the validation set that is recognised; empty for Energy.
     pub acc_val: Vec<f64>,
 }
 
 /// The model of both experiments.
 #[derive(Module, Debug)]
-#[allow(clippy::large_enum_variant)] // One lives at a time.
+#[allow(clippy::large_enum_variant)] // Only one value lives at a time.
 enum Layer {
     Exact(Linear),
     Approximate(MemAopLinear),
 }
 
 impl Layer {
-    /// Weights and bias are uniform in `+-1 / sqrt(d_input)`.
+    /// Draws weights and bias uniformly from `±1 / sqrt(d_input)`.
     fn new(d_input: usize, d_output: usize, aop: Option<AopConfig>, random: &mut StdRng) -> Self {
         let device = Device::flex().autodiff();
         let bound = 1.0 / (d_input as f32).sqrt();
@@ -188,7 +187,7 @@ impl Layer {
     }
 }
 
-/// The rows of a split that are looked at together.
+/// Some rows of a split, as tensors.
 struct Batch {
     inputs: Tensor<2>,
     targets: Tensor<2>,
@@ -211,7 +210,7 @@ impl Batch {
 fn loss(dataset: Dataset, output: Tensor<2>, targets: Tensor<2>) -> Tensor<1> {
     match dataset {
         Dataset::Energy => (output - targets).square().mean(),
-        // The authors' loss takes the probabilities for logits, and so takes the softmax twice.
+        // The authors give probabilities to a loss that expects logits: the softmax is taken twice.
         Dataset::Mnist => {
             let logs = log_softmax(softmax(output, 1), 1);
             -logs.gather(1, targets.int()).mean()
@@ -219,7 +218,7 @@ fn loss(dataset: Dataset, output: Tensor<2>, targets: Tensor<2>) -> Tensor<1> {
     }
 }
 
-/// Trains for `epochs` epochs; `after_epoch` is called after each.
+/// Trains for `epochs` epochs, and calls `after_epoch` after each of them.
 pub fn run(
     data: &Data,
     setting: &Setting,
@@ -235,7 +234,7 @@ pub fn run(
     let mut layer = Layer::new(data.train.width, dataset.outputs(), aop, &mut random);
     let mut optimizer = SgdConfig::new().init();
 
-    // An unequal last batch is skipped, in validation too; Energy is validated at once.
+    // A smaller last batch is left out, in validation too. Energy is validated as one batch.
     let validated = match dataset {
         Dataset::Energy => data.validation.len(),
         Dataset::Mnist => data.validation.len() / dataset.batch() * dataset.batch(),

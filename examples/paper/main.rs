@@ -1,8 +1,8 @@
 //! Both experiments of the Mem-AOP-GD paper (Hernandez, Rini, Duman, 2021).
 //!
 //! ```text
-//! cargo run --release --example paper -- --dataset energy --policy topk --memory published --k 9 --data DIR
-//! cargo run --release --example paper -- all --data DIR --reference FILE --out DIR
+//! cargo paper --dataset energy --policy topk --memory published --k 9 --data DIR
+//! cargo paper all --data DIR --reference FILE --out DIR
 //! ```
 
 mod data;
@@ -29,7 +29,7 @@ use crate::{
     series::{Plan, Results, Series, run_all},
 };
 
-/// The experiments of the Mem-AOP-GD paper
+/// Repeats the experiments of the Mem-AOP-GD paper
 #[derive(Parser, Debug)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Cli {
@@ -41,26 +41,26 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// All 38 series, with a table and figures; goes on where it was interrupted
+    /// Runs all 38 series, for a table and figures; a repeated call runs only missing ones
     All(All),
 }
 
 /// One series
 #[derive(Args, Debug)]
 struct One {
-    // Optional in type only, because a subcommand goes without them.
+    // These are options in type only, because a subcommand does without them.
     #[arg(long, value_enum, required = true)]
     dataset: Option<Dataset>,
     #[arg(long, value_enum, required = true)]
     policy: Option<PolicyName>,
     #[arg(long, value_enum, default_value = "none")]
     memory: MemoryName,
-    /// Outer products in a step; not needed for the exact gradient
+    /// Number K of rows that a step uses; not needed with --policy exact
     #[arg(long)]
     k: Option<usize>,
     #[command(flatten)]
     common: Common,
-    /// Writes the curves of all runs to this file
+    /// File for the curves of all runs, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
 }
@@ -69,13 +69,13 @@ struct One {
 struct All {
     #[command(flatten)]
     common: Common,
-    /// Only the series of this experiment
+    /// Runs the series of this experiment alone
     #[arg(long, value_enum)]
     dataset: Option<Dataset>,
-    /// The published results to compare with
+    /// File with the published results to compare with
     #[arg(long)]
     reference: Option<PathBuf>,
-    /// Where results, table and figures go
+    /// Folder for results, table and figures
     #[arg(long)]
     out: PathBuf,
 }
@@ -84,12 +84,12 @@ struct All {
 struct Common {
     #[arg(long, default_value_t = 10)]
     runs: usize,
-    /// As many as in the paper, without it
+    /// Number of epochs [default: that of the paper]
     #[arg(long)]
     epochs: Option<usize>,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// A folder with energy/energy_efficiency.csv and, in mnist/, the four IDX files, plain or .gz
+    /// Folder with energy/energy_efficiency.csv and the four IDX files of MNIST in mnist/
     #[arg(long)]
     data: Option<PathBuf>,
 }
@@ -186,7 +186,7 @@ fn run_paper(options: &All) -> Result<()> {
         })
         .collect();
     println!(
-        "{} of {} series are to be run",
+        "{} of {} series are missing and will be run",
         missing.len(),
         settings.len()
     );
@@ -207,14 +207,14 @@ fn run_paper(options: &All) -> Result<()> {
     report::figures(&series, &reference, &options.out)?;
     Results { series }.save(&options.out.join("results.json"))?;
     println!(
-        "Results in {}, {:.0} s for what was missing",
+        "The results are in {}. Missing series took {:.0} s.",
         options.out.display(),
         start.elapsed().as_secs_f64()
     );
     Ok(())
 }
 
-/// A series that an earlier call has finished with the same plan.
+/// The series that an earlier call has finished with the same plan, if there is one.
 fn load_finished(path: &Path, setting: &Setting, plan: &Plan) -> Option<Series> {
     let series: Series = serde_json::from_str(&fs::read_to_string(path).ok()?).ok()?;
     let same = series.setting == *setting

@@ -13,7 +13,7 @@ use crate::{
     series::Series,
 };
 
-/// The authors' numbers, by the names of the series.
+/// The published results, by the names of the series.
 #[derive(Debug, Default, Deserialize)]
 #[serde(transparent)]
 pub struct Reference(BTreeMap<String, Published>);
@@ -92,7 +92,7 @@ pub fn table(series: &[Series], reference: &Reference) -> Result<String> {
     Ok(table)
 }
 
-/// A figure for each experiment and K: validation loss by epoch, the published curves dashed.
+/// Draws the validation loss by epoch for each experiment and K. Published curves are dashed.
 pub fn figures(series: &[Series], reference: &Reference, folder: &Path) -> Result<()> {
     for dataset in [Dataset::Energy, Dataset::Mnist] {
         for k in dataset.ks() {

@@ -9,14 +9,14 @@ use crate::{
     experiment::{Curves, Setting, run},
 };
 
-/// The result of a series, as it is written to JSON: `[run][epoch]`.
+/// The result of a series, as it is written to JSON. Curves are indexed by run and epoch.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 pub struct Series {
     #[serde(flatten)]
     pub setting: Setting,
     pub runs: usize,
     pub epochs: usize,
-    /// Run r starts from seed + r.
+    /// The seed of the first run; run r has `seed + r`.
     pub seed: u64,
     /// The time of all runs together.
     pub seconds: f64,
@@ -27,7 +27,7 @@ pub struct Series {
 }
 
 impl Series {
-    /// The validation loss after the last epoch, of every run.
+    /// The validation loss of every run after its last epoch.
     pub fn final_loss_val(&self) -> Vec<f64> {
         let last = |curve: &Vec<f64>| curve.last().copied().unwrap_or(f64::NAN);
         self.loss_val.iter().map(last).collect()
@@ -46,7 +46,7 @@ impl Results {
     }
 }
 
-/// How long and how often a series is run.
+/// How often, how long and with which seeds a series is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     pub runs: usize,
@@ -60,7 +60,7 @@ struct Progress {
     seconds: Vec<f64>,
 }
 
-/// Runs every series on all cores. Each is handed to `finished` as soon as its last run is done.
+/// Runs every series on all cores. `finished` gets a series as soon as its last run is done.
 pub fn run_all(
     work: &[(&Data, Setting, Plan)],
     finished: impl Fn(Series) -> Result<()> + Sync,

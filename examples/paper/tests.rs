@@ -1,7 +1,7 @@
-//! Short versions of both experiments against points of the published curves. They need the data
-//! (and are skipped with a message without it), in the folder that the variable `MEMAOP_DATA` names
-//! or in `../shared/data` beside the project, and the published results in `../reference` from
-//! there.
+//! These tests compare short versions of both experiments with points of the published curves. They
+//! need the data in the folder that the variable `MEMAOP_DATA` names, or in `../shared/data` beside
+//! the project, and the published results in `../reference` from there. Without them the tests are
+//! skipped with a message.
 
 use std::{env, path::PathBuf};
 
@@ -29,8 +29,8 @@ fn reference(folder: &std::path::Path) -> PathBuf {
     folder.join("../reference/published_results.json")
 }
 
-/// The mean of our runs after `epochs` epochs lies within `tolerance`, relatively, of the
-/// published curve, which is a mean of 10 runs.
+/// Asserts that the mean of our runs after `epochs` epochs is within `tolerance`, relatively, of
+/// the published curve, which is a mean of 10 runs.
 fn assert_on_the_curve(
     dataset: Dataset,
     cases: &[(PolicyName, MemoryName, usize)],

@@ -2,7 +2,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use smartcore::dataset::digits;
 
-/// Side by side, the 64 pixels of an image.
+/// The number of pixels of an image.
 pub const PIXELS: usize = 64;
 
 /// The 1,797 handwritten digits of the UCI repository (Alpaydin, Kaynak), 8 x 8 pixels each.
@@ -13,19 +13,19 @@ pub struct Digits {
 
 #[derive(Clone)]
 struct Digit {
-    /// In `[0, 1]`.
+    /// The pixels, in `[0, 1]`.
     pixels: Vec<f32>,
     label: i64,
 }
 
-/// Images, shape `[batch, PIXELS]`, and labels, shape `[batch]`.
+/// A batch of images, shape `[batch, PIXELS]`, and labels, shape `[batch]`.
 pub struct Batch {
     pub images: Tensor<2>,
     pub labels: Tensor<1, Int>,
 }
 
 impl Digits {
-    /// Every fifth image is for testing.
+    /// Loads all digits. Every fifth one is for testing.
     pub fn load() -> Self {
         let dataset = digits::load_dataset();
         let digits = dataset.data.chunks(PIXELS).zip(&dataset.target);
@@ -42,12 +42,12 @@ impl Digits {
         }
     }
 
-    /// The number of training batches in an epoch; an unequal last one is left out.
+    /// The number of training batches in an epoch; a smaller last one is left out.
     pub fn batches(&self, batch: usize) -> usize {
         self.train.len() / batch
     }
 
-    /// The training batches of one epoch, in an order of its own.
+    /// The training batches of one epoch, in an order that the seed gives.
     pub fn epoch(&self, batch: usize, seed: u64, device: &Device) -> Vec<Batch> {
         let mut order: Vec<_> = (0..self.train.len()).collect();
         order.shuffle(&mut StdRng::seed_from_u64(seed));

@@ -1,4 +1,4 @@
-//! Handwritten digits, learned twice from the same initial weights: with `burn::nn::Linear`, and
+//! Handwritten digits, learned twice from the same initial weights: with `burn::nn::Linear` and
 //! with `MemAopLinear`.
 //!
 //! ```text
@@ -28,7 +28,7 @@ use crate::{
     training::{Run, Settings, Training},
 };
 
-/// Handwritten digits, with `Linear` and with `MemAopLinear`
+/// Learns handwritten digits with Linear and with MemAopLinear, in turns
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
@@ -42,18 +42,18 @@ struct Options {
     /// Units in each of the two hidden layers
     #[arg(long, default_value_t = 512)]
     width: usize,
-    /// Learning rate of plain SGD
+    /// Learning rate of SGD
     #[arg(long, default_value_t = 0.1)]
     lr: f64,
-    /// Seed of the initial weights, the order of the images and the policy
+    /// Seed of the initial weights, of the order of the images and of the draws of rows
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// Writes the table to this file
+    /// File for the table, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Where the loss curves go
+    /// File for the loss curves, .svg or .png
     #[arg(long, default_value = "quickstart.svg")]
     chart: PathBuf,
 }
@@ -87,7 +87,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Both runs, from the same initial weights and over the same batches, step by step in turns.
+/// Trains both models from the same weights and on the same batches. They take turns, a step each.
 fn compare(settings: &Settings, aop: AopConfig, device: &Device) -> Result<[Run; 2]> {
     let digits = Digits::load();
     device.seed(settings.seed);
@@ -102,7 +102,7 @@ fn compare(settings: &Settings, aop: AopConfig, device: &Device) -> Result<[Run;
     let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {eta:>4} left")?;
     let bar = ProgressBar::new(steps as u64).with_style(style);
     for epoch in 0..settings.epochs as u64 {
-        // The seeds of the epochs of one training do not meet those of another.
+        // Epochs of trainings with different seeds have different seeds too.
         let seed = settings.seed << 32 | epoch;
         for batch in digits.epoch(settings.batch, seed, &autodiff) {
             linear.step(&batch)?;
@@ -134,7 +134,7 @@ fn print_table(runs: &[Run]) {
     }
 }
 
-/// Loss against epochs, and against time: the two take turns, so that their times compare.
+/// Draws loss against epochs and against time. Times can be compared, because runs take turns.
 fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
     let series = |points: fn(&Run) -> Vec<(f64, f64)>| -> Vec<_> {
         let runs = runs.iter().enumerate();
@@ -165,11 +165,11 @@ fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// With the defaults: fewer outer products, at most 1.5 points.
+    /// Fewer rows are used, and at most 1.5 points of accuracy are lost.
     #[test]
     fn fewer_outer_products_learn_as_well() {
         let device = Device::flex();
-        // The defaults, in every layer.
+        // The defaults, but every layer uses fewer rows.
         let aop = AopConfig::new().with_cost_rule(false);
         let mut difference = 0.0;
         for seed in 0..3 {

@@ -7,11 +7,11 @@ use burn_memaop::{AopConfig, MemAopLinear};
 
 use crate::data::PIXELS;
 
-/// What the model asks of a dense layer.
+/// What the model needs of a dense layer.
 pub trait Dense: Module + ModuleDisplay {
     fn apply(&self, input: Tensor<2>) -> Tensor<2>;
 
-    /// The outer products in the last weight gradient, of a batch of `rows` rows.
+    /// The number of outer products in the last weight gradient, for a batch of `rows` rows.
     fn outer_products(&self, rows: usize) -> usize;
 }
 
@@ -38,7 +38,7 @@ impl Dense for MemAopLinear {
     }
 }
 
-/// Two hidden layers.
+/// A perceptron with two hidden layers.
 #[derive(Module, Debug)]
 pub struct Mlp<L: Dense> {
     layers: [L; 3],
@@ -54,7 +54,7 @@ impl Mlp<Linear> {
         }
     }
 
-    /// The same parameters in layers that approximate.
+    /// The same parameters, in layers with approximate gradients.
     pub fn with_memaop(self, aop: AopConfig) -> Mlp<MemAopLinear> {
         Mlp {
             layers: self

@@ -44,22 +44,22 @@ pub struct Run {
     pub test_accuracy: f64,
     /// The mean training loss of the last epoch.
     pub loss: f64,
-    /// Outer products evaluated for weight gradients.
+    /// The number of outer products in all weight gradients.
     pub outer_products: u64,
     /// The median time of a step: forward, backward, optimizer.
     pub step_ms: f64,
-    /// After each epoch: its mean loss, and the time of all steps until then.
+    /// The mean loss of each epoch; `seconds` has the time of all steps until its end.
     #[serde(skip)]
     pub losses: Vec<f64>,
     #[serde(skip)]
     pub seconds: Vec<f64>,
 }
 
-/// A training in progress. Two of them can take turns, so that the times of their steps compare.
+/// A training in progress. Two of them can take turns, so that their times can be compared.
 pub struct Training<L: Dense> {
     layer: &'static str,
-    /// Moved through the optimizer by each step: a clone that lived beside it would share its
-    /// memory, which then could not be updated in place.
+    /// Each step moves the model through the optimizer. With a clone beside it, the optimizer could
+    /// not update the parameters in place.
     model: Option<Mlp<L>>,
     lr: f64,
     optimizer: ModuleOptimizer,
@@ -88,7 +88,7 @@ impl<L: Dense> Training<L> {
         }
     }
 
-    /// Forward, backward, optimizer.
+    /// Takes one step: forward, backward, optimizer.
     pub fn step(&mut self, batch: &Batch) -> Result<()> {
         let rows = batch.images.dims()[0];
         let model = self.model.take().expect("put back by every step");

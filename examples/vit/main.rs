@@ -1,5 +1,5 @@
-//! MNIST with a small vision transformer through burn-train: images as 49 patches, attention and
-//! feed-forward networks with approximate gradients, or with Burn's own modules.
+//! MNIST with a small vision transformer that sees an image as 49 patches, trained by burn-train.
+//! Attention and feed-forward networks are those of burn-memaop or Burn's own.
 //!
 //! ```text
 //! cargo vit
@@ -29,20 +29,20 @@ use memaop_mnist::{MnistBatcher, PlainRenderer, read};
 
 use crate::model::{Size, TOKENS, Vit};
 
-/// MNIST with a small vision transformer, trained by burn-train
+/// Trains a small vision transformer on MNIST, by burn-train
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     aop: AopOptions,
-    /// Burn's own modules, with the same initial weights and batches
+    /// Trains Burn's own modules, from the same weights and on the same batches
     #[arg(long)]
     exact: bool,
-    /// A folder with the four IDX files in mnist/, plain or .gz; they are downloaded without it
+    /// Folder with the four IDX files in mnist/, plain or .gz [default: they are downloaded]
     #[arg(long)]
     data: Option<PathBuf>,
     #[arg(long, default_value_t = 5)]
     epochs: usize,
-    /// Images in a batch; the rows of a gradient are 49 times as many
+    /// Images in a batch; M, the number of rows, is 49 times as large
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// The size of a token
@@ -62,10 +62,10 @@ struct Options {
     seed: u64,
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
-    /// No dashboard, but a line for each epoch
+    /// Prints a line for each epoch instead of the dashboard
     #[arg(long)]
     plain: bool,
-    /// Where logs go
+    /// Folder for logs
     #[arg(long, default_value = "vit-run")]
     out: PathBuf,
 }
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// The seed comes before the weights, so that both kinds of model begin with the same.
+/// Seeds the device before weights are drawn, so that both kinds of model begin with the same.
 fn start(
     options: &Options,
     device: &Device,

@@ -15,10 +15,10 @@ use memaop_mnist::{MnistBatch, Observed, classified};
 const PATCH: usize = 4;
 /// Patches along each side of an image.
 const GRID: usize = SIDE / PATCH;
-/// The tokens of an image.
+/// The number of tokens of an image.
 pub const TOKENS: usize = GRID * GRID;
 
-/// A vision transformer: patches as tokens, an encoder, the mean of the tokens classified.
+/// A vision transformer: patches are tokens of an encoder, whose mean output is classified.
 #[derive(Module, Debug)]
 pub struct Vit<E: Encoder> {
     patches: Linear,
@@ -54,7 +54,7 @@ impl Vit<TransformerEncoder> {
         }
     }
 
-    /// The same weights, approximate gradients, which are observed.
+    /// The same weights, with approximate gradients and an observer.
     pub fn with_memaop(self, aop: AopConfig) -> Vit<MemAopTransformerEncoder> {
         Vit {
             patches: self.patches,
@@ -78,7 +78,7 @@ impl<E: Encoder> Vit<E> {
     }
 }
 
-/// Images, shape `[batch, 784]`, as patches row by row, shape `[batch, 49, 16]`.
+/// The patches of images, row by row, shape `[batch, 49, 16]`; images have shape `[batch, 784]`.
 fn patches(images: Tensor<2>) -> Tensor<3> {
     let [batch, _] = images.dims();
     images

@@ -10,10 +10,10 @@
 //! later steps (Hernandez, Rini, Duman, "Speeding-Up Back-Propagation in DNN: Approximate Outer
 //! Product with Memory", 2021, [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)).
 //!
-//! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: the same parameters, the same
-//! forward pass, the same exact gradients of input and bias, and an approximate gradient of the
-//! weight, as [`AopConfig`] says. [`MemAopConv2d`] does so in the place of [`burn::nn::conv::Conv2d`], and [`transformer`] has
-//! counterparts of Burn's transformer modules.
+//! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: it has the same parameters, forward
+//! pass and exact gradients of input and bias, and approximates the gradient of the weight as
+//! [`AopConfig`] says. [`MemAopConv2d`] takes that of [`burn::nn::conv::Conv2d`], and
+//! [`transformer`] has counterparts of Burn's transformer modules.
 //!
 //! ```
 //! use burn::nn::Relu;
@@ -53,12 +53,13 @@
 //!
 //! - Backends: `flex` (default), `ndarray`, `wgpu`, `vulkan`, `webgpu`, `metal`, `cuda`, `rocm`,
 //!   `cpu`, `tch`. Each turns on the Burn feature of the same name.
-//! - `autodiff` (default): the approximate backward pass. Without it the layer only infers.
+//! - `autodiff` (default): the approximate backward pass. Without it the layers only infer.
+//! - `rayon`, `simd`, `avx512` (default): how Flex and NdArray use the processor.
 //! - `fusion`: Burn's operation fusion on CubeCL backends.
 //! - `autotune`: kernel autotuning on CubeCL backends.
 //! - `train`: what needs burn-train.
 
-// From the top to the bottom: each imports only what comes after it.
+// In this order, each module imports only those after it.
 #[cfg(feature = "train")]
 pub mod train;
 
@@ -98,8 +99,7 @@ pub mod baseline {
     pub use crate::config::Baseline;
 }
 
-/// [`burn::nn`] with the layers of this crate in the places of its own: a model whose imports come from here
-/// is the swap.
+/// [`burn::nn`] with this crate's layers in place of its own. To swap layers, import from here.
 ///
 /// ```
 /// use burn::prelude::*;
@@ -124,7 +124,7 @@ pub mod nn {
 
     pub use crate::{MemAopLinear as Linear, MemAopLinearConfig as LinearConfig};
 
-    /// [`burn::nn::conv`] with the 2D convolution of this crate in the place of its own.
+    /// [`burn::nn::conv`] with the 2D convolution of this crate in place of its own.
     ///
     /// ```
     /// use burn::prelude::*;
@@ -140,7 +140,7 @@ pub mod nn {
         pub use crate::{MemAopConv2d as Conv2d, MemAopConv2dConfig as Conv2dConfig};
     }
 
-    /// [`burn::nn::attention`] with the attention of this crate in the place of its own.
+    /// [`burn::nn::attention`] with the attention of this crate in place of its own.
     pub mod attention {
         pub use burn::nn::attention::*;
 
@@ -150,7 +150,7 @@ pub mod nn {
         };
     }
 
-    /// [`burn::nn::transformer`] with the encoder and the feed-forward network of this crate in the places of its
+    /// [`burn::nn::transformer`] with this crate's encoder and feed-forward network in place of its
     /// own.
     ///
     /// ```

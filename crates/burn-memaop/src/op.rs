@@ -1,4 +1,4 @@
-//! The gradient of the weight as a function of plain tensors, for those who build layers of their own.
+//! The gradient of the weight as a function of plain tensors, for layers that you build yourself.
 
 use burn::{backend::Dispatch, tensor::Tensor};
 
@@ -15,17 +15,17 @@ pub use crate::state::rows::Rows;
 pub struct Gradient {
     /// The approximate gradient, shape `[d_input, d_output]`, in the dtype of the input.
     pub weight: Tensor<2>,
-    /// The memory for the next step, where the method has one. The next step multiplies both factors by the root of
-    /// the decay when it folds its batch in.
+    /// The memory for the next step, if the method has one. When that step folds its batch in, it
+    /// multiplies both factors by the root of the decay.
     pub memory: Option<Rows>,
 }
 
 /// The settings of one approximate gradient.
 #[derive(Debug, Clone, Copy)]
 pub struct AopStep {
-    /// The number of rows that are used, from 1 to the number of rows.
+    /// The number of rows that are used, from 1 to all of them.
     pub k: usize,
-    /// Which rows they are, and what becomes of the others.
+    /// Which rows are used, and what becomes of the others.
     pub method: Method,
     /// The seed of the random bits.
     pub seed: u64,
@@ -54,21 +54,22 @@ impl AopStep {
     }
 }
 
-/// The sum of the outer products of K rows, times their weights with an unbiased method, and the memory of the others.
+/// The sum of the outer products of K rows, each times its weight, and the memory of the others.
 ///
-/// The memory is taken by value, so that a backend which holds the only reference can update it in place. If a value of
-/// the batch is NaN or infinite, the whole gradient is NaN, and the memory stays as it is.
+/// The memory is taken by value: a backend with the only reference can update it in place. If a
+/// value of the batch is NaN or infinite, the whole gradient is NaN, and the memory stays as it is.
 ///
 /// # Shapes
 ///
 /// - input: `[rows, d_input]`
 /// - grad: `[rows, d_output]`
-/// - memory: any number of rows; the first `rows` take part, missing ones are zero
+/// - memory: any number of rows; the first `rows` take part, and missing ones are zero
 ///
 /// # Panics
 ///
-/// Panics if the tensors are on an autodiff device or on different devices, `input` and `grad` differ in dtype or rows,
-/// `step.k` is not in `1..=rows`, or a tensor of the memory has another width or another number of rows than the others.
+/// Panics if a tensor is on an autodiff device or on another device than the rest, if `input` and
+/// `grad` differ in dtype or rows, if `step.k` is not in `1..=rows`, or if a tensor of the memory
+/// has another width or number of rows than the others.
 pub fn weight_gradient(
     input: Tensor<2>,
     grad: Tensor<2>,
@@ -163,7 +164,7 @@ pub mod parts {
     #[derive(Debug, Clone)]
     pub struct PackedRows(Packed<Dispatch>, DType);
 
-    /// Packs rows, and rounds by the random bits of a seed and a step.
+    /// Packs rows. Their values are rounded by the random bits of a seed and a step.
     pub fn pack(input: Tensor<2>, stored: StoredInput, seed: u64, step: u64) -> PackedRows {
         let packing = Packing {
             bits: Bits::of(stored).expect("few bits"),
@@ -175,7 +176,7 @@ pub mod parts {
     }
 
     impl PackedRows {
-        /// All rows, as their values were rounded.
+        /// All rows, with rounded values.
         pub fn unpack(self) -> Tensor<2> {
             Tensor::from_dispatch(Dispatch::memaop_unpack(self.0, self.1.into()))
         }

@@ -8,7 +8,7 @@ use burn_memaop::MemAopLinearConfig;
 
 #[test]
 #[should_panic(
-    expected = "MemAopLinear does not support the device Flex(Cpu) in this build: enable the feature of \
+    expected = "burn-memaop does not support the device Flex(Cpu) in this build: enable the feature of \
                 burn-memaop that has the name of its backend (flex, "
 )]
 fn the_message_names_the_device_and_the_features() {

@@ -3,7 +3,7 @@ use burn::tensor::Device;
 use clap::ValueEnum;
 use serde::Serialize;
 
-/// A backend by the name of the feature that enables it.
+/// A backend, by the name of the cargo feature that builds it in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
@@ -21,7 +21,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Whether its tensors are in main memory.
+    /// Whether the backend runs on the CPU.
     pub fn is_cpu(self) -> bool {
         matches!(self, Self::Flex | Self::Ndarray | Self::Cpu | Self::Tch)
     }
@@ -30,8 +30,8 @@ impl Backend {
     ///
     /// # Errors
     ///
-    /// The feature to build with, where it is missing.
-    #[allow(deprecated)] // NdArray and LibTorch.
+    /// Returns an error that names the feature if the backend is not built in.
+    #[allow(deprecated)] // Burn deprecates NdArray and LibTorch.
     pub fn device(self) -> Result<Device> {
         Ok(match self {
             #[cfg(feature = "flex")]

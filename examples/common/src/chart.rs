@@ -9,22 +9,22 @@ use plotters::{
     style::register_font,
 };
 
-/// A line.
+/// A line of a chart.
 pub struct Series<'a> {
-    /// The name in the legend, if it is there.
+    /// The name in the legend; a line without a name is not listed there.
     pub name: Option<&'a str>,
-    /// Where it goes through.
+    /// The points of the line.
     pub points: Vec<(f64, f64)>,
-    /// Half of the length of a bar about each point; none for a line without bars.
+    /// Half the length of the error bar at each point; empty for a line without bars.
     pub intervals: Vec<f64>,
-    /// Which of the colors; none for a grey line in the background.
+    /// The number of the color; none for a grey line in the background.
     pub color: Option<usize>,
-    /// Dashes in place of a line.
+    /// Whether the line is dashed.
     pub dashed: bool,
 }
 
 impl<'a> Series<'a> {
-    /// A line with a name.
+    /// A solid line with a name and a color.
     pub fn new(name: &'a str, points: Vec<(f64, f64)>, color: usize) -> Self {
         Self {
             name: Some(name),
@@ -36,40 +36,40 @@ impl<'a> Series<'a> {
     }
 }
 
-/// Values at 1, 2, 3, ...
+/// The points of values at 1, 2, 3, ...
 pub fn numbered(values: &[f64]) -> Vec<(f64, f64)> {
     (1..).map(f64::from).zip(values.iter().copied()).collect()
 }
 
-/// What a chart shows.
+/// A chart of lines.
 pub struct Chart<'a> {
-    /// Above the chart.
+    /// The title above the chart.
     pub title: &'a str,
-    /// Under the horizontal axis.
+    /// The label of the horizontal axis.
     pub x: &'a str,
-    /// Beside the vertical axis.
+    /// The label of the vertical axis.
     pub y: &'a str,
     /// Whether the vertical axis is logarithmic.
     pub logarithmic: bool,
-    /// What stands at a place of the horizontal axis.
+    /// The text for a value of the horizontal axis.
     pub x_label: fn(f64) -> String,
     /// The lines.
     pub series: &'a [Series<'a>],
 }
 
-/// A number with two digits after the point at most.
+/// A number with at most two decimals.
 pub fn number(value: f64) -> String {
     format!("{}", (value * 1e2).round() / 1e2)
 }
 
-/// Of one chart.
+/// The width and height of one chart, in pixels.
 const SIZE: (u32, u32) = (880, 540);
 
 /// Writes charts side by side to a file that ends in `.svg` or `.png`.
 ///
 /// # Errors
 ///
-/// Another ending, and a file that cannot be written.
+/// Returns an error for another ending, a chart without values, and a file that cannot be written.
 pub fn save(charts: &[Chart<'_>], path: &Path) -> Result<()> {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
@@ -142,7 +142,7 @@ impl Chart<'_> {
         .map_err(failed)
     }
 
-    /// Where the lines do not end.
+    /// The corner on the right where the lines do not end.
     fn free_corner(&self) -> SeriesLabelPosition {
         let lines = || self.series.iter().map(|series| &series.points);
         let first: f64 = lines()
@@ -169,11 +169,11 @@ impl Chart<'_> {
             .y_desc(self.y)
             .label_style(("sans-serif", 13))
             .x_label_formatter(&|&x| (self.x_label)(x))
-            // Plus 0, for -0.
+            // Adding 0 turns -0 into 0.
             .y_label_formatter(&|y| format!("{}", (y * 1e4).round() / 1e4 + 0.0))
             .light_line_style(WHITE)
             .draw()?;
-        // Those of the background first.
+        // The lines of the background are drawn first.
         let (colored, others): (Vec<_>, Vec<_>) =
             (self.series.iter()).partition(|series| series.color.is_some());
         for series in others.into_iter().chain(colored) {

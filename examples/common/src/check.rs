@@ -2,11 +2,11 @@
 
 use anyhow::{Result, ensure};
 
-/// Whether all of these are at least 1.
+/// Checks that all of these options are at least 1.
 ///
 /// # Errors
 ///
-/// The first option that is 0.
+/// Returns an error that names the first option which is 0.
 pub fn at_least_one(options: &[(&str, usize)]) -> Result<()> {
     for (name, value) in options {
         ensure!(*value > 0, "--{name} must be at least 1, but got 0");
@@ -14,11 +14,11 @@ pub fn at_least_one(options: &[(&str, usize)]) -> Result<()> {
     Ok(())
 }
 
-/// Whether a value is positive and finite, as a learning rate is.
+/// Checks that the value of an option is positive and finite.
 ///
 /// # Errors
 ///
-/// The option and its value, if it is not.
+/// Returns an error with the name and the value of the option if it is not.
 pub fn positive(name: &str, value: f64) -> Result<()> {
     ensure!(
         value.is_finite() && value > 0.0,
@@ -27,11 +27,11 @@ pub fn positive(name: &str, value: f64) -> Result<()> {
     Ok(())
 }
 
-/// Whether the width of a transformer can be shared out to its heads.
+/// Checks that the heads of a transformer can share its width evenly.
 ///
 /// # Errors
 ///
-/// Both values, if it cannot.
+/// Returns an error with both values if they cannot.
 pub fn heads(width: usize, heads: usize) -> Result<()> {
     at_least_one(&[("width", width), ("heads", heads)])?;
     ensure!(

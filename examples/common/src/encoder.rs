@@ -5,14 +5,14 @@ use burn::{
 };
 use burn_memaop::transformer::{MemAopTransformerEncoder, TransformerEncoderInput};
 
-/// Burn's transformer encoder or its counterpart.
+/// Burn's transformer encoder or that of burn-memaop.
 pub trait Encoder: Module + ModuleDisplay + 'static {
     /// The forward pass.
     ///
     /// # Shapes
     ///
     /// - tokens, output: `[batch, length, width]`
-    /// - mask: `[batch, length, length]`, true where a token does not attend to another
+    /// - mask: `[batch, length, length]`, true where a token does not attend to another one
     fn encode(&self, tokens: Tensor<3>, mask: Option<Tensor<3, Bool>>) -> Tensor<3>;
 }
 

@@ -1,4 +1,4 @@
-//! What the examples share: the options of the layer, the backends, encoders, MNIST, charts.
+//! Code that the examples share: options of layers, backends, encoders, MNIST and charts.
 
 mod backend;
 pub mod chart;

@@ -13,7 +13,7 @@ use flate2::read::GzDecoder;
 pub const SIDE: usize = 28;
 /// Pixels of an image.
 pub const PIXELS: usize = SIDE * SIDE;
-/// More items than MNIST has are refused before anything is allocated for them.
+/// A file that claims more items than MNIST has is refused before anything is allocated.
 const MOST_ITEMS: usize = 60_000;
 
 /// A split of MNIST.
@@ -36,18 +36,18 @@ impl Split {
 
 /// The images of a split, [`PIXELS`] bytes each, and their labels, from 0 to 9.
 pub struct Images {
-    /// Row by row, one image after the other.
+    /// The pixels of one image after the other, row by row.
     pub pixels: Vec<u8>,
-    /// One for each image.
+    /// The label of each image.
     pub labels: Vec<u8>,
 }
 
-/// Reads a split from `<prefix>-images-idx3-ubyte` and `<prefix>-labels-idx1-ubyte` in the folder `mnist` of
-/// a data folder, each plain or with `.gz`, the prefix being `train` or `t10k`.
+/// Reads a split from `mnist/<prefix>-images-idx3-ubyte` and `mnist/<prefix>-labels-idx1-ubyte` in
+/// a folder, each plain or with `.gz`. The prefix is `train` or `t10k`.
 ///
 /// # Errors
 ///
-/// The file, and what is wrong with it.
+/// Returns an error that names the file and what is wrong with it.
 pub fn read(data: &Path, split: Split) -> Result<Images> {
     let folder = &data.join("mnist");
     let prefix = split.prefix();
@@ -73,7 +73,7 @@ pub fn read(data: &Path, split: Split) -> Result<Images> {
     Ok(Images { pixels, labels })
 }
 
-/// The bytes of an IDX file of unsigned bytes whose items have the dimensions `item`.
+/// Reads an IDX file of unsigned bytes whose items have the dimensions `item`.
 fn read_idx(folder: &Path, name: &str, item: &[usize]) -> Result<Vec<u8>> {
     let (path, reader) = open(folder, name)?;
     parse_idx(reader, item).with_context(|| format!("{}", path.display()))
@@ -99,7 +99,7 @@ fn parse_idx(mut reader: impl Read, item: &[usize]) -> Result<Vec<u8>> {
             .context("the header is cut off")?;
         Ok(u32::from_be_bytes(bytes) as usize)
     };
-    // Two zeros, 8 for unsigned bytes, the number of dimensions.
+    // The magic number is two zeros, 8 for unsigned bytes, and the number of dimensions.
     let magic = 0x0800 + item.len() + 1;
     let found = number()?;
     ensure!(
@@ -225,7 +225,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Headers of every number of dimensions, true or not, and whatever follows them.
+        /// Headers have any number of dimensions, true or false, and any bytes follow them.
         #[test]
         fn no_bytes_make_the_reader_panic(
             header in vec(prop_oneof![Just(0x0801), Just(0x0803), Just(28), 0..4u32, any::<u32>()], 0..5),

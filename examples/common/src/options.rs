@@ -5,7 +5,7 @@ use burn_memaop::{AopConfig, Memory, Method, OuterProducts, StoredInput, baselin
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-/// A policy on the command line.
+/// A policy, by its name on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
@@ -26,12 +26,12 @@ pub enum PolicyOption {
 }
 
 impl PolicyOption {
-    /// Whether it leaves rows that a memory can keep.
+    /// Whether a memory can keep the rows that this policy leaves out.
     pub fn takes_memory(self) -> bool {
         matches!(self, Self::TopK | Self::RandK | Self::WeightedK)
     }
 
-    /// The memory that it has unless another is given.
+    /// The memory of this policy unless another one is given.
     pub fn usual_memory(self) -> MemoryOption {
         match self.takes_memory() {
             true => MemoryOption::Balanced,
@@ -39,11 +39,11 @@ impl PolicyOption {
         }
     }
 
-    /// The method with a memory.
+    /// The method of this policy with a memory.
     ///
     /// # Errors
     ///
-    /// A memory for a policy that takes none.
+    /// Returns an error if there is a memory and the policy takes none.
     pub fn method(self, memory: Memory) -> Result<Method> {
         if memory != Memory::None && !self.takes_memory() {
             bail!(
@@ -76,7 +76,7 @@ impl fmt::Display for PolicyOption {
 pub enum KRatio {
     /// K as a share of the rows.
     Of(f64),
-    /// As the layer chooses.
+    /// The K that the layer chooses.
     Auto(AutoName),
 }
 
@@ -89,17 +89,17 @@ pub enum AutoName {
 }
 
 impl KRatio {
-    /// As the layer chooses.
+    /// The K that the layer chooses.
     pub const AUTO: Self = Self::Auto(AutoName::Auto);
     /// All rows.
     pub const ALL: Self = Self::Of(1.0);
 
-    /// Whether K is what the layer chooses with a policy, which is no rule for policies but systematic.
+    /// Whether a policy goes with this K: a layer chooses K only for systematic sampling.
     pub fn goes_with(self, policy: PolicyOption) -> bool {
         self != Self::AUTO || policy == PolicyOption::Systematic
     }
 
-    /// The setting of a layer.
+    /// The setting of a layer with this K.
     pub fn outer_products(self) -> OuterProducts {
         match self {
             Self::Of(1.0) => OuterProducts::All,
@@ -108,7 +108,7 @@ impl KRatio {
         }
     }
 
-    /// M over K, where it is fixed.
+    /// M / K with two decimals, if K is fixed.
     pub fn divisor(self) -> Option<f64> {
         match self {
             Self::Of(ratio) => Some((1e2 / ratio).round() / 1e2),
@@ -141,7 +141,7 @@ impl fmt::Display for KRatio {
     }
 }
 
-/// A memory on the command line.
+/// A memory, by its name on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
@@ -153,7 +153,7 @@ pub enum MemoryOption {
 }
 
 impl MemoryOption {
-    /// The memory of that name.
+    /// This memory with a decay.
     pub fn memory(self, decay: f64) -> Memory {
         match self {
             Self::None => Memory::None,
@@ -162,8 +162,7 @@ impl MemoryOption {
         }
     }
 
-    /// The decay it has unless another is given: 1 for the paper's, and else the one that
-    /// `docs/study.md` found best.
+    /// The decay of this memory unless another one is given. That of the paper is 1.
     pub fn default_decay(self) -> f64 {
         match self {
             Self::None | Self::Published => 1.0,
@@ -172,7 +171,7 @@ impl MemoryOption {
     }
 }
 
-/// How inputs are kept, on the command line.
+/// How a layer keeps its input, by its name on the command line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
@@ -185,7 +184,7 @@ pub enum StoredInputOption {
 }
 
 impl StoredInputOption {
-    /// The setting of a layer.
+    /// The setting of a layer that keeps its input so.
     pub fn stored_input(self) -> StoredInput {
         match self {
             Self::Full => StoredInput::Full,
@@ -194,7 +193,7 @@ impl StoredInputOption {
         }
     }
 
-    /// What it adds to the name of a method.
+    /// What this adds to the name of a method.
     pub fn suffix(self) -> String {
         match self {
             Self::Full => String::new(),
@@ -203,23 +202,22 @@ impl StoredInputOption {
     }
 }
 
-/// The gradient of the input on the command line.
+/// The option of the gradient of the input.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InputGradientOptions {
-    /// Rows of the gradient of the input that are sampled, as a share of the batch, or auto: as the layer chooses [default:
-    /// all]
+    /// Share of the rows that the gradient of the input is computed from, or auto [default: all]
     #[arg(long)]
     pub dx_ratio: Option<KRatio>,
 }
 
 impl InputGradientOptions {
-    /// The rows that are asked for.
+    /// The setting of a layer with this option.
     pub fn input_gradient(self) -> OuterProducts {
         self.dx_ratio.unwrap_or(KRatio::ALL).outer_products()
     }
 
-    /// What it adds to the name of a method.
+    /// What this adds to the name of a method.
     pub fn suffix(self) -> String {
         match self.dx_ratio {
             None => String::new(),
@@ -229,32 +227,30 @@ impl InputGradientOptions {
     }
 }
 
-/// The options of a `MemAopLinear`.
+/// The options of a layer of burn-memaop.
 #[derive(Debug, Clone, Args)]
 pub struct AopOptions {
-    /// Outer products in a step, in place of --k-ratio
+    /// Number K of rows that a weight gradient uses, in place of --k-ratio
     #[arg(long, conflicts_with = "k_ratio")]
     pub k: Option<usize>,
-    /// Outer products in a step as a share of the batch, or auto: as the layer chooses (M/8 with policies other than
-    /// systematic)
+    /// K as a share of the batch, or auto: the layer chooses it (M/8 if not systematic)
     #[arg(long, default_value = "auto")]
     pub k_ratio: KRatio,
-    /// The rule that chooses the rows
+    /// Rule by which the rows are drawn
     #[arg(long, value_enum, default_value_t = PolicyOption::Systematic)]
     pub policy: PolicyOption,
-    /// What becomes of the rows left out [default: balanced; none with policies that take none]
+    /// Memory of the rows left out [default: balanced, or none if the policy takes none]
     #[arg(long, value_enum)]
     pub memory: Option<MemoryOption>,
-    /// The factor by which the memory shrinks from step to step [default: 1 for published, 0.9 for
-    /// balanced]
+    /// Factor by which the memory shrinks at each step [default: published 1, balanced 0.9]
     #[arg(long)]
     pub decay: Option<f64>,
     #[command(flatten)]
     pub input_gradient: InputGradientOptions,
-    /// How inputs are kept for the backward pass
+    /// How a layer keeps its input for the backward pass
     #[arg(long, value_enum, default_value_t)]
     pub stored_input: StoredInputOption,
-    /// Approximates layers too for which the exact gradient takes less time
+    /// Approximates gradients even where exact ones take less time
     #[arg(long)]
     pub no_cost_rule: bool,
 }
@@ -264,7 +260,7 @@ impl AopOptions {
     ///
     /// # Errors
     ///
-    /// The option that breaks its rule.
+    /// Returns an error for a value that breaks its rule.
     pub fn config(&self, seed: u64) -> Result<AopConfig> {
         let memory = self.memory.unwrap_or(self.policy.usual_memory());
         let decay = self.decay.unwrap_or(memory.default_decay());

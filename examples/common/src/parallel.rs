@@ -18,20 +18,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 ///
 /// # Errors
 ///
-/// None that a caller could cause.
+/// Returns no error that a caller could cause.
 pub fn progress_bar(steps: u64) -> Result<ProgressBar> {
-    let style = "{wide_bar} {percent:>3} % of {len} steps, {elapsed} gone, {eta} left";
+    let style = "{wide_bar} {percent:>3} % of {len} steps, {elapsed} so far, {eta} left";
     let bar = ProgressBar::new(steps).with_style(ProgressStyle::with_template(style)?);
     bar.enable_steady_tick(Duration::from_secs(1));
     Ok(bar)
 }
 
-/// Calls `work` for every job, as many at a time as there are cores. Each call has one core to
-/// itself: what it runs in parallel by rayon, as Burn's CPU backends do, stays on its thread.
+/// Calls `work` for every job, with as many jobs at a time as there are cores. Parallel work of
+/// rayon, which Burn's CPU backends use, stays on the thread of its job.
 ///
 /// # Errors
 ///
-/// The first error of a job; jobs that have not started by then are left out.
+/// Returns the first error of a job. Jobs that have not started by then are not run.
 pub fn for_each<J: Sync>(jobs: &[J], work: impl Fn(&J) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
@@ -58,11 +58,11 @@ pub fn for_each<J: Sync>(jobs: &[J], work: impl Fn(&J) -> Result<()> + Sync) -> 
     }
 }
 
-/// Writes a file at once: a stop leaves the old one or the new one behind.
+/// Writes a file atomically: an interruption leaves the old file or the new one.
 ///
 /// # Errors
 ///
-/// The file that cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn write(path: &Path, content: &str) -> Result<()> {
     let partial = path.with_extension("partial");
     fs::write(&partial, content)

@@ -1,4 +1,4 @@
-//! Means of a few runs, and how far they can be trusted.
+//! The mean of a few runs, and its confidence interval.
 
 /// The mean and its standard error.
 pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
@@ -9,10 +9,9 @@ pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
     (mean, (variance / count).sqrt())
 }
 
-/// Half the width of the 95 % confidence interval of the mean, by Student's t; nothing for a
-/// single value.
+/// Half the width of the 95 % confidence interval of the mean, by Student's t; none for one value.
 pub fn confidence(values: &[f64]) -> Option<f64> {
-    // The 97.5 % points for 1, 2, ... degrees of freedom.
+    // The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
     const STUDENT: [f64; 10] = [
         12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     ];

@@ -20,7 +20,7 @@ use crate::rows::{
     random::{Random, stream},
 };
 
-/// Keeps whether each output is above zero.
+/// The backward pass keeps one bit of each output: whether it is above zero.
 pub(super) fn relu<B: LayerOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
 ) -> FloatTensor<Autodiff<B, C>> {
@@ -33,7 +33,7 @@ pub(super) fn relu<B: LayerOps, C: CheckpointStrategy>(
     })
 }
 
-/// Keeps the derivative in 8 bits, rounded by the random bits.
+/// The backward pass keeps the derivative in 8 bits, rounded by random bits.
 pub(super) fn packed_gelu<B: LayerOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
     random: Random,
@@ -41,7 +41,7 @@ pub(super) fn packed_gelu<B: LayerOps, C: CheckpointStrategy>(
     if !input.is_tracked() {
         return gelu::<B, C>(input);
     }
-    // The layer whose pass this is rounds its input by the bits of the seed itself.
+    // The layer beside the activation rounds its input by the bits of the seed itself.
     let random = Random {
         seed: stream(random.seed, 0),
         ..random
@@ -90,7 +90,7 @@ impl<B: LayerOps> Backward<B, 1> for Times {
     }
 }
 
-/// Keeps the input, or computes it again, as Burn's function does.
+/// The backward pass keeps the input, or computes it again, as that of Burn's `gelu` does.
 pub(super) fn gelu<B: LayerOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
 ) -> FloatTensor<Autodiff<B, C>> {

@@ -77,8 +77,8 @@ where
     }
 }
 
-/// The forward pass of a linear layer, or of a convolution if there is a window, registered with the backward pass of
-/// this module.
+/// Runs the forward pass of a linear layer, or of a convolution if there is a window, and registers
+/// its backward pass.
 fn tracked<B: LayerOps, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
     weight: FloatTensor<Autodiff<B, C>>,
@@ -139,11 +139,11 @@ where
     prep.finish(state, output)
 }
 
-/// The least values of a packed row of an image, which share a scale.
+/// A smaller channel of an image gets no packed row of its own, because rows do not share scales.
 const LEAST_PACKED: usize = 64;
 
-/// A matrix as it is. Images become a matrix with a row for each channel of each, or for each image where channels are
-/// small.
+/// The matrix that is packed: the input itself, or a row for each channel of each image. If
+/// channels are small, an image is one row.
 fn rows_to_pack<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
     let shape = input.shape();
     if shape.num_dims() == 2 {
@@ -167,7 +167,7 @@ where
         width: input.shape()[1],
     };
     let pack = || {
-        // A layer with a packed input has a state to count its passes.
+        // A layer with a packed input has a state, which counts its passes.
         let random = layer.state.as_ref().map(|state| Random {
             seed: layer.config.seed,
             step: state.here().lock().count_pass(),
@@ -206,9 +206,9 @@ struct MemAopBackward;
 #[derive(Debug, Clone)]
 struct State<B: Backend> {
     input: Stored<B>,
-    /// Only when the input is tracked.
+    /// None unless the input is tracked.
     weight: Option<NodeId>,
-    /// Only in a convolution.
+    /// None in a linear layer.
     window: Option<Window>,
     layer: AopLayer,
 }
@@ -248,7 +248,7 @@ where
     }
 }
 
-/// Registers the gradients of input, weight and bias. `order` is the place of the operation in the graph.
+/// Registers the gradients of input, weight and bias. `order` is the place in the autodiff graph.
 fn propagate<B>(
     state: State<B>,
     order: usize,
@@ -282,7 +282,7 @@ fn propagate<B>(
                 let (images, grad) = (images.clone(), grad.clone());
                 B::memaop_convolve_input_gradient(images, weight, grad, *window)
             }
-            // As `Linear` computes it, rows of zeros included.
+            // Burn's `Linear` computes this product too, and does not skip rows of zeros.
             (_, None) => B::float_matmul(grad.clone(), B::float_transpose(weight)),
             (_, Some((_, plan))) => {
                 let measured = plan.measures_input;
@@ -323,7 +323,7 @@ fn propagate<B>(
     }
 }
 
-/// The gradient of the weight as planned, and what is to be noted of it.
+/// Computes the gradient of the weight as planned, and adds what is to be noted to `outcome`.
 fn weight_gradient<B>(
     layer: &AopLayer,
     input: Factor<B>,
@@ -365,7 +365,7 @@ where
     gradient
 }
 
-/// Begins to read what the noise of a gradient follows from, if it is measured.
+/// Begins to read the figures of the noise of a gradient, if this step measures it.
 fn measure<B: LayerOps>(
     input: &Factor<B>,
     grad: &FloatTensor<B>,
@@ -380,7 +380,7 @@ fn measure<B: LayerOps>(
     Some(Reading::start(B::copy_out(noise)))
 }
 
-/// The input as the factor of the outer products.
+/// The input as a factor of the outer products.
 fn factor<B: LayerOps>(
     state: &State<B>,
     grad: &FloatTensor<B>,
@@ -405,8 +405,8 @@ fn factor<B: LayerOps>(
     Factor::Patches(images, window)
 }
 
-/// A set of rows on the device of the gradient. Rows of other widths, of a weight that has been exchanged for another
-/// since, are dropped, and so are rows of a layer that has no memory any more.
+/// The memory on the device of the gradient. Returns None if the layer has no memory any more, or
+/// if the widths do not fit, because the weight was exchanged for another one.
 fn of_layer<B>(
     rows: Rows,
     layer: &AopLayer,

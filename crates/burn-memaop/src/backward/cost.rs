@@ -1,4 +1,4 @@
-//! When the approximation pays.
+//! The cost rule, which decides whether an approximate gradient pays, and the time of a step.
 
 #[cfg(feature = "autodiff")]
 use burn::tensor::GradientCheckpointingStrategy;
@@ -16,27 +16,27 @@ pub(crate) struct Pass {
     pub(crate) rows: usize,
     pub(crate) d_input: usize,
     pub(crate) d_output: usize,
-    /// The values of input and gradient for each row: those of both, but for a convolution, whose patches overlap.
+    /// The values of input and gradient that are read for each row. A convolution reads fewer than
+    /// `d_input + d_output` where its patches overlap.
     pub(crate) read: usize,
-    /// The values that are put together for each chosen row of a convolution, one by one; its exact product copies whole
-    /// rows of images.
+    /// The values that are gathered one by one for each drawn row of a convolution. The exact
+    /// product copies whole rows of images instead.
     pub(crate) gathered: usize,
     pub(crate) dtype: DType,
     /// Whether the gradient of the input is asked for.
     pub(crate) with_input: bool,
 }
 
-/// The configuration with those gradients exact whose approximation is expected to take longer on this device,
-/// each by itself.
+/// The configuration with a gradient made exact if its approximation is expected to take longer on
+/// this device. Each gradient is decided by itself.
 ///
-/// Leaving out M - K of the M outer products saves `2 (M - K) N P` floating-point operations of a
-/// matrix product; the price is a pass over `M (N + P)` values, once or, with a memory, three
-/// times. Rows left out of the gradient of the input save as much, for a pass more. On CPUs the rule compares
-/// the two per row, by the measured cost of a value in the pass in operations of the product. Where only the
-/// default bodies could compute an approximate gradient, which are slower than what they save, it is exact, and where only
-/// they could pack an input, by way of the host, or with gradient checkpointing, it is kept as it is. On GPUs, where nothing has
-/// been measured, the costs are those of a model of a fast one (`docs/gpu.md`): there launches decide, and a slower GPU would
-/// gain from smaller layers too.
+/// Leaving out M - K of the M outer products saves `2 (M - K) N P` operations of a matrix product.
+/// The price is to read `M (N + P)` values once, or three times with a memory. Rows left out of the
+/// gradient of the input save as much, for one more pass. The rule compares the two per row. The
+/// cost of a value is measured on CPUs, and follows a model of a fast GPU on GPUs (`docs/gpu.md`).
+///
+/// A gradient is also exact where only the default bodies could approximate it, because they take
+/// longer than what they save. An input is kept as it is where [it is not worth packing](packs).
 pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> AopConfig {
     let mut ruled = *config;
     if !config.cost_rule {
@@ -62,8 +62,8 @@ pub(crate) fn ruled(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> 
     ruled
 }
 
-/// Whether values in few bits save something: they are packed on the device, and not by way of the host, and would not be
-/// computed again instead of being kept.
+/// Whether few bits save something. They do not where values would be packed by way of the host, or
+/// where gradient checkpointing can compute values again instead of keeping them.
 pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
     #[cfg(feature = "autodiff")]
     if let DispatchDevice::Autodiff(device) = device
@@ -99,20 +99,20 @@ struct Cost {
     fold_in: f64,
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
-    /// A value of a chosen patch of a convolution, and a position among which some are chosen (of which there are many, with
-    /// little to multiply for each): rough (`docs/convolutions.md`).
+    /// A value of a drawn patch of a convolution, and a position of its output, for which there is
+    /// little to multiply. Both are rough (`docs/convolutions.md`).
     gather: f64,
     position: f64,
-    /// A value of the gradient of the weight, in a product of any number of rows: it is written.
+    /// A value of the gradient of the weight, which a product of any number of rows writes.
     write: f64,
     /// A launch.
     launch: f64,
-    /// A row in the search for the probabilities of all K that may be chosen, at most: with it the whole of measuring is
-    /// overestimated at every size of the bench (its `measure`). On a GPU by one multiprocessor.
+    /// A row in the search for the probabilities of all candidates for K, on a GPU by one
+    /// multiprocessor. With it, measuring is overestimated at every size of the bench (`measure`).
     search: f64,
 }
 
-/// With products in registers of 256 bits.
+/// A CPU whose products use registers of 256 bits.
 const NARROW: Cost = Cost {
     read: 35.0,
     fold_in: 80.0,
@@ -123,7 +123,7 @@ const NARROW: Cost = Cost {
     launch: 0.0,
     search: 6000.0,
 };
-/// With products in registers of 512 bits, which take less time, so that the passes weigh more.
+/// A CPU whose products use registers of 512 bits and take less time, so that passes weigh more.
 #[cfg(any(test, all(feature = "avx512", target_arch = "x86_64")))]
 const WIDE: Cost = Cost {
     read: 65.0,
@@ -143,7 +143,7 @@ impl Cost {
             (Class::Cube | Class::Cuda, DType::F16 | DType::BF16) => GPU_HALF,
             (Class::Cube, _) => GPU,
             (Class::Cuda, _) => GPU_TF32,
-            // Exact by the rule.
+            // The rule makes these devices exact.
             (Class::Other, _) => NOTHING,
         }
     }
@@ -165,7 +165,7 @@ impl Cost {
         self.saved(k, self.write, pass) > self.weight_pass(config, pass) + self.gather * some
     }
 
-    /// Choosing rows for the gradient of the weight, per row.
+    /// The cost of drawing rows for the gradient of the weight, per row.
     fn weight_pass(&self, config: &AopConfig, pass: Pass) -> f64 {
         let value = match config.method.memory() {
             Memory::None => self.read,
@@ -175,7 +175,7 @@ impl Cost {
             0 => 0.0,
             _ => self.position,
         };
-        // Scores, selection and gather; of a convolution squares besides.
+        // The launches score, draw and gather rows. A convolution also squares values.
         let launches = 2 + selection_launches(pass.rows) + usize::from(pass.gathered > 0);
         value * pass.read as f64 + position + self.launches(launches, pass)
     }
@@ -190,12 +190,12 @@ impl Cost {
     }
 
     fn input_pass(&self, pass: Pass) -> f64 {
-        // Sizes, selection, gather, zeros and scatter.
+        // The launches are sizes, draw, gather, zeros and scatter.
         let launches = 4 + selection_launches(pass.rows);
         self.input * pass.read as f64 + self.launches(launches, pass)
     }
 
-    /// Per row; on a GPU more rows are shared out to more multiprocessors (`rows/cube/select/many.rs`).
+    /// The search per row. A GPU spreads many rows over several multiprocessors (`select/many.rs`).
     fn search(&self, rows: usize) -> f64 {
         let shares = match self.launch > 0.0 && rows > ONE_CUBE {
             true => rows.div_ceil(1024).min(256),
@@ -204,12 +204,12 @@ impl Cost {
         self.search / shares as f64
     }
 
-    /// So many launches, per row.
+    /// The cost of `count` launches, per row.
     fn launches(&self, count: usize, pass: Pass) -> f64 {
         self.launch * count as f64 / pass.rows as f64
     }
 
-    /// What a product of `k` of the rows saves per row, if `write` operations a value are paid for any number.
+    /// What a product of `k` rows saves, per row. It always pays `write` for a value of its result.
     fn saved(&self, k: usize, write: f64, pass: Pass) -> f64 {
         let rows = pass.rows as f64;
         let left_out = 1.0 - (k as f64 / rows).min(1.0);
@@ -217,10 +217,10 @@ impl Cost {
     }
 }
 
-/// The rows among which one cube of a GPU chooses (`STAGED` in `rows/cube/select.rs`).
+/// The most rows among which one cube of a GPU draws (`STAGED` in `rows/cube/select.rs`).
 const ONE_CUBE: usize = 2048;
 
-/// What systematic sampling takes on a GPU.
+/// The launches of systematic sampling on a GPU.
 fn selection_launches(rows: usize) -> usize {
     match rows <= ONE_CUBE {
         true => 1,
@@ -228,14 +228,14 @@ fn selection_launches(rows: usize) -> usize {
     }
 }
 
-/// The least that a layer chooses.
+/// The least K that a layer chooses.
 fn least_k(rows: usize) -> usize {
     k_of(1.0 / DIVISORS[DIVISORS.len() - 1] as f64, rows)
 }
 
-/// On a GPU, by a model of a fast one (`docs/gpu.md`), not measured: values of four bytes, at 20 operations of a product for each
-/// byte of memory traffic (an H100 in `f32` has 67e12 / 3.35e12), a quarter more for gathering an eighth of the rows, and launches of 3
-/// microseconds at 50e12 operations a second.
+/// A GPU, by a model of a fast one (`docs/gpu.md`), not by measuring. A value has four bytes, and a
+/// byte takes as long as 20 operations (67e12 / 3.35e12 on an H100 in `f32`). Gathering an eighth
+/// of the rows takes a quarter more. A launch takes 3 microseconds, at 50e12 operations a second.
 const GPU: Cost = Cost {
     read: 100.0,
     fold_in: 240.0,
@@ -246,7 +246,7 @@ const GPU: Cost = Cost {
     launch: 1.5e8,
     search: 2e5,
 };
-/// On CUDA products of single precision take tensor cores, in TF32: a seventh of the time.
+/// On CUDA, products of single precision use tensor cores in TF32, and take a seventh of the time.
 const GPU_TF32: Cost = Cost {
     read: 700.0,
     fold_in: 1700.0,
@@ -257,7 +257,7 @@ const GPU_TF32: Cost = Cost {
     launch: 1.05e9,
     search: 1.4e6,
 };
-/// In half precision values have half of the bytes, and products of matrix units take a fourteenth of the time.
+/// In half precision values have half of the bytes, and products take a fourteenth of the time.
 const GPU_HALF: Cost = Cost {
     read: 700.0,
     fold_in: 1700.0,
@@ -269,11 +269,11 @@ const GPU_HALF: Cost = Cost {
     search: 2.8e6,
 };
 
-/// What passes through memory beside the products, in values: an optimizer reads weight and gradient and writes the
-/// weight, by way of another tensor; an activation reads and writes in both directions.
+/// How often each value of weight and output is read or written beside the products: by an
+/// optimizer, by way of another tensor, and by an activation, in both directions.
 const BESIDE: f64 = 4.0;
 
-/// Where only operations of products count.
+/// Only the operations of products count.
 const NOTHING: Cost = Cost {
     read: 0.0,
     fold_in: 0.0,
@@ -285,8 +285,8 @@ const NOTHING: Cost = Cost {
     search: 0.0,
 };
 
-/// The time of a training step in operations of a matrix product per row, for the choice of K; without the cost
-/// rule, of the products alone.
+/// The time of a training step per row, in operations of a matrix product, for the choice of K.
+/// Without the cost rule it is the time of the products alone.
 pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass) -> StepTime {
     let cost = match config.cost_rule {
         true => Cost::of(device_class(device), pass.dtype),
@@ -295,7 +295,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     let (n, p) = (pass.d_input as f64, pass.d_output as f64);
     let (rows, read) = (pass.rows as f64, pass.read as f64);
     let product = 2.0 * n * p;
-    // A value of the weight is shared by the rows.
+    // All rows share the work on a value of the weight.
     let weight = n * p / rows;
     let written = (cost.write * weight).min(product);
     let input = match pass.with_input {
@@ -309,7 +309,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
         false => 1.0,
         true => 2.0,
     };
-    // The search for c of all K is as that of one.
+    // The search for all K takes as many launches as that for one.
     let launches = cost.launches(8 + selection_launches(pass.rows), pass);
     StepTime {
         fixed: product + written + BESIDE * cost.read * (weight + p),
@@ -325,13 +325,13 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
 #[allow(dead_code)] // Not all backends are always there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
-    /// With the code of `rows/cpu.rs`.
+    /// A CPU with the code of `rows/cpu.rs`.
     Cpu,
-    /// With the kernels of `rows/cube.rs`.
+    /// A GPU with the kernels of `rows/cube.rs`.
     Cube,
-    /// The same, with products of single precision in TF32.
+    /// A GPU with these kernels, and with products of single precision in TF32.
     Cuda,
-    /// With the default bodies alone.
+    /// A device with the default bodies alone.
     Other,
 }
 
@@ -341,7 +341,7 @@ fn device_class(device: &DispatchDevice) -> Class {
         DispatchDevice::Flex(_) => Class::Cpu,
         #[cfg(feature = "ndarray")]
         DispatchDevice::NdArray(_) => Class::Cpu,
-        // Its cubes are too small for the kernels.
+        // The cubes of CubeCL's CPU runtime are too small for the kernels.
         #[cfg(feature = "cubecl-backend")]
         DispatchDevice::Cube(burn_cubecl::cubecl::Device::Cpu(_)) => Class::Other,
         #[cfg(feature = "cubecl-backend")]
@@ -393,7 +393,7 @@ mod tests {
             (128, 16, 64, 64, [true, false], [false, false]),
             (128, 16, 128, 128, [true, true], [true, false]),
             (512, 64, 784, 512, [true, true], [true, true]),
-            // K of nearly M saves nothing.
+            // A K near M saves nothing.
             (512, 500, 784, 512, [false, false], [false, false]),
         ] {
             for (cost, expected) in [(NARROW, narrow), (WIDE, wide)] {
@@ -438,7 +438,7 @@ mod tests {
         let few = config(Memory::None, 64).with_input_gradient(quarter);
         let wide = pass(512, 784, 512);
         assert_eq!(ruled(few, wide), (true, true));
-        // Nothing to save in the one or in the other.
+        // A gradient of all rows has nothing to save.
         assert_eq!(ruled(config(Memory::None, 64), wide), (true, false));
         let all = few.with_outer_products(OuterProducts::Count(512));
         assert_eq!(ruled(all, wide), (false, true));
@@ -453,7 +453,7 @@ mod tests {
             (true, false)
         );
         assert_eq!(ruled(few, pass(512, 784, 10)), (false, false));
-        // A K that the layer chooses may be exact, and is where no K pays.
+        // With `Auto` a gradient is exact where no K pays.
         let chosen = few.with_outer_products(OuterProducts::Auto);
         assert_eq!(ruled(chosen, pass(512, 784, 10)), (false, false));
         assert_eq!(ruled(chosen, wide), (true, true));
@@ -482,7 +482,7 @@ mod tests {
             ..wide
         });
         assert_eq!((first.fixed, first.input.product), (fixed, 0.0));
-        // Rows of dX are measured by themselves.
+        // The rows of dX need a measurement of their own.
         let chosen = AopConfig::new().with_input_gradient(OuterProducts::Auto);
         let measure = |config: &AopConfig, with_input| {
             let pass = Pass { with_input, ..wide };
@@ -493,7 +493,7 @@ mod tests {
             2.0 * measure(&AopConfig::new(), true)
         );
         assert_eq!(measure(&chosen, false), measure(&AopConfig::new(), false));
-        // A small batch pays more for each row, and measures less often where the layer is small too.
+        // A small batch pays more for each row, and measures less often if the layer is small too.
         let small = time(pass(64, 128, 128));
         assert!(small.fixed > 1.5 * small.weight.product);
         let settled = Averages {

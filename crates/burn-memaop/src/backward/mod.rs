@@ -1,5 +1,5 @@
-//! The backward pass of a layer: what the autodiff graph registers, what a step is to do, and the recipe of its
-//! gradients.
+//! The backward pass of a layer: what it registers with autodiff, what a step is to do, and the
+//! recipe of the gradients.
 
 #[cfg(feature = "autodiff")]
 mod activation;
@@ -26,17 +26,17 @@ pub(crate) struct AopLayer {
     pub(crate) config: AopConfig,
     /// The time of a step, for the choice of K.
     pub(crate) time: StepTime,
-    /// None where the gradients are exact at every step, and steps are not counted.
+    /// None if all gradients are exact and the input is kept as it is. Steps are not counted then.
     pub(crate) state: Option<LayerState>,
-    /// The place for the packed input, where other layers have the same input.
+    /// The place for the packed input, if other layers have the same input.
     pub(crate) shared: Option<SharedInput>,
 }
 
-/// The packed input of several layers. The first layer to come packs it.
+/// The packed input of several layers. The first layer that needs it packs it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SharedInput(pub(self) Arc<OnceLock<Packed<Dispatch>>>);
 
-/// The operations that have a backward pass of this crate. Without autodiff they are Burn's.
+/// The operations with a backward pass of this crate. Without autodiff they are Burn's.
 // Without a backend the macro has no use for the arguments.
 #[allow(unused_variables)]
 #[backend_extension(
@@ -78,7 +78,7 @@ pub(crate) trait LayerOps: RowOps + ExactOps {
         Self::memaop_exact_gelu(input)
     }
 
-    /// Burn's `gelu` of a matrix. The backward pass keeps the derivative in 8 bits, rounded by the random bits.
+    /// Burn's `gelu` of a matrix, whose derivative is kept in 8 bits, rounded by random bits.
     fn memaop_packed_gelu(input: FloatTensor<Self>, random: Random) -> FloatTensor<Self> {
         Self::memaop_exact_gelu(input)
     }
@@ -100,7 +100,7 @@ layer_ops! {
 #[cfg(feature = "cubecl-backend")]
 impl<B: burn_fusion::FusionBackend + LayerOps> LayerOps for burn_fusion::Fusion<B> {}
 
-/// Stops where the device's backend is compiled into Burn, but not into this crate.
+/// Panics if the backend of the device is compiled into Burn, but not into this crate.
 pub(crate) fn assert_supported(device: &DispatchDevice) {
     match device {
         #[cfg(feature = "flex")]
@@ -113,10 +113,10 @@ pub(crate) fn assert_supported(device: &DispatchDevice) {
         DispatchDevice::Cube(_) => {}
         #[cfg(feature = "autodiff")]
         DispatchDevice::Autodiff(device) => assert_supported(device),
-        // A variant that is there through Burn's features alone cannot be named here.
+        // Variants that only Burn's features enable cannot be named here.
         #[allow(unreachable_patterns)]
         device => panic!(
-            "MemAopLinear does not support the device {device:?} in this build: enable the feature of burn-memaop \
+            "burn-memaop does not support the device {device:?} in this build: enable the feature of burn-memaop \
              that has the name of its backend (flex, ndarray, tch, wgpu, vulkan, webgpu, metal, cuda, rocm or cpu; there \
              is none for the remote backend)"
         ),

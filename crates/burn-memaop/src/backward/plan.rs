@@ -1,4 +1,4 @@
-//! What one step of a layer is to do, and what it leaves behind. Between the two the state is not locked.
+//! What a step of a layer is to do, and what it leaves behind. The state is not locked in between.
 
 use super::AopLayer;
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 pub(super) struct LayerStep<'a> {
     pub(super) layer: &'a AopLayer,
     pub(super) state: StateHandle,
-    /// How often the layer has been mapped before.
+    /// How often this clone of the layer has been mapped.
     pub(super) maps: u64,
     pub(super) rows: usize,
     /// Whether the gradient of the input is asked for.
@@ -28,10 +28,10 @@ pub(super) struct LayerStep<'a> {
 pub(super) struct Plan {
     /// The number of steps before this one.
     pub(super) step: u64,
-    /// The rows of the gradient of the weight, and of the gradient of the input.
+    /// The numbers of rows for the gradients of weight and input.
     pub(super) k: usize,
     pub(super) input_rows: usize,
-    /// The K of which the noise of either gradient is measured.
+    /// The K for which the noise of each gradient is measured, if it is.
     pub(super) measures: Option<Candidates>,
     pub(super) measures_input: Option<Candidates>,
     /// Whether the gradient is compared with the exact one.
@@ -49,14 +49,14 @@ pub(super) struct Outcome {
     pub(super) error: Option<Reading<2>>,
 }
 
-/// A batch of fewer rows tells too little of its noise.
+/// A batch with fewer rows tells too little of its noise.
 const LEAST_ROWS: usize = 16;
 
 impl LayerStep<'_> {
-    /// Counts the step and says what it does.
+    /// Counts the step and plans it.
     ///
-    /// Steps of one layer may run at the same time. On CPUs they compute on a pool of threads, which may meanwhile take
-    /// up another step of the same layer, so the state must not be locked then.
+    /// The state must not stay locked while the step computes. On CPUs the step computes on a pool
+    /// of threads, which may take up another step of the same layer in the meantime.
     pub(super) fn plan(&self) -> Plan {
         let config = &self.layer.config;
         let mut state = self.state.lock();
@@ -64,7 +64,7 @@ impl LayerStep<'_> {
         let measures = self.measures(&state, step);
         if measures && (state.reading.is_some() || state.input_reading.is_some()) {
             let readings = [state.reading.take(), state.input_reading.take()];
-            // The device is waited for without the lock.
+            // The lock is released while the device is waited for.
             drop(state);
             let figures = readings.map(|reading| reading.map(|reading| reading.read()));
             state = self.state.lock();
@@ -107,7 +107,7 @@ impl LayerStep<'_> {
         let replace = |place: &mut Option<_>, reading: Option<_>| {
             reading.and_then(|reading| place.replace(reading))
         };
-        // A reading of a step at the same time may have to be waited for, so it is dropped behind the lock.
+        // The drop of a reading may wait for the device, so it comes after the lock is released.
         let _replaced = (
             replace(&mut state.reading, outcome.figures),
             replace(&mut state.input_reading, outcome.input_figures),
@@ -128,7 +128,7 @@ impl LayerStep<'_> {
         self.layer.config.chooses_input_rows() && self.with_input
     }
 
-    /// Whether the noise of this step is measured. It is not while the figures of an earlier step cannot be waited for.
+    /// Whether this step measures its noise. It does not while an earlier measurement is late.
     fn measures(&self, state: &DeviceState, step: u64) -> bool {
         let seed = self.layer.config.seed;
         let readings = [&state.reading, &state.input_reading];
@@ -138,7 +138,7 @@ impl LayerStep<'_> {
             && !readings.into_iter().flatten().any(Reading::is_late)
     }
 
-    /// Chooses K and the rows of the gradient of the input by all measurements so far, of which `figures` are the last.
+    /// Adds the last measurement, and chooses K and the rows of the gradient of the input.
     fn choose(&self, state: &mut DeviceState, figures: [Option<Figures>; 2]) {
         let (config, time) = (&self.layer.config, &self.layer.time);
         let DeviceState {
@@ -174,7 +174,7 @@ impl LayerStep<'_> {
     }
 }
 
-/// K for a step of `rows` rows. With all rows the gradient is exact.
+/// K for a step with a batch of `rows` rows. If K is `rows`, the gradient is exact.
 fn k_at(config: &AopConfig, progress: &Progress, step: u64, rows: usize) -> usize {
     if step < config.exact_steps as u64 {
         return rows;
@@ -185,7 +185,7 @@ fn k_at(config: &AopConfig, progress: &Progress, step: u64, rows: usize) -> usiz
     }
 }
 
-/// The rows of the gradient of the input.
+/// The number of rows of the gradient of the input.
 fn input_rows_at(config: &AopConfig, progress: &Progress, step: u64, rows: usize) -> usize {
     if step < config.exact_steps as u64 {
         return rows;

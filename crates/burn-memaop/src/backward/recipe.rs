@@ -1,6 +1,6 @@
-//! How gradients are made of the verbs of a backend: one recipe for all layers, methods and backends.
+//! How the verbs of a backend make gradients: one recipe for all layers, methods and backends.
 //!
-//! These functions know nothing of layers and steps, and nothing that they are given is changed.
+//! These functions know nothing of layers and steps, and have no side effects.
 
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{FloatDType, Shape};
@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The gradient of the weight from K outer products, shape `[d_input, d_output]` (of a convolution
-/// `[channels, patch]`), and the memory for the next step, where the method has one.
+/// `[channels, patch]`), and the memory for the next step, if the method has one.
 pub(crate) fn weight_gradient<B: RowOps>(
     input: Factor<B>,
     grad: FloatTensor<B>,
@@ -66,8 +66,8 @@ pub(crate) fn input_gradient<B: ExactOps>(
     B::memaop_input_product(grad, weight, scores.score, drawn)
 }
 
-/// What the noise of a gradient follows from, shape `[8]`, in single precision: the norm of `gradient` (0 if there is
-/// none), and the [variances](RowOps::memaop_variances).
+/// The figures of the noise of a gradient, shape `[8]`, in single precision: the norm of `gradient`
+/// (0 if there is none), then the [variances](RowOps::memaop_variances).
 pub(crate) fn noise<B: RowOps>(
     input: Factor<B>,
     grad: FloatTensor<B>,
@@ -83,7 +83,7 @@ pub(crate) fn noise<B: RowOps>(
     B::float_cat(vec![norm, variances], 0)
 }
 
-/// The distance of a gradient from the exact one and the norm of the exact one, shape `[2]`, in single precision.
+/// `|gradient - exact|` and `|exact|` in Frobenius norms, shape `[2]`, in single precision.
 pub(crate) fn distance<B: RowOps>(
     gradient: FloatTensor<B>,
     exact: FloatTensor<B>,
@@ -101,7 +101,7 @@ fn as_matrix<B: RowOps>(input: Factor<B>, dtype: FloatDType) -> FloatTensor<B> {
     }
 }
 
-/// The memory with at least the rows of the batch, new ones being zero.
+/// The memory with at least as many rows as the batch. New rows are zero.
 fn at_least<B: RowOps>(
     memory: Option<Memory<B>>,
     input: &FloatTensor<B>,

@@ -1,7 +1,7 @@
-//! Activation functions whose backward pass needs a bit or a byte of a value, and keeps no more.
+//! Activation functions that keep only a bit or a byte of a value for the backward pass.
 //!
-//! Burn's keep their input, which beside layers with a [`StoredInput`](crate::StoredInput) of few bits is the larger part of what
-//! is kept then.
+//! Burn's keep their input, which beside layers with a [`StoredInput`](crate::StoredInput) of few
+//! bits is the larger part of what is kept.
 //!
 //! ```
 //! use burn::prelude::*;
@@ -25,11 +25,11 @@ use crate::{
     state::LayerState,
 };
 
-/// Applies [`burn::tensor::activation::relu`]; the gradient is the same, and one bit a value is kept for it.
+/// Applies [`burn::tensor::activation::relu`]. The gradient is the same, and needs one bit a value.
 ///
-/// Burn's own where no gradient is asked for, with gradient checkpointing, which can compute what Burn's needs again, and where
-/// values could only be packed by way of the host (double precision on GPUs, half precision on CPUs, LibTorch, CubeCL's CPU
-/// runtime).
+/// Burn's own function is used where no gradient is asked for, with gradient checkpointing (which
+/// can compute again what it needs), and where only the host could pack values: in double
+/// precision, in half precision on CPUs, with LibTorch and on CubeCL's CPU runtime.
 ///
 /// # Panics
 ///
@@ -43,8 +43,8 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`], and keeps the derivative as [`Gelu`] does, rounded by the random bits of
-/// the pass.
+/// Applies [`burn::tensor::activation::gelu`], and keeps the derivative as [`Gelu`] does, rounded
+/// by the random bits of the pass.
 pub(super) fn packed_gelu<const D: usize>(
     input: Tensor<D>,
     random: impl FnOnce(&Device) -> Random,
@@ -60,8 +60,8 @@ pub(super) fn packed_gelu<const D: usize>(
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`], faster on Flex in single precision, to 1e-6; Burn's own where no gradient is
-/// asked for.
+/// Applies [`burn::tensor::activation::gelu`] to 1e-6, faster on Flex in single precision. It is
+/// Burn's own where no gradient is asked for.
 pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     match is_tracked(&input) {
         false => activation::gelu(input),
@@ -71,20 +71,20 @@ pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// Whether something is kept, and can be in few bits.
+/// Whether something is kept, and can be kept in few bits.
 fn packs<const D: usize>(input: &Tensor<D>) -> bool {
     let device = input.device();
     assert_supported(device.as_dispatch());
     is_tracked(input) && cost::packs(device.as_dispatch(), input.dtype())
 }
 
-/// The least width of a row, for its parts that are not full to count little.
+/// The least width of a row. Its last words and groups, which may not be full, then count little.
 const LEAST_WIDTH: usize = 512;
-/// Of widths that the values can be laid out in, the widest that is looked for.
+/// The widest row that is looked for.
 const MOST_WIDTH: usize = 8 * LEAST_WIDTH;
 
-/// The width of the rows in which so many values are worked on, of which `last` follow each other on the last axis: a row
-/// is what a core or a cube takes. None where no width that is neither narrow nor wide divides them.
+/// The width of rows for so many values, of which `last` lie on the last axis. A core or a cube
+/// takes a row. None if no width that is neither narrow nor wide divides the values.
 fn row_width(values: usize, last: usize) -> Option<usize> {
     if values <= LEAST_WIDTH || (LEAST_WIDTH..=MOST_WIDTH).contains(&last) {
         return Some(last.max(values.min(LEAST_WIDTH)));
@@ -104,7 +104,7 @@ fn row_width(values: usize, last: usize) -> Option<usize> {
     }
 }
 
-/// Applies a function of values to all of a tensor as one matrix.
+/// Applies a function of values to a tensor as one matrix.
 fn as_matrix<const D: usize>(
     input: Tensor<D>,
     function: impl FnOnce(Tensor<2>) -> Tensor<2>,
@@ -117,7 +117,7 @@ fn as_matrix<const D: usize>(
     if let Some(width) = row_width(values, shape[D - 1]) {
         return function(input.reshape([values / width, width])).reshape(shape);
     }
-    // A prime number of narrow rows, say: zeros fill the last row up.
+    // The number of narrow rows is prime, for instance. Zeros fill the last row up.
     let rows = values.div_ceil(LEAST_WIDTH);
     let zeros = [rows * LEAST_WIDTH - values];
     let zeros = Tensor::<1>::zeros(zeros, (&input.device(), input.dtype()));
@@ -152,16 +152,16 @@ impl Relu {
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does; its derivative is kept in 8 bits, with a scale for
-/// each 64 values, and is at most 0.009 off.
+/// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does. Its derivative is kept
+/// in 8 bits, with a scale for each 64 values, and is at most 0.009 off.
 ///
-/// The derivative is rounded up or down at random, with the distances as odds, by random bits of its own for each pass. So the
-/// expected gradient of one `Gelu` is the exact one; in a stack of several each needs a [seed](Self::with_seed) of its own. A
-/// derivative that is not finite makes the 64 NaN. The number of passes is state, as a [layer](crate::MemAopLinear#state) has it:
-/// kept for each device, shared by clones, and part of the record.
+/// The derivative is rounded up or down at random, with the distances as odds, by new random bits
+/// in each pass. So the expected gradient of one `Gelu` is exact; in a stack, each needs its own
+/// [seed](Self::with_seed). A derivative that is not finite makes its 64 NaN. The number of passes
+/// is [state](crate::MemAopLinear#state): each device has one, clones share it, records hold it.
 ///
-/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed where [`relu`] is Burn's
-/// own.
+/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed
+/// where [`relu`] is Burn's own.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Gelu {
@@ -184,8 +184,8 @@ impl Gelu {
         }
     }
 
-    /// The same with another seed of its random bits; without one it is 0. Modules with equal seeds round the same positions
-    /// alike. If one is above the other, the expected gradient is then no longer exact.
+    /// The same with another seed than 0 for the random bits. Modules with equal seeds round equal
+    /// positions alike, so the expected gradient is not exact if one is above the other.
     pub fn with_seed(self, seed: u64) -> Self {
         Self { seed, ..self }
     }
@@ -227,7 +227,7 @@ mod tests {
             (64 * 32 * 28, 28, 28 * 28),
             (100_000, 1, 625),
             (128, 10, 640),
-            // A prime number of rows, wide enough by themselves or not.
+            // The number of rows is prime, and they are wide enough by themselves or not.
             (8191, 256, 256),
             (7, 300, 2100),
             (1, 9, 9),
@@ -235,7 +235,7 @@ mod tests {
             assert_eq!(row_width(rows * last, last), Some(width), "{rows} {last}");
         }
         assert_eq!(row_width(3 * 8191, 3), None);
-        // Long rows are parted.
+        // Long rows are split.
         assert_eq!(row_width(2 * 100_000, 100_000), Some(625));
         assert_eq!(row_width(2 * 1_000_003, 1_000_003), None);
     }

@@ -26,11 +26,10 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopConv2d`] layer using the [init function](MemAopConv2dConfig::init): all of
-/// [`Conv2dConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopConv2d`] layer: all of [`Conv2dConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopConv2dConfig {
-    /// The number of channels, of input and output.
+    /// The numbers of channels of input and output.
     pub channels: [usize; 2],
     /// The size of the kernel.
     pub kernel_size: [usize; 2],
@@ -60,13 +59,13 @@ pub struct MemAopConv2dConfig {
 }
 
 impl MemAopConv2dConfig {
-    /// Initialize a new [`MemAopConv2d`] module, with the same parameters as [`Conv2dConfig::init`] gives from the same
-    /// random state.
+    /// Creates a [`MemAopConv2d`] with the parameters that [`Conv2dConfig::init`] gives from the
+    /// same random state.
     ///
     /// # Panics
     ///
-    /// Panics if `groups` does not divide both numbers of channels, and if `aop` is not one of a convolution, as
-    /// [`MemAopConv2d::from_conv2d`] says.
+    /// Panics if [`AopConfig::validate_convolution`] rejects `aop`, or if `groups` does not divide
+    /// both numbers of channels.
     pub fn init(&self, device: &Device) -> MemAopConv2d {
         let conv2d = Conv2dConfig::new(self.channels, self.kernel_size)
             .with_stride(self.stride)
@@ -80,29 +79,29 @@ impl MemAopConv2dConfig {
     }
 }
 
-/// Applies a 2D convolution over input tensors, and back-propagates to its weight with K of the M outer products of the
-/// exact gradient.
+/// Applies a 2D convolution over input tensors, and back-propagates to its weight with K of the M
+/// outer products of the exact gradient.
 ///
-/// Should be created with [`MemAopConv2dConfig`], or from a [`Conv2d`] with [`from_conv2d`](Self::from_conv2d).
+/// Create it with [`MemAopConv2dConfig`] or [`from_conv2d`](Self::from_conv2d).
 ///
-/// The weight gradient of a convolution is the same sum as that of a linear layer: a row is a position of the output, its
-/// input the patch of the image that the position sees. M is their number, images times height times width. A position is
-/// drawn by the norms of its patch and its gradient (of several groups, by the root of the sum of the squares of the
-/// products), and only chosen patches are unfolded. The gradients of input and bias are exact, and so is everything where
-/// K >= M or where the [cost rule](AopConfig::cost_rule) finds that nothing is saved: on CPUs with few channels, mostly.
-/// In single and double precision on CPUs the products of a training step are this crate's own, K = M included, and the same
-/// as Burn's but for rounding; those of Burn are taken where they are as fast (`docs/convolutions.md`).
+/// A row is a position of the output (M is images times height times width), and its input is the
+/// patch of the image that the position sees. A position is drawn by the norms of its patch and its
+/// gradient (with several groups, by the root of the sum of the squares of their products), and
+/// only drawn patches are unfolded. With [`OuterProducts::Auto`], the default, all are used,
+/// because the rule that chooses K takes rows for independent, and positions of an image are not.
 ///
-/// With [`OuterProducts::Auto`], the default, all positions are taken, because the rule that chooses K takes rows for
-/// independent, and positions of one image are not.
+/// The gradients of input and bias are exact, and so is that of the weight if K >= M, or if the
+/// [cost rule](AopConfig::cost_rule) finds that nothing is saved (on CPUs mostly with few
+/// channels). In single precision on CPUs this crate has products of its own, for K = M too, unless
+/// Burn's are as fast (`docs/convolutions.md`). They differ from Burn's by rounding alone.
 ///
-/// There is no [memory](crate::Memory): it would be as large as the unfolded input. The state of the layer is the number of its
-/// steps; who shares it is said at [`MemAopLinear`](crate::MemAopLinear#state). As there, a position is left out of the weight
-/// gradient where K < M and the norm of its patch or of its gradient is NaN, infinite or above 1.8e19.
+/// There is no [memory](crate::Memory), which would be as large as the unfolded input. The
+/// [state](crate::MemAopLinear#state) of the layer is the number of its steps. If K < M, a value
+/// that is not finite makes the whole gradient of the weight NaN.
 #[derive(Debug, Clone)]
 pub struct MemAopConv2d {
-    /// Tensor of shape `[channels_out, channels_in / groups, kernel_size_1, kernel_size_2]`, initialized as that of
-    /// [`Conv2d`].
+    /// Tensor of shape `[channels_out, channels_in / groups, kernel_size_1, kernel_size_2]`,
+    /// initialized as that of [`Conv2d`].
     pub weight: Param<Tensor<4>>,
     /// Tensor of shape `[channels_out]`.
     pub bias: Option<Param<Tensor<1>>>,
@@ -121,7 +120,8 @@ pub struct MemAopConv2d {
 }
 
 impl MemAopConv2d {
-    /// Takes over the parameters of a [`Conv2d`], with their ids, so that the state of an optimizer stays with them.
+    /// Takes the parameters of a [`Conv2d`], with their ids, so that an optimizer's state stays
+    /// with them.
     ///
     /// # Panics
     ///
@@ -141,8 +141,8 @@ impl MemAopConv2d {
         }
     }
 
-    /// The same layer, approximated in another way; [`with_aop`](crate::with_aop) does that for all layers of a model. The
-    /// layer goes on with the present state, which it shares with no other layer from now on.
+    /// The same layer, approximated in another way; [`with_aop`](crate::with_aop) is for whole
+    /// models. The layer goes on with the present state, but shares it no more.
     ///
     /// # Panics
     ///
@@ -175,8 +175,8 @@ impl MemAopConv2d {
     ///
     /// # Panics
     ///
-    /// Panics if the input has other channels or is smaller than the kernel, and if the feature for the backend of `input`
-    /// is not enabled; the message names the feature.
+    /// Panics if the input has other channels or, padded, is smaller than the kernel, or if the
+    /// feature for its backend is not enabled; the message names the feature.
     pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
         let device = input.device();
         assert_supported(device.as_dispatch());
@@ -199,7 +199,7 @@ impl MemAopConv2d {
         let bias = self.bias.as_ref().map(Param::val);
         let rows = images * output[0] * output[1];
         let (dtype, with_input) = (input.dtype(), is_tracked(&input));
-        // Nothing to multiply: the gradients are zeros.
+        // Without anything to multiply, the gradients are zeros.
         let empty = [rows, window.patch(), height, width, weight.dims()[0]].contains(&0);
         // Burn's own function keeps what is quantized.
         let quantized = |dtype: DType| !dtype.is_float();
@@ -225,7 +225,7 @@ impl MemAopConv2d {
 
         let pass = pass(images, &window, dtype, with_input);
         let aop = cost::ruled(&self.applied(), device.as_dispatch(), pass);
-        // The random bits of packed values go by the passes.
+        // Packing draws random bits by the number of the pass.
         let counted = !aop.is_exact(rows, with_input) || aop.stored_input != StoredInput::Full;
         if !counted {
             self.state.note_exact(rows, with_input);
@@ -244,9 +244,10 @@ impl MemAopConv2d {
         self.aop
     }
 
-    /// Whether the weight gradient of a batch of this shape, `[batch_size, channels_in, height_in, width_in]`, on `device`
-    /// is exact at every step: because K >= M, or by the [cost rule](AopConfig::cost_rule). The input is taken to have the
-    /// type of the weight and its gradient to be asked for, as it is in all layers but the first.
+    /// Whether the weight gradient of a batch of this shape
+    /// (`[batch_size, channels_in, height_in, width_in]`) on `device` is exact at every step,
+    /// because K >= M or by the [cost rule](AopConfig::cost_rule). The input is assumed to have the
+    /// weight's type and to need a gradient, as in all layers but the first.
     pub fn is_exact(&self, input: [usize; 4], device: &Device) -> bool {
         let [images, _, height, width] = input;
         let window = self.window([height, width]);
@@ -259,7 +260,7 @@ impl MemAopConv2d {
         rows == 0 || aop.is_exact(rows, true)
     }
 
-    /// The configuration, with all rows where a linear layer would choose their number.
+    /// The configuration, with all rows where a linear layer would choose K.
     fn applied(&self) -> AopConfig {
         match self.aop.outer_products {
             OuterProducts::Auto => self.aop.with_outer_products(OuterProducts::All),
@@ -280,7 +281,7 @@ impl MemAopConv2d {
         }
     }
 
-    /// The padding before and after, in height and width. As in Burn, [`PaddingConfig2d::Same`] adds the odd one after.
+    /// The padding before and after, in height and width. With `Same` an odd one is after.
     fn pairs(&self, size: [usize; 2]) -> [(usize, usize); 2] {
         match self.padding {
             PaddingConfig2d::Valid => [(0, 0); 2],
@@ -294,7 +295,7 @@ impl MemAopConv2d {
         }
     }
 
-    /// The values of a patch, and the channels of the output.
+    /// The values of a patch in one group, and the channels of the output.
     fn widths(&self) -> [usize; 2] {
         let [channels, of_group, height, width] = self.weight.lazy_shape().dims();
         [of_group * height * width, channels]

@@ -21,8 +21,7 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopLinear`] layer using the
-/// [init function](MemAopLinearConfig::init): all of [`LinearConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopLinear`] layer: all of [`LinearConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopLinearConfig {
     /// The size of the input features.
@@ -46,8 +45,8 @@ pub struct MemAopLinearConfig {
 }
 
 impl MemAopLinearConfig {
-    /// Initialize a new [`MemAopLinear`] module, with the same parameters as
-    /// [`LinearConfig::init`] gives from the same random state.
+    /// Creates a [`MemAopLinear`] with the parameters that [`LinearConfig::init`] gives from the
+    /// same random state.
     ///
     /// # Panics
     ///
@@ -65,53 +64,52 @@ impl MemAopLinearConfig {
 /// Applies a linear transformation to the input tensor, `O = IW + b`, and back-propagates to `W`
 /// with K of the M outer products of the exact gradient.
 ///
-/// Should be created with [`MemAopLinearConfig`], or from a [`Linear`] with
-/// [`from_linear`](Self::from_linear).
+/// Create it with [`MemAopLinearConfig`] or [`from_linear`](Self::from_linear).
 ///
-/// The gradients of the input (unless [some of its rows](AopConfig::input_gradient) are asked for) and
-/// the bias are exact. So is everything where K >= M, where the weight is frozen and in inference:
-/// there this layer is [`Linear`], but for an input that is [kept in few bits](crate::StoredInput) for
-/// the gradient of the weight. [`AopConfig`] sets K, the rows and what becomes of the others. The
-/// method is Mem-AOP-GD (Hernandez, Rini, Duman, 2021, arXiv:2110.09164).
+/// The gradients of the bias and (unless [some rows](AopConfig::input_gradient) are asked for) of
+/// the input are exact. So is everything where K >= M, with a frozen weight and in inference: there
+/// this layer is [`Linear`], but for an input [kept in few bits](crate::StoredInput). [`AopConfig`]
+/// sets K, the rows and what becomes of the others. The method is Mem-AOP-GD (Hernandez, Rini,
+/// Duman, 2021, arXiv:2110.09164).
 ///
 /// # Memory
 ///
-/// With a [`Memory`](crate::Memory) the layer keeps, for each position of the batch, the sum of the rows that were
-/// left out since the position was last chosen: `rows * (d_input + d_output)` values, in single
-/// precision (double for double-precision layers).
+/// A [`Memory`](crate::Memory) holds, for each position of the batch, the sum of the rows left out
+/// since it was last drawn: `rows * (d_input + d_output)` values, in single precision (double for
+/// double-precision layers).
 ///
-/// - Only a backward pass changes it, once for each use of the layer in the forward pass. Inference,
+/// - Only backward passes change it, once for each use of the layer in the forward pass. Inference,
 ///   [`valid`](Module::valid) and the recomputation of gradient checkpointing do not.
-/// - It is allocated in the first backward pass. A smaller batch uses its first rows and leaves the
-///   others alone; a larger one grows it with rows of zeros.
-/// - Passes that overlap each take a set of rows, and return it afterwards. No row is lost, but the order of such passes, and
-///   with it the result, varies from run to run.
+/// - The first backward pass allocates it. Smaller batches use its first rows, larger ones grow it
+///   by rows of zeros.
+/// - Passes that overlap each take a set of rows and return it. No row is lost, but the order of
+///   the passes, and so the result, varies from run to run.
 ///
 /// # State
 ///
-/// The memory, the number of steps and the K that was chosen are the state of the layer. Clones and forks share it, as those
-/// of Burn's [`BatchNorm`](burn::nn::BatchNorm) share its running state. Each device has a state of its own, so that results
-/// with one worker for each device do not depend on the order in which the workers run.
+/// The state of a layer is its memory, the number of steps and the chosen K. Clones and forks share
+/// it, as those of Burn's [`BatchNorm`](burn::nn::BatchNorm) share its running state. Each device
+/// has its own, so results with one worker for each device do not depend on the order of the
+/// workers.
 ///
-/// - [`load_record`](Module::load_record), [`with_aop`](Self::with_aop), [`from_linear`](Self::from_linear) and
-///   [`reset`](crate::reset) return a layer with a state that it shares with no other.
-/// - [`to_device`](Module::to_device) takes the state along: the first step on the new device goes on from the last one on
-///   the old device.
-/// - A [fork](Module::fork) uses the state of its device. If there is none, it goes on with the steps and the K of the device
-///   that it comes from, and with an empty memory, because the rows there may belong to another worker.
-/// - A record holds the states of all devices, under the name `memory`. One that is saved while a backward pass runs lacks the
-///   rows which that pass has. The record of a [`Linear`] has no state and loads with
-///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), the record of this layer
-///   into a [`Linear`] with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused). Weights that
-///   are loaded without a state make it new.
-/// - burn-store, which exchanges weights with other frameworks, does not see it: models are imported and
-///   exported as those with [`Linear`] are.
+/// - [`load_record`](Module::load_record), [`with_aop`](Self::with_aop),
+///   [`from_linear`](Self::from_linear) and [`reset`](crate::reset) give the layer its own state.
+/// - [`to_device`](Module::to_device) takes the state along: the first step there goes on from the
+///   last one on the old device.
+/// - A [fork](Module::fork) uses the state of its device. A new device begins with the steps and
+///   the K of the old one, and without its rows, which may be another worker's.
+/// - A record holds the states of all devices, under the name `memory`, without the rows of a
+///   backward pass that runs meanwhile. A [`Linear`]'s record loads with
+///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial) and makes the state new. A
+///   [`Linear`] loads this layer's with
+///   [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused).
+/// - burn-store, which exchanges weights with other frameworks, sees a [`Linear`] and no state.
 ///
 /// # Values that are not finite
 ///
-/// A NaN or an infinity in the batch is in its gradients at every K, as it is with [`Linear`]: the whole gradient of the
-/// weight is NaN where K < M, and the rows of the gradient of the input that are not finite with [`Linear`] are not finite
-/// here. Such a step leaves the memory and the measurements behind the choice of K as they were.
+/// If K < M, a value of the batch that is NaN or infinite makes the whole gradient of the weight
+/// NaN. Rows of the gradient of the input that are not finite with [`Linear`] are not finite here.
+/// Such a step leaves memory and measurements as they were.
 #[derive(Debug, Clone)]
 pub struct MemAopLinear {
     /// Matrix of shape `[d_input, d_output]`, initialized as that of [`Linear`].
@@ -123,8 +121,8 @@ pub struct MemAopLinear {
 }
 
 impl MemAopLinear {
-    /// Takes over the parameters of a [`Linear`], with their ids, so that the state of an
-    /// optimizer stays with them. The memory is empty.
+    /// Takes the parameters of a [`Linear`], with their ids, so that an optimizer's state
+    /// stays with them. The memory is empty.
     ///
     /// # Panics
     ///
@@ -139,10 +137,11 @@ impl MemAopLinear {
         }
     }
 
-    /// The same layer, approximated in another way; [`with_aop`](crate::with_aop) does that for all layers of a model.
+    /// The same layer, approximated in another way. For all layers of a model there is
+    /// [`with_aop`](crate::with_aop).
     ///
-    /// The layer goes on with the present state, which it shares with no other layer from now on. Rows are kept unless there is
-    /// to be no memory, and a K that was chosen unless it is to be found in another way.
+    /// The layer goes on with the present state, but shares it no more. Rows are dropped if the new
+    /// method has no memory, and a chosen K if `outer_products` changes.
     ///
     /// # Panics
     ///
@@ -173,12 +172,12 @@ impl MemAopLinear {
     /// - input: `[..., d_input]`, of any rank
     /// - output: `[..., d_output]`
     ///
-    /// The rows of the weight gradient are the elements of all leading dimensions, and all products are
-    /// taken over all rows at once. A tensor of rank 1 is one row, for which the gradient is always exact.
+    /// All leading dimensions are flattened to rows, and each product is one over all rows. A
+    /// tensor of rank 1 is one row, whose gradient is always exact.
     ///
     /// # Panics
     ///
-    /// Panics if the last axis of `input` is not `d_input`, and if the feature for the backend of `input` is
+    /// Panics if the last axis of `input` is not `d_input`, or if the feature for its backend is
     /// not enabled; the message names the feature.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         self.forward_shared(input, None)
@@ -197,10 +196,8 @@ impl MemAopLinear {
 
         let mut shape = input.shape();
         let rows = shape[..D - 1].iter().product();
-        // As Burn has it, a product for each matrix of a higher rank takes longer than one for all rows, and
-        // so does the sum of the weight gradients of each (`docs/benchmarks.md`).
         let bias = self.bias.as_ref().map(Param::val);
-        // A batch without rows has a gradient of zeros.
+        // The gradient of a batch without rows is zeros.
         if rows == 0 {
             if is_tracked(&weight) {
                 self.state.note_exact(rows, is_tracked(&input));
@@ -212,12 +209,12 @@ impl MemAopLinear {
             let output = self.apply(input, weight, bias, shared);
             return Tensor::from_dispatch(output.into_dispatch());
         }
+        // Burn takes longer: it makes a product and a weight gradient for each matrix.
         let output = self.apply(input.reshape([rows, d_input]), weight, bias, shared);
         shape[D - 1] = d_output;
         output.reshape(shape)
     }
 
-    /// The forward pass for a matrix.
     fn apply(
         &self,
         input: Tensor<2>,
@@ -225,8 +222,7 @@ impl MemAopLinear {
         bias: Option<Tensor<1>>,
         shared: Option<&SharedInput>,
     ) -> Tensor<2> {
-        // In inference, where the weight is frozen, and where it is quantized, which only Burn's own function
-        // keeps it.
+        // Burn's own function will do without a gradient, and keeps a quantized weight.
         if !is_tracked(&weight) {
             return linear(input, weight, bias);
         }
@@ -236,7 +232,7 @@ impl MemAopLinear {
         let pass = self.pass(rows, input.dtype(), with_input);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         let exact = aop.is_exact(rows, with_input);
-        // The random bits of packed rows go by the passes.
+        // Packing draws random bits by the number of the pass.
         let counted = !exact || aop.stored_input != StoredInput::Full;
         if !counted {
             self.state.note_exact(rows, with_input);
@@ -264,9 +260,9 @@ impl MemAopLinear {
         self.aop
     }
 
-    /// Whether the gradients of a batch of `rows` rows on `device` are exact at every step: because
-    /// K >= M, or by the [cost rule](AopConfig::cost_rule). The input is taken to have the type of the weight
-    /// and its gradient to be asked for, as it is in all layers but the first.
+    /// Whether the gradients of a batch of `rows` rows on `device` are exact at every step, because
+    /// K >= M or by the [cost rule](AopConfig::cost_rule). The input is assumed to have the
+    /// weight's type and, as in all layers but the first, to need a gradient.
     pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
         let pass = self.pass(rows, self.weight.val().dtype(), true);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
@@ -292,12 +288,12 @@ impl MemAopLinear {
         }
     }
 
-    /// Reads the state of the memory on the device of the layer. Waits for the device.
+    /// Reads the state of the memory on the layer's device. Waits for the device.
     pub fn memory_stats(&self) -> MemoryStats {
         self.state.present().stats()
     }
 
-    /// Random bits for a forward pass, beside this layer's own.
+    /// The seed and the number of a forward pass, for an activation beside this layer.
     pub(in crate::layers) fn pass_random(&self) -> Random {
         Random {
             seed: self.aop.seed,

@@ -4,9 +4,9 @@ use std::ptr;
 
 use burn::{module::Param, tensor::Tensor};
 
-/// Implements `Module` for a layer with the fields `weight`, `bias`, `aop` and `state` as Burn derives it, but that weight and
-/// bias are shown as those of Burn's layer: the adapters of burn-store, for PyTorch's layout and for half precision, go
-/// by the name of the module that a tensor is in.
+/// Implements `Module` as Burn derives it, for a layer with `weight`, `bias`, `aop` and `state`.
+/// But weight and bias are shown as those of Burn's layer: the adapters of burn-store, for
+/// PyTorch's layout and half precision, go by the name of the module that a tensor is in.
 macro_rules! layer_module {
     ($layer:ident, as $shown:literal, with $rule:path) => {
         impl Module for $layer {
@@ -133,7 +133,7 @@ macro_rules! layer_module {
 
 pub(super) use layer_module;
 
-/// Whether a mapper has put another weight in the place of a weight.
+/// Whether a mapper has replaced a weight by another.
 pub(super) fn is_replaced<const D: usize>(
     before: &Param<Tensor<D>>,
     after: &Param<Tensor<D>>,

@@ -28,17 +28,17 @@ pub struct AopObserver {
 }
 
 impl AopObserver {
-    /// Reports what each layer did, which takes no measuring.
+    /// Reports what each layer did, without measuring anything.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Compares one of `interval` gradients of each layer with the exact one too. That costs the product which the layer
-    /// is there to save.
+    /// Also compares one of `interval` gradients of each layer with the exact one, which costs the
+    /// product that the layer is there to save.
     ///
     /// # Panics
     ///
-    /// If the interval is 0.
+    /// Panics if the interval is 0.
     pub fn with_error(self, interval: usize) -> Self {
         assert!(
             interval > 0,
@@ -49,9 +49,8 @@ impl AopObserver {
         }
     }
 
-    /// What each layer did at its last step. Call it after each backward pass. It does not wait for the device.
-    ///
-    /// A layer reports the steps that it takes after it has been observed for the first time.
+    /// Reports what each layer did at its last step. Call it after each backward pass. It does not
+    /// wait for the device. A layer reports the steps that it takes after it was first observed.
     pub fn observe<M: Module>(&self, module: &M) -> AopReport {
         let report = |(name, layer): (String, Shown)| {
             let seen = layer.state.watched(self.error_interval)?;
@@ -77,58 +76,58 @@ impl AopObserver {
     }
 }
 
-/// The layers of a model, those that have taken a step since they were observed last.
+/// The layers of a model that have taken a step since they were observed last.
 #[derive(Debug, Clone, Default)]
 pub struct AopReport {
-    /// In the order of the fields.
+    /// The reports of the layers, in the order of the model's fields.
     pub layers: Vec<LayerReport>,
 }
 
 /// One layer at one step.
 #[derive(Debug, Clone)]
 pub struct LayerReport {
-    /// The fields of the model that lead to it, separated by dots.
+    /// The fields of the model that lead to the layer, separated by dots.
     pub name: String,
     /// The number of gradients before this one.
     pub step: u64,
-    /// K: the outer products evaluated.
+    /// K, the number of outer products evaluated.
     pub outer_products: usize,
-    /// M: the rows of the batch; of a convolution the positions of its output.
+    /// M, the number of rows of the batch, or of positions of a convolution's output.
     pub rows: usize,
-    /// The rows of the gradient of the input that were computed; none where nothing below the layer asks
-    /// for it, as in the first layer of most models.
+    /// The number of computed rows of the gradient of the input. None if nothing below the layer
+    /// asks for that gradient, as in the first layer of most models.
     pub input_rows: Option<usize>,
-    /// The noise-to-signal ratio of the gradient, by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose
-    /// K: the variance of the gradient of a batch, were its rows independent, against the square of the true gradient.
-    /// None where neither K nor the rows of the gradient of the input are chosen, and before the first measurement.
+    /// The noise-to-signal ratio by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose
+    /// K: the variance of a batch's gradient, if its rows are independent, relative to the square
+    /// of the true gradient. None if the layer chooses no rows, and before the first measurement.
     pub noise: Option<f64>,
-    /// The inputs of the layer; of a convolution the values of a patch of one group.
+    /// The number of inputs of the layer, or of values of a convolution's patch in one group.
     pub d_input: usize,
-    /// The outputs of the layer, or its channels.
+    /// The number of outputs of the layer, or of its channels.
     pub d_output: usize,
     error: Option<Reading<2>>,
 }
 
 impl LayerReport {
-    /// The relative error of the gradient of the weight, `|approximate - exact| / |exact|` in Frobenius norms, at the steps
-    /// that are [compared](AopObserver::with_error). With a memory the gradient also holds rows of earlier batches. Waits
-    /// for the device the first time. None where there is no exact gradient to compare with: because the step took all rows,
-    /// or because that gradient is zero or not finite.
+    /// The relative error of the gradient of the weight, `|approximate - exact| / |exact|` in
+    /// Frobenius norms. Waits for the device the first time. With a memory the gradient also holds
+    /// rows of earlier batches. None if the step was not [compared](AopObserver::with_error) or
+    /// took all rows, if a gradient is not finite, or if the exact one is zero.
     pub fn error(&self) -> Option<f64> {
         let [distance, exact] = self.error.as_ref()?.read();
         let error = distance / exact;
         error.is_finite().then_some(error)
     }
 
-    /// Floating-point operations of the exact backward pass: `2 M N P` for the gradient of the weight, and as
-    /// many for that of the input, if it is asked for.
+    /// The floating-point operations of the exact backward pass: `2 M N P` for the gradient of the
+    /// weight, and as many for that of the input if it is asked for.
     pub fn exact_flops(&self) -> f64 {
         let products = 1 + usize::from(self.input_rows.is_some());
         self.flops(products * self.rows)
     }
 
-    /// The operations of it that were saved: `2 (M - K) N P`, and as many for the rows of the gradient
-    /// of the input that were left out.
+    /// The operations of the exact backward pass that were saved: `2 (M - K) N P`, and as many for
+    /// rows of the gradient of the input that were left out.
     pub fn saved_flops(&self) -> f64 {
         let input_rows = self.input_rows.unwrap_or(self.rows);
         self.flops(2 * self.rows - self.outer_products - input_rows)

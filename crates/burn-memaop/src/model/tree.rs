@@ -10,8 +10,8 @@ use crate::{
     state::offer::{self, Shown},
 };
 
-/// All layers of the tree in the order of the fields, each with the fields that lead to it, separated by
-/// dots.
+/// All layers of a model in the order of its fields, each with the fields that lead to it,
+/// separated by dots.
 pub(crate) fn layers<M: Module>(module: &M) -> Vec<(String, Shown)> {
     let mut finder = Finder::default();
     module.visit(&mut finder);
@@ -40,15 +40,16 @@ impl ModuleVisitor for Finder {
     }
 }
 
-/// Of the path to the tensor by which a layer is found: below the layer come its memory and that tensor.
+/// The fields that lead to a layer, from the path to the first tensor of the layer's state.
 fn layer(path: &[String]) -> String {
     path[..path.len().saturating_sub(2)].join(".")
 }
 
-/// The model with other configurations for its layers, [`MemAopLinear`](crate::MemAopLinear) and
-/// [`MemAopConv2d`](crate::MemAopConv2d): `config` is given the fields that lead
-/// to a layer, separated by dots, and its present configuration. The layers go on with their present state, as
-/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and do not share it with clones of the model that was given.
+/// Gives the layers of a model, [`MemAopLinear`](crate::MemAopLinear) and
+/// [`MemAopConv2d`](crate::MemAopConv2d), other configurations. `config` gets the fields that lead
+/// to a layer, separated by dots, and its configuration. Layers go on with their state, as
+/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and clones of the given model do
+/// not share it.
 ///
 /// ```
 /// # use burn::{prelude::*, tensor::Device};
@@ -68,8 +69,8 @@ fn layer(path: &[String]) -> String {
 ///
 /// # Panics
 ///
-/// Panics if [`AopConfig::validate`] rejects a configuration, or that of a convolution
-/// [`AopConfig::validate_convolution`]; the message names the layer.
+/// Panics if [`AopConfig::validate`] (of a convolution [`AopConfig::validate_convolution`]) rejects
+/// a configuration; the message names the layer.
 pub fn with_aop<M: Module>(model: M, config: impl FnMut(&str, AopConfig) -> AopConfig) -> M {
     let mut exchange = Exchange {
         path: Vec::new(),
@@ -101,11 +102,11 @@ impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
     }
 }
 
-/// The model with a new [state](crate::MemAopLinear#state) for each of its layers: steps are counted from 0, a memory is empty,
-/// and K is yet to be chosen. Clones and forks of the model that was given keep what they have.
+/// Gives each layer of a model a new [state](crate::MemAopLinear#state): steps are counted from 0,
+/// the memory is empty, and K is yet to be chosen. Clones and forks of the given model keep theirs.
 ///
-/// Use it to begin a new task with the weights of a record, which also brings along the state that belongs to the old task.
-/// Use it too for two trainings from one model, because plain clones share the state of their layers.
+/// Use it to begin a new task with the weights of a record, which also holds the state of the old
+/// task, and for two trainings from one model, because plain clones share the state of layers.
 ///
 /// ```
 /// # use burn::tensor::{Device, Tensor};

@@ -1,5 +1,5 @@
-//! The verbs on CPU backends that keep a matrix row by row in main memory: in single precision, in passes over the
-//! rows on all cores. A memory is updated in place.
+//! The verbs on CPU backends that keep a matrix row by row. They go over the rows in single
+//! precision, on all cores, and update a memory in place.
 
 use burn::backend::{
     Backend, TensorMetadata,
@@ -32,10 +32,10 @@ use super::{
 
 /// Access to the values of a backend's tensors in single precision.
 pub(super) trait HostTensors: CopyOut {
-    /// Whether GELU is that of the normal distribution function, whose passes are faster here.
+    /// Whether GELU goes by the normal distribution function, and so has faster passes here.
     const HAS_EXACT_GELU: bool;
 
-    /// Lays the values out row by row, without gaps, if they are not.
+    /// Lays the values out row by row and without gaps, unless they are so already.
     fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
     /// The values of a contiguous tensor.
     fn values(tensor: &FloatTensor<Self>) -> &[f32];
@@ -57,7 +57,7 @@ fn is_single<B: HostTensors>(tensor: &FloatTensor<B>) -> bool {
     TensorMetadata::dtype(tensor) == DType::F32
 }
 
-/// Other types take the default bodies.
+/// Tensors that are not in single precision take the default bodies.
 impl<B: HostTensors> RowOps for B {
     fn memaop_score(input: Factor<Self>, grad: FloatTensor<Self>) -> Scores<Self> {
         if !is_single::<Self>(&grad) {
@@ -74,7 +74,7 @@ impl<B: HostTensors> RowOps for B {
                 positions::score(images, Self::values(&grad), &mut scores);
             }
             Factor::One => scores.of_rows(None, rows::<Self>(&grad)),
-            // The norms are a matrix of one column, whose norms they are.
+            // The norms are a matrix of one column: the norm of a row is its value.
             Factor::Packed(Packed { norms: input, .. }) | Factor::Matrix(input) => {
                 let input = Self::contiguous(input);
                 scores.of_rows(Some(rows::<Self>(&input)), rows::<Self>(&grad));
@@ -261,7 +261,7 @@ impl<B: HostTensors> RowOps for B {
 }
 
 impl<B: HostTensors> ExactOps for B {
-    /// Without the rows of zeros, if they are many enough for a copy of the others to pay.
+    /// Leaves out the rows of zeros, if they are so many that a copy of the others pays.
     fn memaop_exact_input_product(
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -361,7 +361,6 @@ fn rows_mut<B: HostTensors>(matrix: &mut FloatTensor<B>) -> RowsMut<'_, f32> {
     RowsMut::new(B::values_mut(matrix), width)
 }
 
-/// Scores that are being written.
 struct NewScores {
     score: Vec<f32>,
     tilt: Vec<f32>,
@@ -418,8 +417,8 @@ fn drawn_rows<B: HostTensors>(drawn: &Drawn<B>, tilt: Option<&FloatTensor<B>>) -
     drawn
 }
 
-/// The drawn rows of a matrix, each times the scale of factor `FACTOR`. A product needs a row, so there is a row of
-/// zeros at least.
+/// The drawn rows of a matrix, each times the scale of factor `FACTOR`. A product needs a row, so
+/// an empty draw gives one row of zeros.
 fn gather<B: Backend, const FACTOR: usize>(
     from: Rows<'_, f32>,
     drawn: &[DrawnRow],
@@ -434,7 +433,7 @@ fn gather<B: Backend, const FACTOR: usize>(
     from_values::<B>(panel, [drawn.len().max(1), from.width], device)
 }
 
-/// A matrix of zeros, but for the rows of the product, each times its scale.
+/// A matrix of zeros, except that the drawn rows are those of the product, each times its scale.
 fn put_back<B: HostTensors>(
     product: &FloatTensor<B>,
     drawn: &[DrawnRow],
@@ -452,7 +451,7 @@ fn put_back<B: HostTensors>(
     from_values::<B>(gradient, [count, width], device)
 }
 
-/// The drawn rows, each times the scale of the first factor.
+/// The drawn rows, unpacked and each times the scale of the first factor.
 fn unpack_rows<B: HostTensors>(packed: &Packed<B>, drawn: &[DrawnRow]) -> FloatTensor<B> {
     let packing = packed.packing;
     let shape = [drawn.len().max(1), packing.width];

@@ -1,5 +1,5 @@
-//! The verbs on CubeCL devices, in kernels that never wait for the host. Where the kernels cannot be taken, the default
-//! bodies are.
+//! The verbs on CubeCL devices, in kernels that never wait for the host. Where the kernels cannot
+//! be used, the default bodies are.
 
 use std::{future::poll_fn, mem, pin::pin, sync::Once, task::Poll};
 
@@ -43,8 +43,8 @@ use super::{
     window::Window,
 };
 
-/// The most values of drawn patches, or of their gradients, that are put together at a time: 64 MiB in single
-/// precision, half of what every device of the WebGPU standard can bind.
+/// The most values of drawn patches, or of their gradients, that are put together at a time. They
+/// take 64 MiB in single precision, half of what every device of the WebGPU standard can bind.
 const MOST_GATHERED: usize = 1 << 24;
 
 impl RowOps for CubeBackend {
@@ -58,7 +58,7 @@ impl RowOps for CubeBackend {
                 images::score(&images, &grad, &window)
             }
             Factor::One => scores::score(None, &row_major(grad)),
-            // The norms are a matrix of one column, whose norms they are.
+            // The norms are a matrix of one column: the norm of a row is its value.
             Factor::Packed(Packed { norms: input, .. }) | Factor::Matrix(input) => {
                 scores::score(Some(&row_major(input)), &row_major(grad))
             }
@@ -191,8 +191,8 @@ impl<B: burn_fusion::FusionBackend + CopyOut> CopyOut for burn_fusion::Fusion<B>
     }
 }
 
-/// The sum of the outer products of drawn patches: a launch and a product, or of very many patches one for each part
-/// of them.
+/// The sum of the outer products of drawn patches: one launch and one product, or one of both for
+/// each part of very many patches.
 fn product_of_patches(
     images: CubeTensor,
     grad: CubeTensor,
@@ -214,8 +214,8 @@ fn product_of_patches(
     CubeBackend::float_reshape(product, shape)
 }
 
-/// Whether the kernels take so many rows of a type on the device of a tensor. The first time that they do not, a
-/// warning says why.
+/// Whether the kernels take so many rows of a type on the device of a tensor. The first time that
+/// they do not, a warning says why.
 fn takes(on: &CubeTensor, dtype: DType, rows: usize) -> bool {
     static ONCE: Once = Once::new();
     let units = on.client.properties().hardware.max_units_per_cube;
@@ -231,7 +231,7 @@ fn takes(on: &CubeTensor, dtype: DType, rows: usize) -> bool {
     supported.is_ok()
 }
 
-/// Burn's own would copy when the values are first looked at, behind all that the device has been given to do by then.
+/// Burn's own would begin when the values are first needed, behind all work given by then.
 fn copy_out(values: CubeTensor) -> Transfer {
     let values = into_contiguous(values);
     let (shape, dtype) = (values.shape(), values.dtype);
@@ -261,8 +261,8 @@ fn copy_out(values: CubeTensor) -> Transfer {
 
 /// The units that the kernels need in a cube. Every device of the WebGPU standard has as many.
 const LEAST_UNITS: u32 = 256;
-/// Whether the kernels can take so many rows of such a type on a device with so many units in a cube,
-/// or why not.
+/// Whether the kernels can take so many rows of such a type on a device with so many units in a
+/// cube. The error says why not.
 fn supported(dtype: DType, rows: usize, units: u32) -> Result<(), String> {
     if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(format!(
@@ -306,7 +306,7 @@ fn unshared(memory: Memory<CubeBackend>) -> Memory<CubeBackend> {
     }
 }
 
-/// The extent of a matrix in memory, in vectors.
+/// The width of a matrix and the distance of its rows, in vectors.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct RowLayout {
     width: usize,
@@ -322,21 +322,20 @@ fn layout(matrix: &CubeTensor, size: VectorSize) -> RowLayoutLaunch {
 fn vector_size(matrices: &[&CubeTensor]) -> VectorSize {
     let sizes = matrices.iter().map(|matrix| {
         let (shape, strides) = (matrix.meta.shape(), matrix.meta.strides());
-        // As in single precision: wider vectors of it than of half precision do not exist.
+        // Half precision has all sizes of single precision, and a kernel can have both types.
         let sizes = matrix.client.io_optimized_vector_sizes(size_of::<f32>());
         tensor_vector_size_parallel(sizes, shape, strides, 1)
     });
     sizes.min().unwrap_or(1)
 }
 
-/// The units that share a row: enough to have work for each.
+/// The number of units that share a row, so that there is work for each.
 fn row_units(matrices: [&CubeTensor; 2], sizes: [VectorSize; 2]) -> u32 {
     let vectors = |i: usize| matrices[i].meta.shape()[1] / sizes[i];
     let most = vectors(0).max(vectors(1)).min(LEAST_UNITS as usize);
     (most as u32).next_power_of_two().max(32)
 }
 
-/// `count` cubes of `units` units.
 fn cubes(like: &CubeTensor, count: usize, units: u32) -> (CubeCount, CubeDim) {
     let dim = CubeDim::new_1d(units);
     let count = calculate_cube_count_elemwise(&like.client, count * units as usize, dim);
@@ -348,7 +347,7 @@ fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> 
     empty_device_dtype(client, device, Shape::new(shape), dtype)
 }
 
-/// As [`empty`], without gaps between the rows: those of CUDA and ROCm could be as wide as packed rows are.
+/// As [`empty`], without gaps between the rows, which on CUDA and ROCm can be as wide as the rows.
 fn empty_without_gaps<const D: usize>(
     like: &CubeTensor,
     shape: [usize; D],

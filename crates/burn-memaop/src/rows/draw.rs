@@ -1,16 +1,16 @@
-//! The rules by which rows are drawn, on the host. Kernels of `cube/select` draw the same rows.
+//! The rules by which rows are drawn, on the host. The kernels of `cube/select` draw the same rows.
 
 use std::cmp::Ordering;
 
 use super::{random::Random, verbs::Draw};
 use crate::config::{Baseline, Method};
 
-/// The drawn rows.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Sample {
-    /// As many as [`Draw::count`] says, in ascending order where no row can come twice.
+    /// As many as [`Draw::count`] says, in ascending order where no row can come twice. Rows that
+    /// are added without weight come last.
     pub(super) rows: Vec<usize>,
-    /// The weight of each. It is 0 where fewer rows could be drawn, and all are NaN if a score is not finite.
+    /// The weight of each: 0 for rows that fill up, and NaN if a score is not finite.
     pub(super) weights: Vec<f64>,
 }
 
@@ -51,12 +51,12 @@ pub(super) fn draw(scores: &[f64], draw: &Draw) -> Sample {
     }
 }
 
-/// A value for each row, on all cores.
+/// A value for each row, computed on all cores.
 fn per_row<T: Send>(rows: usize, value: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     #[cfg(feature = "rayon")]
     {
         use rayon::prelude::*;
-        // The random bits of a row take some ten nanoseconds.
+        // The random bits of a row take only some ten nanoseconds.
         let rows = (0..rows).into_par_iter().with_min_len(2048);
         rows.map(value).collect()
     }
@@ -64,20 +64,20 @@ fn per_row<T: Send>(rows: usize, value: impl Fn(usize) -> T + Sync + Send) -> Ve
     (0..rows).map(value).collect()
 }
 
-/// The K rows with the largest keys, the lower row first among equals.
+/// The K rows with the largest keys. Among equal keys the lower row comes first.
 fn largest(keys: &[f64], k: usize) -> Vec<usize> {
     first(keys.len(), k, |&a, &b| {
         keys[b].total_cmp(&keys[a]).then(a.cmp(&b))
     })
 }
 
-/// K rows, uniformly and without replacement: those with the largest words.
+/// K rows, drawn uniformly and without replacement: those with the largest random words.
 fn uniform(rows: usize, k: usize, random: &Random) -> Vec<usize> {
     let words = per_row(rows, |row| random.word(row));
     first(rows, k, |&a, &b| words[b].cmp(&words[a]).then(a.cmp(&b)))
 }
 
-/// The first K of the rows by an order, in ascending order.
+/// The first K rows by an order. They are returned in ascending order.
 fn first(rows: usize, k: usize, order: impl FnMut(&usize, &usize) -> Ordering) -> Vec<usize> {
     let mut chosen: Vec<_> = (0..rows).collect();
     if k < rows {
@@ -88,9 +88,9 @@ fn first(rows: usize, k: usize, order: impl FnMut(&usize, &usize) -> Ordering) -
     chosen
 }
 
-/// The c for which the `min(1, c score)` sum to K, or all that are positive are 1.
+/// The c for which the `min(1, c score)` sum to K, or with which all that are positive are 1.
 fn inclusion(scores: &[f64], k: usize) -> f64 {
-    // Rows that are certain to be chosen take one of the K each; the others share what is left.
+    // Rows that are certain to be drawn take one of the K each. The others share what is left.
     let mut c = 0.0;
     loop {
         let (mut certain, mut rest) = (0, 0.0);
@@ -104,7 +104,7 @@ fn inclusion(scores: &[f64], k: usize) -> f64 {
             return c;
         }
         let next = (k - certain) as f64 / rest;
-        // It grows until no row is added to the certain ones.
+        // c grows until no row is added to the certain ones.
         if next <= c {
             return c;
         }
@@ -125,8 +125,8 @@ fn added_variance(scores: &[f64], k: usize) -> f64 {
     added.sum()
 }
 
-/// The root of the sum of the squares of the scores, and the roots of the variances that sampling of each K adds. All
-/// are NaN if a score is not finite.
+/// The root of the sum of the squares of the scores, and for each K the root of the variance that
+/// sampling adds. All are NaN if a score is not finite.
 pub(super) fn variances(scores: &[f64], ks: &[usize]) -> Vec<f64> {
     if scores.iter().any(|score| !score.is_finite()) {
         return vec![f64::NAN; 1 + ks.len()];
@@ -144,8 +144,8 @@ fn probability(c: f64, score: f64) -> f64 {
     }
 }
 
-/// Takes the rows in a random order: in their own, a step of nearly equal probabilities would choose rows at
-/// nearly equal distances, the same patch of every image say.
+/// Systematic sampling, which takes the rows in a random order. In their own order, nearly equal
+/// probabilities would draw rows at nearly equal distances: the same patch of every image, say.
 fn systematic(scores: &[f64], k: usize, start: f64, random: &Random) -> Sample {
     let c = inclusion(scores, k);
     let order = random.permutation(scores.len());
@@ -165,8 +165,8 @@ fn systematic(scores: &[f64], k: usize, start: f64, random: &Random) -> Sample {
     fill(scores, k, rows, weights)
 }
 
-/// Exactly K rows where rounding, or a lack of rows that are not zero, gave fewer: added rows have
-/// no weight.
+/// Fills a sample up to exactly K rows, where rounding or a lack of rows that are not zero gave
+/// fewer. The added rows have no weight.
 fn fill(scores: &[f64], k: usize, mut rows: Vec<usize>, mut weights: Vec<f64>) -> Sample {
     if rows.len() < k {
         let mut chosen = vec![false; scores.len()];
@@ -195,7 +195,7 @@ fn winners(scores: &[f64], k: usize) -> Vec<usize> {
     let mut rest: f64 = scores.iter().sum();
     let mut least = (rest / k as f64, 0);
     for count in 1..k {
-        // Below zero by rounding it would make winners of rows that add nothing.
+        // Rounding below zero would make winners of rows that add nothing.
         rest = (rest - scores[best[count - 1]]).max(0.0);
         let factor = rest / (k - count) as f64;
         if factor < least.0 {
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn as_many_winners_as_make_the_variance_smallest() {
-        // Rest over draws left: 100/4, 10/3, 6/2, 3/1.
+        // The rest by the draws that are left: 100/4, 10/3, 6/2, 3/1.
         assert_eq!(winners(&[3.0, 90.0, 4.0, 3.0], 4), [1, 2]);
         assert!(winners(&[1.0; 8], 4).is_empty());
     }

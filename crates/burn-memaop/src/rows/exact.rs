@@ -1,4 +1,4 @@
-//! Exact operations, which sample nothing, where a backend can be faster than Burn's own.
+//! Exact operations, which draw no rows, where a backend can be faster than Burn's own.
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor};
 
@@ -15,7 +15,6 @@ use super::{
 pub(crate) enum Bias<B: Backend> {
     /// Shape `[d_output]`.
     Some(FloatTensor<B>),
-    /// No bias.
     None,
 }
 
@@ -34,7 +33,7 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for Bias<B> {
     }
 }
 
-/// Each default body is Burn's own operation. Fusion takes these too.
+/// Each default body is Burn's own operation. Fusion takes the default bodies too.
 #[allow(unused_variables)]
 #[backend_extension(
     Flex: cfg(feature = "flex"),
@@ -43,7 +42,7 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for Bias<B> {
     LibTorch: cfg(feature = "tch"),
 )]
 pub(crate) trait ExactOps: RowOps {
-    /// `grad @ weight^T`. A body may leave out rows of zeros, as layers above that compute some rows leave them.
+    /// `grad @ weight^T`. A body may skip rows of zeros, such as layers above that draw rows leave.
     fn memaop_exact_input_product(
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -61,7 +60,7 @@ pub(crate) trait ExactOps: RowOps {
         Self::conv2d(input, weight, bias.into_option(), window.options())
     }
 
-    /// The gradient of the input of a convolution, of which only the shape counts.
+    /// The gradient of the input of a convolution. Of the input only the shape matters.
     fn memaop_convolve_input_gradient(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -1,7 +1,7 @@
-//! What a backend does with the rows of a batch: a few verbs, of which `backward/recipe.rs` makes all gradients.
+//! The verbs: what a backend does with rows. `backward/recipe.rs` builds all gradients from them.
 //!
-//! Each verb has a default body in Burn's own operations, which says what is computed. CPUs and CubeCL devices have
-//! bodies of their own, and Burn's macro gives Fusion one operation of its stream for each verb.
+//! Each verb has a default body in Burn's own operations, which says what is computed. CPUs and
+//! CubeCL devices have their own bodies. For Fusion each verb is one operation of its stream.
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod cpu;
@@ -16,7 +16,7 @@ pub(crate) mod transfer;
 mod verbs;
 pub(crate) mod window;
 
-/// The most rows that the kernels take: they count them in single precision too.
+/// The most rows that the kernels take, because they also count rows in single precision.
 pub(crate) const MOST_ROWS: usize = 1 << 24;
 
 pub(crate) use self::{

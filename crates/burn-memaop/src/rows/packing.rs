@@ -1,40 +1,41 @@
 //! How the rows of a layer's input are kept in few bits between the passes.
 //!
-//! A row is a run of 32-bit words: the scales of its groups of [`GROUP`] values, in single precision, then the groups
-//! themselves. A value v of a group with the scale s is kept as the integer `v / s + levels`, rounded up or down
-//! at random with the distances as odds, so that what is unpacked is v on average. Values that follow each other lie in bytes
-//! that do; in four bits, the first half of a group has the lower halves of the bytes and the second half the upper ones. In
-//! one bit a value is above zero or not, and there are no scales.
+//! A row is a run of 32-bit words: the scales of its groups of [`GROUP`] values, in single
+//! precision, then the groups. A value v of a group with the scale s is kept as the integer
+//! `v / s + levels`, rounded up or down at random with the distances as odds, so that the unpacked
+//! value is v on average. A group with a value that is not finite is unpacked as NaN.
 //!
-//! A group with a value that is not finite is unpacked as NaN.
+//! In eight bits, neighbouring values lie in neighbouring bytes. In four bits, the first half of a
+//! group has the lower halves of the bytes, and the second half the upper ones. In one bit a value
+//! is above zero or not, and there are no scales.
 
 use crate::config::StoredInput;
 
-/// The values that share a scale: a value that is much larger than the others costs precision in its group alone.
+/// The values that share a scale. A very large value costs precision in its own group alone.
 pub(crate) const GROUP: usize = 64;
 
-/// Below this, the values of a group are kept as zeros: their scale would not be a normal number.
+/// A group of values below this is kept as zeros: its scale would not be a normal number.
 pub(crate) const LEAST: f32 = 1e-35;
 
 /// The layout of packed rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Packing {
     pub(crate) bits: Bits,
-    /// The values of a row.
+    /// The number of values of a row.
     pub(crate) width: usize,
 }
 
-/// The bits of a value.
+/// The number of bits of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bits {
-    /// Whether it is above zero, or NaN.
+    /// The bit says whether the value is above zero or NaN.
     One,
     Four,
     Eight,
 }
 
 impl Bits {
-    /// None where the values are kept as they are.
+    /// The bits of a stored input, or none where the values are kept as they are.
     pub(crate) fn of(stored: StoredInput) -> Option<Self> {
         match stored {
             StoredInput::Full => None,
@@ -51,7 +52,7 @@ impl Bits {
         }
     }
 
-    /// The steps from zero to the largest value of a group.
+    /// The number of steps from zero to the largest value of a group.
     pub(crate) fn levels(self) -> u32 {
         match self {
             Self::Four => 7,
@@ -70,7 +71,7 @@ impl Packing {
         self.width.div_ceil(GROUP)
     }
 
-    /// The words of the scales of a row.
+    /// The number of words of the scales of a row.
     pub(crate) fn scales(self) -> usize {
         match self.bits.has_scales() {
             true => self.groups(),
@@ -78,18 +79,18 @@ impl Packing {
         }
     }
 
-    /// The words of a whole group.
+    /// The number of words of a whole group.
     pub(crate) fn group_words(self) -> usize {
         GROUP * self.bits.count() / 32
     }
 
-    /// The words of a row.
+    /// The number of words of a row.
     pub(crate) fn words(self) -> usize {
         self.scales() + (self.width * self.bits.count()).div_ceil(32)
     }
 }
 
-/// Packs the values of a row; `key` is that of its random bits, and without one values are rounded to the nearest.
+/// Packs a row with the key of its random bits. Without a key, values are rounded to the nearest.
 #[inline(always)]
 pub(crate) fn pack_row<E: Copy>(
     packing: Packing,
@@ -122,7 +123,7 @@ pub(crate) fn pack_row<E: Copy>(
     }
 }
 
-/// Gives the groups of a packed row, one after the other, each with the number of its first value.
+/// Gives the groups of a packed row, in order, each with the number of its first value.
 #[inline(always)]
 pub(crate) fn unpack_row(packing: Packing, words: &[i32], mut take: impl FnMut(usize, &[f32])) {
     let (scales, words) = words.split_at(packing.scales());
@@ -149,7 +150,7 @@ pub(crate) fn unpack_row(packing: Packing, words: &[i32], mut take: impl FnMut(u
     }
 }
 
-/// What is added to the values of a group before they are cut off, in units of 2^-16: a half without a key.
+/// What is added to values before they are cut off, in units of 2^-16: a half without a key.
 #[inline(always)]
 fn dithers(key: Option<u32>, first: usize) -> [u32; GROUP] {
     let mut dithers = [1 << 15; GROUP];
@@ -164,7 +165,7 @@ fn dithers(key: Option<u32>, first: usize) -> [u32; GROUP] {
 pub(crate) const COLUMN: u32 = 0x9E37_79B9;
 pub(crate) const MIX: [u32; 2] = [0x85EB_CA6B, 0xC2B2_AE35];
 
-/// A word for a column, by the last steps of MurmurHash3 (Appleby, 2011).
+/// A random word for a column, by the last steps of MurmurHash3 (Appleby, 2011).
 #[inline(always)]
 fn mixed(key: u32, column: u32) -> u32 {
     let word = key.wrapping_add(column.wrapping_mul(COLUMN));
@@ -173,10 +174,10 @@ fn mixed(key: u32, column: u32) -> u32 {
     word ^ word >> 16
 }
 
-/// The scale of a group, and its values in units of it, from 0.
+/// The scale of a group, and its values as integers from 0, in units of the scale.
 #[inline(always)]
 fn quantized(values: &[f32; GROUP], dithers: &[u32; GROUP], levels: u32) -> (f32, [u8; GROUP]) {
-    // As integers, numbers without a sign are in order, then infinity, then NaN.
+    // Without the sign, the bits of numbers are in their order, then come infinity and NaN.
     let sizes = values.iter().map(|value| value.to_bits() & 0x7FFF_FFFF);
     let largest = f32::from_bits(sizes.fold(0, u32::max));
     let top = levels as f32;
@@ -188,8 +189,8 @@ fn quantized(values: &[f32; GROUP], dithers: &[u32; GROUP], levels: u32) -> (f32
     let mut codes = [0; GROUP];
     let least = top + 0.5 / 65_536.0;
     for ((code, &value), &dither) in codes.iter_mut().zip(values).zip(dithers) {
-        // The bits as the upper ones behind the point of a number from 1, which takes no conversion; nor does an integer
-        // that is added to 2^23.
+        // The random bits become the upper bits behind the point of a number from 1, and the level
+        // is added to 2^23. Neither takes a conversion.
         let dither = f32::from_bits(0x3F80_0000 | dither << 7) - 1.0;
         let level = (value * inverse + (least + dither)).floor();
         let level = level.max(0.0).min(2.0 * top);

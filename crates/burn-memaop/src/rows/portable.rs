@@ -1,6 +1,5 @@
-//! The verbs in Burn's own operations. They run on every backend and say what faster bodies must compute.
-//!
-//! Rows are drawn and packed on the host, for which these bodies wait for the device.
+//! The verbs in Burn's own operations. They run on every backend, and say what faster bodies must
+//! compute. They draw and pack rows on the host, and wait for the device to do so.
 
 use burn::backend::{
     Backend, ExecutionError, Scalar, TensorMetadata, get_or_init_device_settings,
@@ -45,12 +44,13 @@ fn scores_of<B: Backend>(input: FloatTensor<B>, grad: FloatTensor<B>) -> Scores<
 
 fn tilt<B: Backend>(input: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
     let nothing = B::bool_or(is_zero::<B>(&input), is_zero::<B>(&grad));
-    // The root of each norm, because their quotient can overflow.
+    // The root of each norm is taken, because the quotient of the norms can overflow.
     let tilt = B::float_div(B::float_sqrt(grad), B::float_sqrt(input));
     B::float_mask_fill(tilt, nothing, Scalar::from(1.0))
 }
 
-/// The scores of patches. The score of a position with several groups is the root of the sum of their squares.
+/// Scores patches. With several groups, the score of a position is the root of the sum of the
+/// squares of the scores of its groups.
 fn score_patches<B: Backend>(
     images: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -96,7 +96,7 @@ fn score_patches<B: Backend>(
     }
 }
 
-/// A tensor divided by its largest absolute value, and that value, shape `[1]`, or 1 for zeros.
+/// A tensor divided by its largest absolute value, and that value or 1 for zeros, shape `[1]`.
 fn up_to_one<B: Backend>(tensor: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     let most = B::float_max(B::float_abs(tensor.clone()));
     let most = B::float_mask_fill(most.clone(), is_zero::<B>(&most), Scalar::from(1.0));
@@ -111,7 +111,7 @@ pub(crate) fn norm<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     B::float_sqrt(B::float_sum(B::float_mul(tensor.clone(), tensor)))
 }
 
-/// The Euclidean norm of every row, shape `[rows, 1]`. It is not finite where a value is not.
+/// The Euclidean norm of every row, shape `[rows, 1]`. It is not finite if a value is not.
 fn row_norms<B: Backend>(matrix: &FloatTensor<B>) -> FloatTensor<B> {
     let most = B::float_max_dim(B::float_abs(matrix.clone()), 1);
     let most = B::float_mask_fill(most.clone(), is_zero::<B>(&most), Scalar::from(1.0));
@@ -157,7 +157,7 @@ pub(super) fn fold<B: Backend>(
     let scores = scores_of::<B>(row_norms::<B>(&input), row_norms::<B>(&grad));
     let age = B::float_add_scalar(first(&memory.age), Scalar::from(1.0));
 
-    // A sum that has overflowed is dropped.
+    // A row whose sum has overflowed is dropped.
     let lost = B::bool_not(finite::<B>(scores.score.clone()));
     let clear = |matrix: FloatTensor<B>| clear_rows::<B>(matrix, lost.clone());
     let behind = |new: FloatTensor<B>, all: FloatTensor<B>| match kept > rows {
@@ -177,8 +177,8 @@ pub(super) fn fold<B: Backend>(
     (memory, scores)
 }
 
-/// `s r` and `s / r` of every row, with a random sign s and the r for which the new row adds the least variance: 1 where
-/// nothing is kept. A row of which one factor is zero adds nothing.
+/// `s r` and `s / r` of every row, with a random sign s and the r for which the new row adds the
+/// least variance. r is 1 where nothing is kept. A row with a factor of zeros adds nothing.
 fn balance<B: Backend>(
     [x, g]: [FloatTensor<B>; 2],
     [a, b]: [FloatTensor<B>; 2],
@@ -189,7 +189,7 @@ fn balance<B: Backend>(
     let unkept = B::bool_or(is_zero::<B>(&a), is_zero::<B>(&b));
     let signs = (0..rows).map(|row| random.sign(row)).collect();
     let signs = floats::<B>(signs, [rows, 1], &x);
-    // The root of each quotient, because the quotient of the products could overflow.
+    // The root of each quotient is taken, because the quotient of the products could overflow.
     let r = B::float_mul(
         B::float_sqrt(B::float_div(a, x)),
         B::float_sqrt(B::float_div(g, b)),
@@ -207,7 +207,7 @@ pub(super) fn draw<B: Backend>(score: FloatTensor<B>, draw: Draw) -> Drawn<B> {
     draw_in::<B>(score, draw, ints)
 }
 
-/// Draws on the host, and numbers the rows in a type.
+/// Draws on the host, and numbers the rows in the given type.
 pub(super) fn draw_in<B: Backend>(score: FloatTensor<B>, draw: Draw, ints: IntDType) -> Drawn<B> {
     let sample = draw::draw(&read::<B>(score.clone()), &draw);
     let count = sample.rows.len();
@@ -256,7 +256,7 @@ fn product_of_rows<B: Backend>(
     B::linear_weight_backward(panel(input, by_input), panel(grad, by_grad))
 }
 
-/// What each factor of the drawn rows is multiplied by, shape `[k, 1]`.
+/// What the two factors of the drawn rows are multiplied by, shape `[k, 1]` each.
 fn scales<B: Backend>(tilt: FloatTensor<B>, drawn: &Drawn<B>) -> [FloatTensor<B>; 2] {
     let tilt = B::float_select(tilt, 0, drawn.rows.clone());
     let root = drawn.root.clone();
@@ -272,7 +272,7 @@ fn column<B: Backend>(values: FloatTensor<B>) -> FloatTensor<B> {
     B::float_reshape(values, Shape::new([rows, 1]))
 }
 
-/// The sum of the outer products of drawn patches. Only these are unfolded.
+/// The sum of the outer products of drawn patches. Only the drawn patches are unfolded.
 fn product_of_patches<B: Backend>(
     images: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -297,7 +297,7 @@ fn product_of_patches<B: Backend>(
     let grad = B::float_mul(B::float_select(grad, 0, drawn.rows), by_grad);
     let grad = B::float_cast(grad, dtype);
 
-    // Beyond the images stands a zero.
+    // What patches see beyond an image is the zero behind all images.
     let values = Shape::new([images.shape().num_elements()]);
     let zero = B::float_zeros(Shape::new([1]), &device, working);
     let flat = B::float_cat(vec![B::float_reshape(images, values), zero], 0);
@@ -316,8 +316,8 @@ fn product_of_patches<B: Backend>(
     B::float_cat(products.collect(), 0)
 }
 
-/// Where the patches of a group lie among the values of all images, one image after the other. What lies beyond an
-/// image has the first index beyond all images.
+/// The indices of what the patches of a group see, among the values of all images, one image after
+/// the other. What lies beyond an image has the first index behind all images.
 fn values_seen(rows: &[usize], group: usize, images: usize, window: &Window) -> Vec<i64> {
     let plane: usize = window.size.iter().product();
     let beyond = images * window.channels[0] * plane;
@@ -371,7 +371,7 @@ pub(super) fn input_product<B: Backend>(
 ) -> FloatTensor<B> {
     let (device, dtype) = (grad.device(), FloatDType::from(grad.dtype()));
     let working = working_dtype(grad.dtype());
-    // Half of the weight before the product and half behind it, so that neither overflows.
+    // One root of the weight goes before the product and one behind it, so that neither overflows.
     let broken = B::bool_not(finite::<B>(drawn.root.clone()));
     let root = column::<B>(B::float_mask_fill(drawn.root, broken, Scalar::from(0.0)));
     let rows = B::float_select(cast::<B>(grad, working), 0, drawn.rows.clone());
@@ -397,7 +397,7 @@ pub(super) fn variances<B: Backend>(score: FloatTensor<B>, ks: Candidates) -> Fl
     B::float_from_data(data, &score.device())
 }
 
-/// The sums of the channels of a gradient, shape `[channels]`: the gradient of the bias of a convolution.
+/// The sums of the channels of a gradient, shape `[channels]`: a convolution's bias gradient.
 pub(crate) fn bias_of_channels<B: Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {
     let [images, channels, height, width] = grad.shape().dims();
     let rows = Shape::new([images, channels, height * width]);
@@ -415,7 +415,7 @@ pub(super) fn pack<B: Backend>(
     let device = input.device();
     let working = working_dtype(input.dtype());
     let norms = row_norms::<B>(&cast::<B>(input.clone(), working));
-    // A value that single precision does not hold breaks the row as one that is not finite.
+    // A row with a norm that single precision does not hold counts as broken.
     let bools = get_or_init_device_settings::<B>(&device).bool_dtype;
     let too_large = B::float_greater_elem(norms.clone(), Scalar::from(f32::MAX), bools);
     let norms = B::float_mask_fill(norms, too_large, Scalar::from(f64::INFINITY));
@@ -464,7 +464,7 @@ pub(super) fn exact_gradient_of_patches<B: Backend>(
     grad: FloatTensor<B>,
     window: Window,
 ) -> FloatTensor<B> {
-    // Of the weight only the shape counts.
+    // Only the shape of this weight matters.
     let (shape, dtype) = (Shape::new(window.weight()), grad.dtype().into());
     let weight = B::float_empty(shape, &grad.device(), dtype);
     let gradient = B::conv2d_weight_backward(images, weight, grad, window.options());
@@ -480,7 +480,6 @@ pub(super) fn gelu_derivative<B: RowOps>(
     B::memaop_pack(B::gelu_backward(input, ones), packing, Some(random))
 }
 
-/// The values on the host.
 fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {
     host(B::float_into_data(tensor)).iter().collect()
 }
@@ -493,7 +492,7 @@ fn host(data: impl Future<Output = Result<TensorData, ExecutionError>>) -> Tenso
     data.expect("the tensor can be read")
 }
 
-/// Which rows are among the drawn.
+/// Whether each row is drawn.
 fn marked<B: Backend>(like: &FloatTensor<B>, rows: IntTensor<B>) -> BoolTensor<B> {
     let (device, dtype) = (like.device(), FloatDType::from(like.dtype()));
     let marks = B::float_zeros(Shape::new([like.shape()[0]]), &device, dtype);
@@ -503,7 +502,7 @@ fn marked<B: Backend>(like: &FloatTensor<B>, rows: IntTensor<B>) -> BoolTensor<B
     B::float_greater_elem(marks, Scalar::from(0.5), bools)
 }
 
-/// Which values are numbers; the comparison is false for NaN.
+/// Whether each value, none of which is negative, is finite. The comparison is false for NaN.
 fn finite<B: Backend>(values: FloatTensor<B>) -> BoolTensor<B> {
     let bools = get_or_init_device_settings::<B>(&values.device()).bool_dtype;
     let largest = match values.dtype() {
@@ -518,7 +517,7 @@ fn is_zero<B: Backend>(values: &FloatTensor<B>) -> BoolTensor<B> {
     B::float_equal_elem(values.clone(), Scalar::from(0.0), bools)
 }
 
-/// The type of sums, scores and a memory. Squares of values in half precision would overflow, and sums of them would
+/// The type of sums, scores and a memory. In half precision squares would overflow, and sums would
 /// lose what they add up.
 pub(crate) fn working_dtype(dtype: DType) -> FloatDType {
     match dtype {
@@ -527,7 +526,6 @@ pub(crate) fn working_dtype(dtype: DType) -> FloatDType {
     }
 }
 
-/// Values as a tensor with the device and type of another.
 fn floats<B: Backend>(
     values: Vec<f64>,
     shape: impl Into<Shape>,

@@ -1,5 +1,5 @@
-//! Random bits of a counter-based generator. The bits for a row are a pure function of seed, step and position, so they
-//! need no state but the number of the step, and every device computes the same ones.
+//! Random bits of a counter-based generator: a pure function of seed, step and row. They need no
+//! state but the number of the step, and every device computes the same ones.
 
 pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -26,11 +26,12 @@ pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 
 /// The key of a stream of random bits that is independent of the bits of the seed itself.
 ///
-/// - Stream 0 rounds the derivative of an activation. The layer beside it rounds its input by the seed itself.
+/// - Stream 0 rounds an activation's derivative. The layer beside it rounds by the seed itself.
 /// - The number of an interval is the stream that draws which pass of the interval is measured.
-/// - The place of a layer in the autodiff graph is the stream that draws rows of the gradient of its input. Rows that
-///   are left out are missing in all layers below. If these drew by the same bits, they would know the draw that shaped
-///   their gradient, and their estimates would be biased.
+/// - The place of a layer in the autodiff graph is the stream that draws rows of the gradient of
+///   its input. Rows that are left out are missing in all layers below. If these drew by the same
+///   bits, they would know the draw that shaped their gradient, and their estimates would be
+///   biased.
 pub(crate) fn stream(seed: u64, number: u64) -> u64 {
     let [low, high] = [number as u32, (number >> 32) as u32];
     let key = [seed as u32, (seed >> 32) as u32];
@@ -38,8 +39,9 @@ pub(crate) fn stream(seed: u64, number: u64) -> u64 {
     u64::from(first) | u64::from(second) << 32
 }
 
-/// The random words of one step. Those of a row are the Philox block with the counter `(row, 0, step)` and the seed as
-/// key: the first is for the draw, the second for the sign of a balanced memory, the fourth for rounding.
+/// The random words of one step. Those of a row are the Philox block with the counter
+/// `(row, 0, step)` and the seed as key: the first is for the draw, the second for the sign of a
+/// balanced memory, the fourth for rounding.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Random {
     pub(crate) seed: u64,
@@ -78,8 +80,8 @@ impl Random {
         (f64::from(self.word(row)) + 0.5) / f64::from(1u32 << 16).powi(2)
     }
 
-    /// Standard Gumbel noise for `row`, from the upper 23 bits of its word (which, with the half
-    /// added, are exact in an `f32` and stay clear of 0 and 1).
+    /// A number of the standard Gumbel distribution for `row`, from the upper 23 bits of its word.
+    /// With the half added, these are exact in an `f32` and stay clear of 0 and 1.
     pub(crate) fn gumbel(&self, row: usize) -> f64 {
         let uniform = (f64::from(self.word(row) >> 9) + 0.5) / f64::from(1u32 << 23);
         -(-uniform.ln()).ln()
@@ -94,9 +96,9 @@ impl Random {
     }
 }
 
-/// A permutation of `0..rows` that is a pure function of the place, so that it can be computed on any
-/// device: multiplications by odd numbers, additions and shifts permute the numbers of so many bits, and
-/// what falls outside is sent on until it falls inside (on average less than once).
+/// A permutation of `0..rows` that is a pure function of the place, so that any device can compute
+/// it. Multiplications by odd numbers, additions and shifts permute the numbers below the next
+/// power of two. What falls outside is sent on until it falls inside, on average less than once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Permutation {
     pub(crate) rows: u32,
@@ -179,7 +181,7 @@ mod tests {
         }
     }
 
-    /// Each row is as often at each place, and each pair as often at neighbouring places.
+    /// Every row is as often at every place, and every pair as often at neighbouring places.
     #[test]
     fn permutations_are_even() {
         let (rows, draws) = (12, 12_000);

@@ -11,7 +11,7 @@ use burn::{
 pub(crate) type Transfer = Pin<Box<dyn Future<Output = Result<TensorData, ExecutionError>> + Send>>;
 
 pub(crate) trait CopyOut: Backend {
-    /// Begins to copy values when it is polled first, behind the work that the device has by then.
+    /// Begins to copy values when it is first polled, behind the work that the device has by then.
     fn copy_out(values: FloatTensor<Self>) -> Transfer {
         Box::pin(Self::float_into_data(values))
     }

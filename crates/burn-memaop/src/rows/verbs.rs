@@ -1,4 +1,4 @@
-//! The verbs and what they work on.
+//! The verbs, and the types that they work on.
 
 use ::burn::{
     backend::{
@@ -17,8 +17,8 @@ use super::{
 };
 use crate::config::{Baseline, Method};
 
-/// The code that Burn's macros make looks for Fusion in Burn, which has it with its own feature `fusion` only. A
-/// program can turn that feature on without this crate's, so the implementation must always be there.
+/// Burn has the path by which its macros find Fusion only with its feature `fusion`. A program can
+/// turn that on without this crate's, so the implementations for Fusion must always exist.
 #[cfg(feature = "cubecl-backend")]
 mod burn {
     pub(super) mod backend {
@@ -30,23 +30,23 @@ mod burn {
 #[cfg(feature = "cubecl-backend")]
 use burn_fusion::custom::TensorSpec;
 
-/// One factor of the outer products; the other one is the gradient of the output.
+/// One factor of the outer products. The other factor is the gradient of the output.
 #[derive(ExtensionType, Debug, Clone)]
 #[extension_type(fusion: cfg(feature = "cubecl-backend"))]
 pub(crate) enum Factor<B: Backend> {
-    /// The number 1, for rows of the gradient of the input.
+    /// The number 1: the rows of the gradient are scored alone, for the gradient of the input.
     One,
     /// A matrix, shape `[rows, d_input]`.
     Matrix(FloatTensor<B>),
     /// A matrix in few bits.
     Packed(#[extension_type] Packed<B>),
-    /// The patches of images, shape `[images, channels, height, width]`. Every position of the output of a convolution
-    /// is a row, and the gradient has the shape of that output.
+    /// Images, shape `[images, channels, height, width]`, whose patches are the rows: one for each
+    /// position of the output of a convolution. The gradient has the shape of that output.
     Patches(FloatTensor<B>, Window),
 }
 
 impl<B: Backend> Factor<B> {
-    /// The rows of a batch with this gradient of the output.
+    /// The number of rows of a batch with this gradient of the output.
     pub(crate) fn rows(&self, grad: &FloatTensor<B>) -> usize {
         match self {
             Self::Patches(_, window) => grad.shape()[0] * window.positions(),
@@ -59,32 +59,33 @@ impl<B: Backend> Factor<B> {
 #[derive(ExtensionType, Debug, Clone)]
 #[extension_type(fusion: cfg(feature = "cubecl-backend"))]
 pub(crate) struct Packed<B: Backend> {
-    /// 32 bits each, shape `[rows, words]`.
+    /// Words of 32 bits, shape `[rows, words]`.
     pub(crate) words: IntTensor<B>,
-    /// The norms that the rows had before they were packed, shape `[rows, 1]`, in single precision at least.
+    /// The norms before packing, shape `[rows, 1]`, in single precision at least.
     pub(crate) norms: FloatTensor<B>,
     pub(crate) packing: Packing,
 }
 
-/// What a row weighs, in single precision at least.
+/// The scores of the rows, in single precision at least.
 #[derive(ExtensionType, Debug, Clone)]
 #[extension_type(fusion: cfg(feature = "cubecl-backend"))]
 pub(crate) struct Scores<B: Backend> {
     /// `|x| |g|` of every row, shape `[rows]`: the square root of the paper's score.
     pub(crate) score: FloatTensor<B>,
-    /// `sqrt(|g| / |x|)` of every row, shape `[rows]`, and 1 where a norm is 0. If x is multiplied by it and g is
-    /// divided by it, both have the same norm.
+    /// `sqrt(|g| / |x|)` of every row, shape `[rows]`, and 1 where a norm is 0. x times the tilt
+    /// has the same norm as g divided by it.
     pub(crate) tilt: FloatTensor<B>,
 }
 
-/// The rows that a step evaluates.
+/// The rows that a step uses.
 #[derive(ExtensionType, Debug, Clone)]
 #[extension_type(fusion: cfg(feature = "cubecl-backend"))]
 pub(crate) struct Drawn<B: Backend> {
     /// Shape `[k]`.
     pub(crate) rows: IntTensor<B>,
-    /// The root of the weight of each outer product, shape `[k]`, in single precision at least. It is 0 where fewer
-    /// than K rows could be drawn. If a score is not finite all of them are NaN, and so is the gradient.
+    /// The root of the weight of each outer product, shape `[k]`, in single precision at least. It
+    /// is 0 where fewer than K rows could be drawn. If a score is not finite, all roots are NaN,
+    /// and so is the gradient.
     pub(crate) root: FloatTensor<B>,
 }
 
@@ -96,7 +97,7 @@ pub(crate) struct Memory<B: Backend> {
     pub(crate) input: FloatTensor<B>,
     /// `m^G`, shape `[rows, d_output]`.
     pub(crate) grad: FloatTensor<B>,
-    /// The number of steps that each row holds something of, shape `[rows, 1]`.
+    /// For each row, the number of steps that it is a sum of, shape `[rows, 1]`.
     pub(crate) age: FloatTensor<B>,
 }
 
@@ -109,8 +110,8 @@ pub(crate) struct Draw {
 }
 
 impl Draw {
-    /// The rows that a draw gives, including those without weight. The number that [`Baseline::Bernoulli`] draws is
-    /// random, so its draw is filled up to six standard deviations above K.
+    /// The number of rows of a draw, those without weight included. [`Baseline::Bernoulli`] draws a
+    /// random number, so its draw is filled up to six standard deviations above K.
     pub(crate) fn count(&self, rows: usize) -> usize {
         let most = self.k + 6 * (self.k as f64).sqrt().ceil() as usize;
         match self.method {
@@ -125,16 +126,16 @@ impl Draw {
 pub(crate) struct Fold {
     /// Whether the scales of [`Memory::Balanced`](crate::Memory::Balanced) are used.
     pub(crate) balanced: bool,
-    /// The factor for what is kept.
+    /// The factor by which the product of the two kept factors shrinks.
     pub(crate) decay: f64,
     pub(crate) random: Random,
 }
 
-/// The numbers of rows of which one measurement gives the variance.
+/// The K for which one measurement gives the variances.
 pub(crate) type Candidates = [usize; 6];
 
-/// The verbs.
-// Without a backend the macro has no use for the arguments.
+/// The verbs of a backend.
+// Without a backend, the code of the macro does not use the arguments.
 #[allow(unused_variables)]
 #[backend_extension(
     Flex: cfg(feature = "flex"),
@@ -153,8 +154,8 @@ pub(crate) trait RowOps: CopyOut {
         portable::score::<Self>(input, grad)
     }
 
-    /// Adds the batch to the first rows of a memory, which has at least as many, and scores these rows. If the batch
-    /// has a value that is not finite, the memory stays as it is, and all scores are NaN.
+    /// Adds the batch to the first rows of a memory, which has at least as many, and scores them.
+    /// If a value of the batch is not finite, the memory stays as it is, and all scores are NaN.
     #[fusion(meta = |memory, _input, grad, _fold| (memory.clone(), described::scores(grad.shape[0], grad)))]
     fn memaop_fold(
         #[extension_type] memory: Memory<Self>,
@@ -171,7 +172,8 @@ pub(crate) trait RowOps: CopyOut {
         portable::draw::<Self>(score, draw)
     }
 
-    /// The sum of the outer products of the drawn rows: shape `[d_input, d_output]`, of patches `[channels, patch]`.
+    /// The sum of the outer products of the drawn rows, shape `[d_input, d_output]`. For patches
+    /// the shape is `[channels, patch]`.
     #[fusion(meta = |input, grad, _tilt, _drawn| described::weight(input, grad))]
     fn memaop_product(
         #[extension_type] input: Factor<Self>,
@@ -182,8 +184,8 @@ pub(crate) trait RowOps: CopyOut {
         portable::product::<Self>(input, grad, tilt, drawn)
     }
 
-    /// The same from a memory, in the given type, and the memory without the drawn rows. A draw of NaN leaves the
-    /// memory as it is.
+    /// The sum of the outer products of the drawn rows of a memory, in the given type, and the
+    /// memory without these rows. If the draw is NaN, the memory stays as it is.
     #[fusion(meta = |memory, _tilt, _drawn, dtype| (described::of_memory(memory, *dtype), memory.clone()))]
     fn memaop_take_out(
         #[extension_type] memory: Memory<Self>,
@@ -194,8 +196,8 @@ pub(crate) trait RowOps: CopyOut {
         portable::take_out::<Self>(memory, tilt, drawn, dtype)
     }
 
-    /// `grad @ weight^T` of the drawn rows, times their weights. The other rows are zero, but NaN where their score is
-    /// not finite.
+    /// `grad @ weight^T` of the drawn rows, times their weights. The other rows are zero, or NaN
+    /// where their score is not finite.
     #[fusion(dtype = grad, shape = Shape::new([grad[0], weight[0]]))]
     fn memaop_input_product(
         grad: FloatTensor<Self>,
@@ -206,9 +208,9 @@ pub(crate) trait RowOps: CopyOut {
         portable::input_product::<Self>(grad, weight, score, drawn)
     }
 
-    /// The root of the sum of the squares of all scores, and for each of `ks` the root of the variance that systematic
-    /// sampling of so many rows adds, `sum (1 / p - 1) score^2`: shape `[7]`, in single precision. They are NaN if a
-    /// score is not finite.
+    /// The root of the sum of the squares of all scores, and for each K of `ks` the root of the
+    /// variance that systematic sampling of K rows adds, `sum (1 / p - 1) score^2`: shape `[7]`, in
+    /// single precision. All are NaN if a score is not finite.
     #[fusion(meta = |_score, _ks| TensorSpec::new(Shape::new([7]), DType::F32))]
     fn memaop_variances(score: FloatTensor<Self>, ks: Candidates) -> FloatTensor<Self> {
         portable::variances::<Self>(score, ks)
@@ -224,7 +226,7 @@ pub(crate) trait RowOps: CopyOut {
         portable::pack::<Self>(input, packing, random)
     }
 
-    /// All packed rows, in a type.
+    /// All rows, unpacked to the given type.
     #[fusion(meta = |packed, dtype| {
         let shape = Shape::new([packed.norms.shape[0], packed.packing.width]);
         TensorSpec::new(shape, (*dtype).into())
@@ -236,7 +238,7 @@ pub(crate) trait RowOps: CopyOut {
         portable::unpack::<Self>(packed, dtype)
     }
 
-    /// Values times packed ones, and zero where the packed ones are.
+    /// The products of values and packed values. They are zero wherever the packed value is zero.
     #[fusion(meta = |_packed, values| values.clone())]
     fn memaop_times(
         #[extension_type] packed: Packed<Self>,
@@ -262,7 +264,7 @@ mod described {
     pub(super) fn drawn(score: &TensorSpec, draw: &Draw) -> DrawnMetadata {
         let shape = Shape::new([draw.count(score.shape[0])]);
         DrawnMetadata {
-            // Of CubeCL devices alone, which number rows so.
+            // Fusion runs on CubeCL devices alone, which number rows in this type.
             rows: TensorSpec::new(shape.clone(), DType::U32),
             root: TensorSpec::new(shape, score.dtype),
         }

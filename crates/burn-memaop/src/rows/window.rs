@@ -1,24 +1,24 @@
-//! A convolution as a product of matrices: each position of the output is a row, whose input is a patch of an image.
+//! A convolution as a product of matrices: a row is a position of the output and sees a patch.
 
 use burn::backend::ops::ConvOptions;
 
 /// The sizes of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Window {
-    /// Of input and output.
+    /// The numbers of channels of input and output.
     pub(crate) channels: [usize; 2],
     /// Height and width of the input.
     pub(crate) size: [usize; 2],
     pub(crate) kernel: [usize; 2],
     pub(crate) stride: [usize; 2],
     pub(crate) dilation: [usize; 2],
-    /// Before and after, in height and width.
+    /// The padding before and after, in height and width.
     pub(crate) padding: [(usize, usize); 2],
     pub(crate) groups: usize,
 }
 
 impl Window {
-    /// Height and width of the output; none where the kernel does not fit into the input.
+    /// Height and width of the output, or none where the kernel does not fit into the input.
     pub(crate) fn checked_output(&self) -> Option<[usize; 2]> {
         let size = |axis: usize| {
             let (before, after) = self.padding[axis];
@@ -29,28 +29,27 @@ impl Window {
         Some([size(0)?, size(1)?])
     }
 
-    /// Height and width of the output.
     pub(crate) fn output(&self) -> [usize; 2] {
         self.checked_output()
             .expect("the layer has checked that the kernel fits")
     }
 
-    /// The rows that an image has.
+    /// The number of rows that an image has.
     pub(crate) fn positions(&self) -> usize {
         self.output().iter().product()
     }
 
-    /// Input and output channels of a group.
+    /// The numbers of input and output channels of a group.
     pub(crate) fn group(&self) -> [usize; 2] {
         self.channels.map(|channels| channels / self.groups)
     }
 
-    /// The values of a patch, of one group.
+    /// The number of values of a patch, of one group.
     pub(crate) fn patch(&self) -> usize {
         self.group()[0] * self.taps()
     }
 
-    /// The values of a patch in one channel.
+    /// The number of values of a patch in one channel.
     pub(crate) fn taps(&self) -> usize {
         self.kernel.iter().product()
     }
@@ -59,7 +58,6 @@ impl Window {
         ConvOptions::new_with_padding(self.stride, self.padding, self.dilation, self.groups)
     }
 
-    /// The shape of the weight.
     pub(crate) fn weight(&self) -> [usize; 4] {
         [
             self.channels[1],
@@ -74,14 +72,14 @@ impl Window {
         self.dilation[axis] * (self.kernel[axis] - 1)
     }
 
-    /// The image, and height and width in the output, of a position of the batch.
+    /// The image of a position of the batch, and the row and column of the position in the output.
     pub(crate) fn place(&self, row: usize) -> (usize, [usize; 2]) {
         let [height, width] = self.output();
         let (image, position) = (row / (height * width), row % (height * width));
         (image, [position / width, position % width])
     }
 
-    /// What a place of the output sees through one value of the kernel, in a plane of its image; none beyond it.
+    /// The index in its plane of what a place of the output sees through one value of the kernel.
     pub(crate) fn seen(&self, place: [usize; 2], [down, right]: [usize; 2]) -> Option<usize> {
         let at = |axis: usize, offset: usize| {
             let place = place[axis] * self.stride[axis] + offset * self.dilation[axis];
@@ -91,14 +89,14 @@ impl Window {
         Some(at(0, down)? * self.size[1] + at(1, right)?)
     }
 
-    /// The places of a patch in each channel, row by row.
+    /// The places of a kernel, row by row.
     pub(crate) fn offsets(&self) -> impl Iterator<Item = [usize; 2]> + use<> {
         let [height, width] = self.kernel;
         (0..height).flat_map(move |down| (0..width).map(move |right| [down, right]))
     }
 
-    /// The convolution of the gradient with the mirrored kernel that is the gradient of the input, where there is one:
-    /// with a stride the gradient would have to be spread out.
+    /// The convolution of the gradient with the mirrored kernel that is the gradient of the input.
+    /// There is none with a stride, or with more padding than the kernel reaches.
     #[cfg(any(feature = "flex", feature = "ndarray"))]
     pub(crate) fn mirrored(&self) -> Option<Self> {
         let [input, output] = self.channels;

@@ -1,64 +1,64 @@
 //! How noisy the gradient of a layer is, and the K that makes the loss fall fastest by the clock.
 //!
-//! With the scores `s_m = |x_m| |g_m|` of a batch, `S = sum s_m^2` is the variance of the gradient of the batch, were
-//! its rows independent, and `F - S` estimates the square of the true gradient, where F is the squared norm of
-//! the batch's. Systematic sampling of K rows adds `V(K) = sum (1 / p_m - 1) s_m^2` to the variance, in F too. A step
-//! on a gradient with the noise-to-signal ratio `nu = S / (F - S)` makes a progress in proportion to `1 / (1 + nu)`
-//! (McCandlish and others, 2018, arXiv:1812.06162), one of K rows to `1 / (1 + nu (1 + V(K) / S))`. So K is chosen that
-//! makes `(1 + nu (1 + V(K) / S)) time(K)` smallest.
+//! The rows of a batch have the scores `s_m = |x_m| |g_m|`, and F is the squared norm of its
+//! gradient. If rows are independent, `S = sum s_m^2` is the variance of the gradient, and `F - S`
+//! estimates the square of the true gradient. A step with the noise-to-signal ratio
+//! `nu = S / (F - S)` makes a progress in proportion to `1 / (1 + nu)` (McCandlish and others,
+//! 2018, arXiv:1812.06162). Systematic sampling of K rows adds `V(K) = sum (1 / p_m - 1) s_m^2` to
+//! the variance, and to F. The K with the smallest `(1 + nu (1 + V(K) / S)) time(K)` is chosen.
 //!
-//! Rows left out of the gradient of the input are missing in all layers below. What that adds to their noise is taken to
-//! be what it adds to the gradient of the input itself, `sum (1 / p_m - 1) |g_m|^2` against `sum |g_m|^2`, and
-//! their noise to be that of this layer. It is weighed against the time of this layer alone, as if there were one below.
+//! Rows left out of the gradient of the input are missing in all layers below. The layer takes its
+//! own nu for their noise, and `sum (1 / p_m - 1) |g_m|^2 / sum |g_m|^2` for the share by which it
+//! grows. It weighs this against its own time alone, as if there were one layer below.
 
 use serde::{Deserialize, Serialize};
 
-/// M over the candidates for K, but for M itself.
+/// M divided by each candidate for K other than M itself.
 pub(crate) const DIVISORS: [usize; 5] = [2, 4, 8, 16, 32];
-/// What is measured of a gradient: the roots of F and S, and of V(K) for the K of the step and each candidate.
+/// The figures of a gradient: the roots of F, S, and V(K) for the K of the step and each candidate.
 pub(crate) const FIGURES: usize = 3 + DIVISORS.len();
 pub(crate) type Figures = [f64; FIGURES];
 
-/// The share of a step's time that measuring may take, spread over the steps between.
+/// The share of the time of steps that measuring may take, on average.
 const MEASURING: f64 = 0.005;
 const INTERVALS: [f64; 2] = [10.0, 100.0];
-/// At first the interval is short, so that a K that is to fall to M/32, by two at a time, is there after some twenty steps:
-/// until the weights of the measurements sum to that of six.
+/// The interval at first. A K that falls to M/32 by halves is there after some twenty steps.
 const EARLY_INTERVAL: u64 = 3;
+/// The sum of the weights of six measurements, after which the interval is longer.
 const EARLY_WEIGHT: f64 = 4.5;
-/// What an average keeps from one measurement to the next: much of the noise, of which a batch tells little, less of
-/// the variances of sampling, which its scores determine and which fall fast in the first steps.
+/// What averages keep from one measurement to the next. They keep much of the noise, of which a
+/// batch tells little, and less of the variances of sampling, which fall fast in the first steps.
 const NOISE_KEPT: f64 = 0.9;
 const ADDED_KEPT: f64 = 0.5;
-/// The least gain for which K is changed. K falls by two at a time, and M/16 to M/32 gains 0.015 at the most.
+/// The least gain for which K changes. From M/16 to M/32 the gain is 0.015 at the most.
 const HYSTERESIS: f64 = 0.01;
-/// The largest ratio that averages can tell from one without any signal; a single measurement of noise alone is at most
-/// twice what there is of it.
+/// The noise-to-signal ratio from which on averages see no signal.
 const LARGEST: f64 = 1000.0;
-/// How many times the average a measurement of the noise must be to take its place.
+/// A measurement of nu that is more than so many times the average takes its place.
 const JUMP: f64 = 4.0;
-/// The least share of its value that one measurement leaves of K.
+/// The share of K that one measurement leaves at least.
 const LEAST_FALL: f64 = 0.5;
+/// The largest `S / (F - V(K))` of one measurement. A gradient of noise alone has about 1.
 const MOST_OF_ONE: f64 = 2.0;
 
 /// The time of a training step of one layer, in any unit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepTime {
-    /// What depends on no choice: of the product for the weight too, whose result is written.
+    /// The part that depends on no choice. Writing the gradient of the weight belongs to it.
     pub(crate) fixed: f64,
     pub(crate) weight: ProductTime,
-    /// Nothing where the gradient of the input is not asked for.
+    /// Zero if the gradient of the input is not asked for.
     pub(crate) input: ProductTime,
-    /// Measuring the noise.
+    /// The time of measuring the noise.
     pub(crate) measure: f64,
 }
 
 /// The time of a product of some rows.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ProductTime {
-    /// Choosing rows, where not all are taken.
+    /// The time of drawing rows, if not all are used.
     pub(crate) pass: f64,
-    /// The product of all rows.
+    /// The time of the product of all rows.
     pub(crate) product: f64,
 }
 
@@ -71,7 +71,7 @@ impl ProductTime {
     }
 }
 
-/// The rows that are taken of each gradient, as shares of the batch.
+/// The rows that each gradient uses, as shares of the batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Shares {
     pub(crate) weight: f64,
@@ -96,9 +96,9 @@ impl StepTime {
         steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
     }
 
-    /// Whether the noise of a pass is measured. The first pass is, and one in each interval. Which one that is, is `drawn` from
-    /// the number of the interval. A layer that is used several times in a step does not know where steps begin, and in this way
-    /// each of its uses is measured alike.
+    /// Whether the noise of a pass is measured. It is in the first pass, and in one pass of each
+    /// interval, `drawn` by the number of the interval. So all uses of a layer in one step are
+    /// measured alike, although the layer does not know where a step begins.
     pub(crate) fn measures(
         &self,
         pass: u64,
@@ -115,7 +115,7 @@ pub(crate) fn k_of(ratio: f64, rows: usize) -> usize {
     ((ratio * rows as f64).round() as usize).clamp(1, rows)
 }
 
-/// The K that a measurement is about, for a batch of `rows` rows and a step with `k` of them.
+/// The K that a measurement is about, for a batch of `rows` rows of which the step uses `k`.
 pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
     let mut ks = [k; FIGURES - 2];
     for (k, divisor) in ks[1..].iter_mut().zip(DIVISORS) {
@@ -124,24 +124,24 @@ pub(crate) fn measured_ks(rows: usize, k: usize) -> [usize; FIGURES - 2] {
     ks
 }
 
-/// Moving averages, of ratios that do not depend on the scale of the gradient, which falls by orders of magnitude in the
-/// first steps and jumps with the scale of a loss.
+/// Moving averages of ratios. These do not depend on the scale of the gradient, which falls by
+/// orders of magnitude in the first steps and jumps with the scale of a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Averages {
     /// The sum of the weights of all measurements of the noise; 0 before the first.
     pub(crate) weight: f64,
-    /// Of `S / (F - V(K))`, the share of noise in the square of the gradient, but for the weight. Of all forms of the
-    /// ratio this one has bounds, so that no measurement outweighs those after it.
+    /// The weighted sum of `S / (F - V(K))`, the share of noise in the square of the gradient.
+    /// Unlike nu it has bounds, so that no measurement outweighs those after it.
     pub(crate) noise: f64,
-    /// Of `V / S` of each candidate.
+    /// The average of `V / S` of each candidate.
     pub(crate) added: [f64; DIVISORS.len()],
-    /// The same of the gradient of the input; none before the first measurement.
+    /// The same for the gradient of the input. None before the first measurement.
     pub(crate) input_added: Option<[f64; DIVISORS.len()]>,
 }
 
 impl Averages {
-    /// Whether measurements lead to such averages.
+    /// Whether measurements can lead to these averages.
     pub(super) fn is_sound(&self) -> bool {
         let all = [self.weight, self.noise].into_iter().chain(self.added);
         let mut all = all.chain(self.input_added.into_iter().flatten());
@@ -158,7 +158,7 @@ impl Averages {
             true => (batch / (gradient - at_k)).min(MOST_OF_ONE),
             false => MOST_OF_ONE,
         };
-        // What has become much noisier is not what it was on average.
+        // The average says nothing of a gradient that has become much noisier.
         if self
             .noise()
             .is_some_and(|average| ratio(noise) > JUMP * average)
@@ -172,8 +172,8 @@ impl Averages {
         self.noise = NOISE_KEPT * self.noise + noise;
     }
 
-    /// Adds a measurement of the gradient of the input, of rows of which one factor is 1. What has risen counts at once: where
-    /// a layer above has left rows out, nothing is added here while it does.
+    /// Adds a measurement of the gradient of the input. A rise counts at once: rows that a layer
+    /// above leaves out add nothing here, but they do as soon as that layer uses them.
     pub(crate) fn add_input(&mut self, figures: Figures) {
         let [_, batch, _, added @ ..] = figures.map(|root| root * root);
         if figures.iter().all(|figure| figure.is_finite()) && batch > 0.0 {
@@ -183,12 +183,12 @@ impl Averages {
         }
     }
 
-    /// The noise-to-signal ratio nu of the gradient of a batch; none before the first measurement.
+    /// The noise-to-signal ratio nu of the gradient of a batch. None before the first measurement.
     pub(crate) fn noise(&self) -> Option<f64> {
         (self.weight > 0.0).then(|| ratio(self.noise / self.weight))
     }
 
-    /// The share of the rows to take for the gradient of the weight from now on, for batches of `rows` rows.
+    /// The share of the rows to use for the gradient of the weight, for batches of `rows` rows.
     pub(crate) fn choose(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
         let Some(noise) = self.noise() else {
             return present.weight;
@@ -211,12 +211,12 @@ impl Averages {
     }
 }
 
-/// nu, of the share of noise in the square of a gradient.
+/// nu from the share of noise in the square of a gradient.
 fn ratio(share: f64) -> f64 {
     share / (1.0 - share).max(1.0 / LARGEST)
 }
 
-/// The average of `V / S` of each candidate with a measurement.
+/// The averages of `V / S` after a measurement, one for each candidate.
 fn averaged(
     before: Option<[f64; DIVISORS.len()]>,
     added: [f64; DIVISORS.len()],
@@ -229,8 +229,8 @@ fn averaged(
     std::array::from_fn(|i| ADDED_KEPT * before[i] + (1.0 - ADDED_KEPT) * present[i])
 }
 
-/// The candidate with the least cost, of a share of the rows and what it adds to the noise, but no less than half of the
-/// present one; the present one where the gain is small.
+/// The candidate with the least `cost` of its share and what it adds to the noise, but at least
+/// half of the present share. Where the gain is small, it is the present share.
 fn cheapest(added: [f64; DIVISORS.len()], present: f64, cost: impl Fn(f64, f64) -> f64) -> f64 {
     let some = DIVISORS.into_iter().zip(added);
     let some = some.map(|(divisor, added)| (1.0 / divisor as f64, added));
@@ -269,7 +269,7 @@ mod tests {
         product: 1.0,
     };
 
-    /// A measurement at K = M, with V(M/d) = (d - 1) S, as of rows of one size.
+    /// A measurement at K = M, with V(M/d) = (d - 1) S, as rows of one size have it.
     fn figures(gradient: f64, batch: f64) -> [f64; FIGURES] {
         let mut figures = [gradient, batch, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         for (figure, divisor) in figures[3..].iter_mut().zip(DIVISORS) {
@@ -289,7 +289,7 @@ mod tests {
         averages
     }
 
-    /// K after as many choices as it takes, from all rows on.
+    /// The share of the rows that repeated choices end at, from all rows on.
     fn settled(averages: &Averages) -> f64 {
         let choices = (0..8).scan(1.0, |share, _| {
             *share = averages.choose(of(*share), M, &TIME);
@@ -300,8 +300,8 @@ mod tests {
 
     #[test]
     fn the_less_noise_the_fewer_rows() {
-        // nu = S / (F - S); the best divisor d minimises (1 + nu d) (2.05 + 1 / d), d = 1 without the pass:
-        // d is about the root of 1 / (2.05 nu).
+        // nu is S / (F - S). The best divisor d minimises (1 + nu d) (2.05 + 1 / d), without the
+        // pass if d = 1. So d is about the root of 1 / (2.05 nu).
         for (noise, divisor) in [
             (10.0, 1.0),
             (1.0, 1.0),
@@ -313,7 +313,7 @@ mod tests {
             assert!((averages.noise().unwrap() / noise - 1.0).abs() < 1e-9);
             assert_eq!(settled(&averages), 1.0 / divisor, "{noise}");
         }
-        // No signal at all.
+        // Here is no signal at all.
         assert_eq!(after(figures(0.5, 1.0)).choose(of(0.25), M, &TIME), 1.0);
     }
 
@@ -350,7 +350,7 @@ mod tests {
         averages.add(figures(2.0, 1.0));
         assert!((averages.noise().unwrap() - 1.0).abs() < 1e-9);
         for _ in 0..60 {
-            // Of another scale: only the ratio matters.
+            // The scale is another one, but only the ratio matters.
             averages.add(figures(11e-8, 1e-8));
         }
         assert!((averages.noise().unwrap() - 0.1).abs() < 1e-2);
@@ -361,7 +361,7 @@ mod tests {
         let mut averages = after(figures(11.0, 1.0));
         let all = of(1.0);
         assert_eq!(averages.choose_input(all, M, &TIME), 1.0);
-        // Rows of one size, and rows of which few carry all.
+        // The first rows are of one size. Of the second ones few carry all.
         averages.add_input(figures(0.0, 1.0));
         let alike = averages.choose_input(all, M, &TIME);
         assert_eq!(alike, 0.5);
@@ -373,16 +373,16 @@ mod tests {
             ..all
         };
         assert_eq!(few.choose_input(sixteenth, M, &TIME), 1.0 / 32.0);
-        // Noise alone takes all rows, if they are alike.
+        // A gradient of noise alone takes all rows, if they are alike.
         let mut noisy = after(figures(0.5, 1.0));
         noisy.add_input(figures(0.0, 1.0));
         assert_eq!(noisy.choose_input(all, M, &TIME), 1.0);
-        // What rises counts at once, what falls by halves.
+        // A rise counts at once, and half of a fall.
         few.add_input(figures(0.0, 1.0));
         assert_eq!(few.input_added, averages.input_added);
         few.add_input([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         assert_eq!(few.input_added.unwrap()[0], 0.5);
-        // Where the gradient of the input is not asked for nothing can be saved.
+        // Nothing can be saved if the gradient of the input is not asked for.
         let without = StepTime {
             input: ProductTime::default(),
             ..TIME
@@ -390,7 +390,7 @@ mod tests {
         assert_eq!(averages.choose_input(all, M, &without), 1.0);
     }
 
-    /// A batch of equal rows, as in the first step of many models, and then noise.
+    /// Equal rows, as in the first step of many models, are followed by noise.
     #[test]
     fn one_measurement_takes_k_up_at_once_and_down_by_two() {
         let mut averages = Averages::default();
@@ -411,7 +411,7 @@ mod tests {
             ks.push(averages.choose(of(k), M, &TIME));
         }
         assert_eq!(ks, [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]);
-        // Noise that is not much more is averaged.
+        // Noise that rises less is averaged.
         let before = averages.noise().unwrap();
         averages.add(figures(1.0 + 4095.0 / 3.0, 1.0));
         assert!(averages.noise().unwrap() < 1.3 * before);
@@ -419,12 +419,12 @@ mod tests {
 
     #[test]
     fn equal_k_cost_the_same() {
-        // Of 16 rows M/16 and M/32 are one row, which M/16 names first.
+        // M/16 and M/32 of 16 rows are both one row, and M/16 comes first.
         let averages = after(figures(1e6, 1.0));
         assert_eq!(averages.choose(of(1.0 / 8.0), 16, &TIME), 1.0 / 16.0);
     }
 
-    /// One of the passes of each interval, and each of the uses of a layer alike, whatever their number is.
+    /// One pass of each interval is measured, and all uses of a layer alike.
     #[test]
     fn passes_are_measured_as_they_are_drawn() {
         let drawn = |interval: u64| crate::rows::random::stream(3, interval);

@@ -21,11 +21,11 @@ use crate::config::AopConfig;
 pub(crate) struct Progress {
     /// The number of steps so far.
     pub(crate) step: u64,
-    /// K of the last of them.
+    /// K of the last step.
     pub(crate) k: usize,
-    /// K as a share of the rows, once [`OuterProducts::Auto`](crate::OuterProducts::Auto) has chosen it.
+    /// K as a share of the rows, once [`Auto`](crate::OuterProducts::Auto) has chosen it.
     pub(crate) chosen: Option<f64>,
-    /// The rows of the gradient of the input as a share, once the layer has chosen it.
+    /// The rows of the gradient of the input as a share, once the layer has chosen them.
     pub(crate) input_chosen: Option<f64>,
 }
 
@@ -34,33 +34,34 @@ pub(crate) struct DeviceState {
     pub(crate) progress: Progress,
     /// The number of forward passes that have drawn random bits.
     pub(super) passes: u64,
-    /// What has been measured of the noise, and the measurements that the next choice goes by too.
+    /// The averages of the noise, and the measurements that the next choice adds to them.
     pub(crate) noise: Averages,
     pub(crate) reading: Option<Reading<FIGURES>>,
     pub(crate) input_reading: Option<Reading<FIGURES>>,
-    /// The sets of rows that no pass is working with, the one that has waited longest first. There are as many sets as
-    /// passes have run at the same time.
+    /// The sets of rows that no pass is working with. The first one has waited longest. There are
+    /// as many sets as passes have run at the same time.
     pub(super) rows: VecDeque<Rows>,
     pub(crate) watch: Watch,
-    /// How often the clone of the last step had been mapped, and what was known before that step; 0 before the first.
+    /// How often the clone of the last step had been mapped, 0 before the first step.
     pub(super) maps: u64,
+    /// What was known before the first step of that clone.
     pub(super) known: (Progress, Averages),
-    /// Whether the state has gone on on another device since the last step here.
+    /// Whether another device has taken the state over since the last step here.
     pub(super) left: bool,
 }
 
 impl DeviceState {
-    /// Whether a new state is the same.
+    /// Whether the state is like a new one.
     pub(super) fn is_blank(&self) -> bool {
         self.progress.step == 0 && self.passes == 0 && self.rows.is_empty()
     }
 
-    /// Whether no step on this device is to be gone on from.
+    /// Whether there is no step on this device to go on from.
     pub(super) fn is_new(&self) -> bool {
         self.progress.step == 0 || self.left
     }
 
-    /// Whether there is nothing to save that is not known elsewhere.
+    /// Whether other states hold all that this one would save.
     pub(super) fn is_left(&self) -> bool {
         self.is_blank() || self.left && self.rows.is_empty()
     }
@@ -80,7 +81,7 @@ impl DeviceState {
         moved
     }
 
-    /// What was known before the optimizer step of a clone that has been mapped so often.
+    /// What was known before the optimizer step of a clone that has been mapped `maps` times.
     pub(super) fn before(&self, maps: u64) -> Self {
         let (progress, noise) = match self.maps == maps {
             true => self.known,
@@ -93,8 +94,8 @@ impl DeviceState {
         }
     }
 
-    /// Goes on with the state of another device, but for its rows alone if that has not come as far. Observers and rows that
-    /// are here stay. Returns what is replaced.
+    /// Goes on with the state of another device. If that has not come farther, only its rows are
+    /// taken. Observers and rows that are here stay. Returns what is replaced.
     pub(super) fn go_on_from(&mut self, mut other: Self) -> Self {
         let rows = mem::take(&mut self.rows);
         other.rows.extend(rows);
@@ -108,7 +109,7 @@ impl DeviceState {
         mem::replace(self, other)
     }
 
-    /// Counts a step of a clone that has been mapped so often; returns the number of steps before.
+    /// Counts a step of a clone that was mapped `maps` times. Returns the number of steps before.
     pub(crate) fn count_step(&mut self, maps: u64) -> u64 {
         if self.maps != maps {
             self.maps = maps;
@@ -121,7 +122,7 @@ impl DeviceState {
         step
     }
 
-    /// A set of rows for a pass, which puts it back; a pass that finds none begins with zeros.
+    /// A set of rows for a pass, which puts it back. A pass that finds none begins with zeros.
     pub(crate) fn take_rows(&mut self) -> Option<Rows> {
         self.rows.pop_front()
     }
@@ -130,7 +131,7 @@ impl DeviceState {
         self.rows.extend(rows);
     }
 
-    /// The number of passes before this one that have drawn random bits.
+    /// Counts a pass that draws random bits. Returns the number of such passes before.
     pub(crate) fn count_pass(&mut self) -> u64 {
         let passes = self.passes;
         self.passes = passes.saturating_add(1);
@@ -183,8 +184,7 @@ impl DeviceState {
     }
 }
 
-/// Shared access to the state of a layer on a device: its clones and the autodiff operations of their forward passes have
-/// one.
+/// Shared access to the state of a layer on a device, for clones and their autodiff operations.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StateHandle(Arc<Mutex<DeviceState>>);
 
@@ -194,7 +194,7 @@ impl StateHandle {
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, DeviceState> {
-        // A panic in a backward pass leaves a valid state behind, without the rows that the pass had at worst.
+        // A panic in a backward pass leaves a valid state. At worst it lacks the rows of that pass.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -203,17 +203,17 @@ impl StateHandle {
 /// [`MemAopLinear::memory_stats`](crate::MemAopLinear::memory_stats).
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct MemoryStats {
-    /// The number of weight gradients computed so far on this device, without those of layers that always take all
-    /// rows and keep their input as it is.
+    /// The number of weight gradients computed so far on this device. Layers that always use all
+    /// rows and keep their input as it is do not count.
     pub step: u64,
-    /// K of the last of them, 0 before the first.
+    /// K of the last of these gradients, 0 before the first.
     pub k: usize,
-    /// The batch positions the memory has room for, 0 before the first step. Passes that run at the same time have
-    /// positions of their own, and all of them count.
+    /// The positions of the batch that the memory has room for, 0 before the first step. Passes
+    /// that run at the same time have positions of their own, and all of them count.
     pub rows: usize,
     /// The positions where something is pending.
     pub pending: usize,
-    /// The most steps that one of them holds something of, 0 if there is none. Counted to 2^24.
+    /// The most steps whose rows one position holds, 0 if there are none. The count ends at 2^24.
     pub oldest: usize,
     /// The Frobenius norm of `m^X`.
     pub input_norm: f64,

@@ -23,16 +23,16 @@ use crate::config::AopConfig;
 
 /// What a layer keeps between steps: one [`DeviceState`] for each device that it is trained on.
 ///
-/// Clones and forks of a layer share it, as those of Burn's `BatchNorm` share its running state. Because each device has
-/// a state of its own, what workers on several devices do depends on no order.
+/// Clones and forks of a layer share it, as those of Burn's `BatchNorm` share its running state.
+/// Each device has its own state, so that the order of workers on several devices has no effect.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerState {
-    /// Locked before the state of a device, never after it.
+    /// This list is locked before the state of a device, never after it.
     devices: Arc<Mutex<Vec<OnDevice>>>,
-    /// The device of this clone, without autodiff. A module without weights has none, and is where its input is.
+    /// The device of this clone, without autodiff. None in a module without weights.
     device: Option<Device>,
     origin: Option<Origin>,
-    /// How often this clone has been mapped, as an optimizer does at each step, from 1.
+    /// How often this clone has been mapped, counted from 1. An optimizer maps it at each step.
     maps: u64,
     record: StateRecord,
 }
@@ -43,11 +43,11 @@ struct OnDevice {
     state: StateHandle,
 }
 
-/// The device from which a clone has come to its own.
+/// The device that a clone comes from.
 #[derive(Debug, Clone)]
 struct Origin {
     device: DeviceId,
-    /// None in a fork. A clone that was moved takes the state there along at its first step, once.
+    /// None in a fork. In a clone that was moved, whether it has taken the state there along.
     moved: Option<Arc<AtomicBool>>,
 }
 
@@ -78,7 +78,7 @@ impl LayerState {
         self.device.as_ref().map(id)
     }
 
-    /// The state on a device, for a forward pass: it changes nothing but what the pass counts.
+    /// The state on a device, for a forward pass, which takes no state along from another device.
     pub(crate) fn on(&self, device: &Device) -> StateHandle {
         self.at(id(device))
     }
@@ -93,12 +93,12 @@ impl LayerState {
         find_or_add(&mut self.lock(), device)
     }
 
-    /// The state on the device of this clone, for a backward pass, and how often this clone has been mapped.
+    /// The state on the device of this clone, for a backward pass, and how often it was mapped.
     ///
-    /// A clone that was moved goes on with the state on the device before, if that has come farther, and takes its rows. A
-    /// fork on a device without a state goes on with the progress and the averages there. It leaves the rows, which may be those
-    /// of another worker, and takes what was known before the present optimizer step, because workers take their passes in no
-    /// order.
+    /// A clone that was moved takes the rows of the device that it comes from, and goes on with the
+    /// state there if that has come farther. A fork on a device without a state takes the progress
+    /// and the averages as they were before the present optimizer step, because workers run in any
+    /// order. It leaves the rows, which may be those of another worker.
     pub(crate) fn in_step(&self) -> (StateHandle, u64) {
         let (Some(device), Some(origin)) = (self.device(), &self.origin) else {
             return (self.here(), self.maps);
@@ -113,7 +113,7 @@ impl LayerState {
         let Some(before) = before else {
             return (here, self.maps);
         };
-        // The list of devices is locked meanwhile, so that no other pass sees half of it.
+        // The list of devices stays locked, so that no other pass sees a state that has half moved.
         let (mut before, mut state) = (before.lock(), here.lock());
         let replaced = match is_first {
             Some(true) => Some(state.go_on_from(before.move_out())),
@@ -122,12 +122,12 @@ impl LayerState {
             None => None,
         };
         drop((before, state, devices));
-        // What is dropped may have to be waited for.
+        // The drop of a reading may wait for the device.
         drop(replaced);
         (here, self.maps)
     }
 
-    /// What the layer knows of itself where this clone is.
+    /// A copy of the state that the next step of this clone goes on from.
     pub(crate) fn present(&self) -> DeviceState {
         let here = find_or_blank(&self.lock(), self.device());
         match self.is_to_move(&here) {
@@ -136,7 +136,7 @@ impl LayerState {
         }
     }
 
-    /// The state that the next step of this clone, which was moved, takes along.
+    /// The state that the next step of this clone takes along, if the clone was moved.
     fn is_to_move(&self, here: &DeviceState) -> Option<StateHandle> {
         let moved = self.origin.as_ref()?.moved.as_ref()?;
         let before = self.before().filter(|_| !moved.load(Ordering::Relaxed))?;
@@ -144,15 +144,15 @@ impl LayerState {
         is_ahead.then_some(before)
     }
 
-    /// The state on the device that this clone has come from.
+    /// The state on the device that this clone comes from.
     fn before(&self) -> Option<StateHandle> {
         let origin = self.origin.as_ref()?;
         let before = find(&self.lock(), origin.device);
         before.filter(|_| self.device() != Some(origin.device))
     }
 
-    /// Has the steps on the device of this clone watched, and one of `error_interval` gradients compared. Returns the
-    /// last step, if nobody has been told of it.
+    /// Begins to report the steps on this device, and to compare one gradient in `error_interval`
+    /// with the exact one. Returns the last step, if no observer has been told of it.
     pub(crate) fn watched(&self, error_interval: Option<u64>) -> Option<StepReport> {
         let state = self.here();
         let mut state = state.lock();
@@ -161,7 +161,7 @@ impl LayerState {
         state.watch.report.take()
     }
 
-    /// Tells the observer, if there is one, of a gradient that is exact at every step.
+    /// Tells the observer, if there is one, of a step of a layer whose gradients are always exact.
     pub(crate) fn note_exact(&self, rows: usize, input: bool) {
         let found = self.device().and_then(|device| find(&self.lock(), device));
         let Some(state) = found else {
@@ -180,7 +180,7 @@ impl LayerState {
         }
     }
 
-    /// A state that no other layer shares, with these in the place of what is kept now. Observers stay.
+    /// A state that no other layer shares, with `states` as its content. Observers stay.
     fn with_states(self, states: Vec<SavedState>) -> Self {
         let here = self.device();
         let mut own = Self {
@@ -190,7 +190,7 @@ impl LayerState {
         };
         let mut first = None;
         for SavedState { device, state } in states {
-            // Records of before do not tell.
+            // A state that names no device belongs to this one.
             let Some(device) = device.or(here) else {
                 continue;
             };
@@ -199,7 +199,7 @@ impl LayerState {
                 *own.at(device).lock() = state;
             }
         }
-        // The state of a model that was saved on another device is that of the model.
+        // A model that was saved on another device goes on with its state there.
         let saved_here = here.is_none_or(|here| find(&own.lock(), here).is_some());
         own.origin = first.filter(|_| !saved_here).map(|device| Origin {
             device,
@@ -214,12 +214,12 @@ impl LayerState {
         own
     }
 
-    /// A new state, that no other layer shares. Observers stay.
+    /// A new state that no other layer shares. Observers stay.
     pub(crate) fn renewed(self) -> Self {
         self.with_states(Vec::new())
     }
 
-    /// The same state, that no other layer shares from now on.
+    /// A copy that no other layer shares.
     pub(crate) fn detached(self) -> Self {
         let copy = |on: &OnDevice| OnDevice {
             device: on.device,
@@ -234,7 +234,7 @@ impl LayerState {
         }
     }
 
-    /// A state that no other layer shares, without what another configuration has no use for.
+    /// A copy that no other layer shares, without what the new configuration does not use.
     pub(crate) fn reconfigured(self, before: &AopConfig, after: &AopConfig) -> Self {
         let own = self.detached();
         for on in own.lock().iter() {
@@ -243,12 +243,12 @@ impl LayerState {
         own
     }
 
-    /// The same state. The first step on the new device goes on with that on the old one, and takes its rows.
+    /// The same state. Its first step on the new device goes on from the old one, with its rows.
     pub(crate) fn moved_to(self, device: &Device) -> Self {
         self.come_to(device, Some(Arc::default()))
     }
 
-    /// The same state. On a device that has none yet a fork goes on from that on the old one, without its rows.
+    /// The same state. On a device without one, a fork goes on from the old one without its rows.
     pub(crate) fn forked_to(self, device: &Device) -> Self {
         self.come_to(device, None)
     }
@@ -258,11 +258,11 @@ impl LayerState {
         let Some(from) = from.filter(|&from| from != to) else {
             return self;
         };
-        // A clone that has not taken a step where it is still comes from where it came from.
+        // A clone that has not taken a step on its device keeps its origin.
         let here = find_or_blank(&self.lock(), Some(from));
         let waits = here.is_new() || self.is_to_move(&here).is_some();
         let origin = match self.origin.clone().filter(|_| waits) {
-            // A fork stays one, which leaves the rows.
+            // A fork that is moved remains a fork, which leaves the rows.
             Some(origin) => Some(Origin {
                 moved: moved.filter(|_| origin.moved.is_some()),
                 ..origin
@@ -279,7 +279,7 @@ impl LayerState {
         }
     }
 
-    /// Shows a visitor the state of a layer with so many inputs and outputs.
+    /// Shows a visitor the state of a layer with these numbers of inputs and outputs.
     pub(crate) fn show<V: ModuleVisitor>(&self, widths: [usize; 2], visitor: &mut V) {
         let purpose = Purpose::of::<V>();
         if purpose == Purpose::Exchange {
@@ -302,7 +302,7 @@ impl LayerState {
             device: self.device(),
             state: self.present(),
         };
-        // What the next step takes along is the state of this clone already.
+        // The state that the next step takes along is already `here`.
         let there = find_or_blank(&self.lock(), self.device());
         let moved = self.is_to_move(&there).and(self.origin.as_ref());
         let taken = moved.map(|origin| origin.device);
@@ -320,8 +320,8 @@ impl LayerState {
         std::iter::once(here).chain(others).collect()
     }
 
-    /// What a mapper makes of the state of a layer with so many inputs and outputs, whose weight, mapped before, has
-    /// been `replaced` by another.
+    /// Maps the state of a layer with these numbers of inputs and outputs. `replaced` says whether
+    /// the mapper has put another weight in the place of the layer's weight before.
     pub(crate) fn map_by<M: ModuleMapper>(
         self,
         widths: [usize; 2],
@@ -341,7 +341,7 @@ impl LayerState {
                 maps: self.maps + 1,
                 ..self
             },
-            // What is pending belongs to the weight that it was left by.
+            // The rows that wait in the memory belong to the weight that was replaced.
             (None, _) if replaced => self.renewed(),
             (None, _) => self.detached(),
         }

@@ -1,6 +1,6 @@
-//! How a layer meets what passes over a model. Visitors and mappers see tensors and the names of modules,
-//! not modules; so a layer leaves itself in a thread-local while its first tensor is visited or mapped,
-//! where the visitors and mappers of this crate find it. Those of other crates see no difference.
+//! How the visitors and mappers of this crate find a layer. Burn gives them tensors and the names
+//! of modules, but not modules. So a layer leaves itself in a thread-local while its state is
+//! visited or mapped. Visitors and mappers of other crates see no difference.
 
 use std::{any::type_name, cell::RefCell};
 
@@ -10,7 +10,7 @@ use crate::config::{AopConfig, AopConfigError};
 /// What a layer shows of itself to a visitor.
 #[derive(Clone)]
 pub(crate) struct Shown {
-    /// Inputs and outputs.
+    /// The numbers of inputs and outputs.
     pub(crate) widths: [usize; 2],
     pub(crate) state: LayerState,
 }
@@ -20,25 +20,25 @@ thread_local! {
     static OFFER: RefCell<Option<Offer>> = const { RefCell::new(None) };
 }
 
-/// Runs the visit of a layer's first tensor with the layer on show.
+/// Runs the visit of a layer's state. During the visit [`shown`] finds the layer.
 pub(crate) fn show(shown: Shown, visit: impl FnOnce()) {
     SHOWN.set(Some(shown));
     visit();
     SHOWN.take();
 }
 
-/// The layer whose first tensor is being visited, once.
+/// The layer whose state is being visited. It is returned once.
 pub(crate) fn shown() -> Option<Shown> {
     SHOWN.take()
 }
 
-/// What the configuration of a layer must keep to.
+/// The check that the configuration of a layer must pass.
 pub(crate) type Rule = fn(&AopConfig) -> Result<(), AopConfigError>;
 
 /// What a mapper of this crate asks of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Wish {
-    /// A state of its own, and another configuration, if the layer has one.
+    /// A state that no other layer shares, and another configuration, if the layer has one.
     Own(Option<AopConfig>),
     /// A new state.
     Reset,
@@ -50,8 +50,8 @@ struct Offer {
     wish: Option<Wish>,
 }
 
-/// Runs the mapping of a layer's first tensor with its configuration on offer, if it has one; returns what was asked of
-/// the layer, if something was, and what became of the tensor.
+/// Runs the mapping of a layer's state, and offers the mapper the configuration of the layer, if it
+/// has one. Returns what the mapper asks of the layer, and the result of the mapping.
 pub(crate) fn offer<T>(
     config: Option<(AopConfig, Rule)>,
     map: impl FnOnce() -> T,
@@ -61,11 +61,11 @@ pub(crate) fn offer<T>(
     (OFFER.take().and_then(|offer| offer.wish), mapped)
 }
 
-/// Exchanges the configuration of the layer whose first tensor is being mapped, and gives it a state of its own.
+/// Exchanges the configuration of the layer that is being mapped, and gives it a state of its own.
 ///
 /// # Errors
 ///
-/// A configuration that the layer does not take.
+/// Returns an error if the layer does not take the configuration.
 pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) -> Result<(), AopConfigError> {
     let Some(offer) = OFFER.take() else {
         return Ok(());
@@ -85,7 +85,7 @@ pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) -> Result<()
     Ok(())
 }
 
-/// Asks the layer whose first tensor is being mapped to begin anew.
+/// Asks the layer that is being mapped for a new state.
 pub(crate) fn reset() {
     let wish = Some(Wish::Reset);
     OFFER.set(OFFER.take().map(|offer| Offer { wish, ..offer }));
@@ -96,15 +96,15 @@ pub(crate) fn reset() {
 pub(crate) enum Purpose {
     /// Burn's own records, which hold all of a training.
     Record,
-    /// burn-store, which exchanges weights with other frameworks: a layer has to look as Burn's `Linear`
-    /// there, with no tensor that those would not know.
+    /// burn-store, which exchanges weights with other frameworks. A layer must look like Burn's
+    /// layer there, with no tensor that other frameworks do not know.
     Exchange,
     Other,
 }
 
 impl Purpose {
-    /// The purpose of a type, by the crate that it is of: there is no other way to tell. Were the crate
-    /// to change its name, loading would say that the tensors of the memory are missing.
+    /// The purpose of a visitor or mapper. Only the path of its type tells it. If burn-store had
+    /// another path, loading would report that the tensors of the state are missing.
     pub(crate) fn of<V>() -> Self {
         let name = type_name::<V>();
         match () {

@@ -10,7 +10,7 @@ use burn::tensor::{ExecutionError, TensorData};
 
 use crate::rows::transfer::Transfer;
 
-/// `N` figures, on their way to the host. Clones share them.
+/// `N` figures on their way to the host. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Reading<const N: usize>(Arc<Mutex<Figures<N>>>);
 
@@ -20,7 +20,7 @@ enum Figures<const N: usize> {
 }
 
 impl<const N: usize> Reading<N> {
-    /// Takes over a copy.
+    /// Polls a copy for the first time, which begins it.
     pub(crate) fn start(mut copy: Transfer) -> Self {
         let figures = match copy.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(data) => Figures::There(figures_of(data)),
@@ -33,8 +33,7 @@ impl<const N: usize> Reading<N> {
         Self(Arc::new(Mutex::new(Figures::There(figures))))
     }
 
-    /// The figures; waits for the copy, if it has not come yet. NaN where they are late, or cannot be
-    /// read.
+    /// Waits for the figures and returns them. They are NaN if they are late or cannot be read.
     pub(crate) fn read(&self) -> [f64; N] {
         let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let found = match &mut *figures {
@@ -56,13 +55,13 @@ impl<const N: usize> Reading<N> {
         Self(Arc::new(Mutex::new(Figures::Coming(Pending(Some(copy))))))
     }
 
-    /// Whether they have not come yet and cannot be waited for.
+    /// Whether the figures have not come yet and cannot be waited for.
     pub(crate) fn is_late(&self) -> bool {
         false
     }
 }
 
-/// Not given up before it has come: CubeCL would hand out the memory again that is being copied to.
+/// A copy that waits when it is dropped, because CubeCL would reuse the buffer that it copies to.
 #[cfg(not(target_family = "wasm"))]
 struct Pending(Option<Transfer>);
 
@@ -80,7 +79,7 @@ impl Drop for Pending {
     }
 }
 
-/// In a browser nothing can be waited for: the copy is a task of its own there, which ends while the program yields.
+/// A browser cannot wait. The copy is a task there, which ends while the program yields.
 #[cfg(target_family = "wasm")]
 impl<const N: usize> Reading<N> {
     fn coming(copy: Transfer) -> Self {

@@ -1,10 +1,10 @@
 //! The state in a module's record.
 //!
-//! A record holds tensors of the shapes that the loading module expects, but a memory has as many rows as the batches
-//! that it has seen. So a state is saved as two tensors of integers: `state` has one shape for ever and tells the
-//! length of `content`, which holds all states as CBOR. They are integers because LoRA, casts and quantization map the
-//! float parameters of a model, and must not touch a state. CBOR names its fields, so fields can be added: a reader
-//! skips names that it does not know.
+//! A module loads tensors of the shapes that it expects, but a memory has as many rows as its
+//! batches. So a state is saved as two tensors of integers. `state` has a fixed shape and tells the
+//! length of `content`, which holds the states of all devices as CBOR. The tensors are integers
+//! because LoRA, casts and quantization map the float parameters of a model, and must not touch a
+//! state. Fields can be added to the CBOR, because a reader skips names that it does not know.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,15 +23,15 @@ use super::{
     rows::Rows,
 };
 
-/// The version that is written, and the latest that is read. It counts what no older reader may skip.
+/// The version of the format. It rises with every change that an older reader must not skip.
 const VERSION: i32 = 2;
-/// The integers of `state`: the version and the bytes of `content`.
-const HEADER: usize = 2;
+/// The number of integers in `state`: the version, and the number of bytes in `content`.
+const HEADER: usize = 3;
 
 /// The state on one device.
 #[derive(Debug)]
 pub(super) struct SavedState {
-    /// None where the record does not tell.
+    /// None if the record does not name it.
     pub(super) device: Option<DeviceId>,
     pub(super) state: DeviceState,
 }
@@ -41,7 +41,7 @@ pub(super) struct SavedState {
 #[serde(default)]
 #[derive(Default)]
 struct Written {
-    /// The number of the device's type, and its own.
+    /// The type and the index of the device.
     device: Option<[u16; 2]>,
     step: u64,
     k: usize,
@@ -56,7 +56,7 @@ struct Written {
 }
 
 impl Written {
-    /// Waits for the device.
+    /// Reads the state, and waits for the device.
     fn of(SavedState { device, state }: &SavedState) -> Self {
         let rows = state.rows.iter().map(|rows| {
             [&rows.input, &rows.grad, &rows.age].map(|tensor| tensor.clone().into_data())
@@ -77,13 +77,13 @@ impl Written {
         }
     }
 
-    /// The state of a layer with so many inputs and outputs, with its rows on a device; what is wrong with it otherwise.
+    /// Restores the state of a layer with these widths on a device. An error says what it must be.
     fn restore(self, widths: [usize; 2], on: &Device) -> Result<SavedState, String> {
         let rows = self
             .rows
             .into_iter()
             .map(|rows| restored_rows(rows, widths, on));
-        // Averages that no measurement leads to are as none, and so is what was chosen by them.
+        // Averages that no measurement leads to are dropped, and so is what was chosen by them.
         let is_sound = self.noise.is_sound();
         let share =
             |chosen: Option<f64>| chosen.filter(|&share| is_sound && share > 0.0 && share <= 1.0);
@@ -125,7 +125,7 @@ fn restored_rows(
             "a memory of the shapes {shapes:?}, as the layer has them: the record has {found:?}"
         ));
     }
-    // What is damaged can lack values of its shape.
+    // Damaged data can have fewer values than its shape says.
     let is_sound = |data: &TensorData| match data.dtype() {
         dtype @ (DType::F32 | DType::F64) => {
             let mut sizes = data.shape().iter().copied();
@@ -157,7 +157,7 @@ impl StateRecord {
         Self(std::array::from_fn(|_| ParamId::new()))
     }
 
-    /// Shows a visitor the tensor by which a layer is found, and `states` to save, if there are any.
+    /// Shows a visitor the tensor by which a layer is found, and the states to save, if any.
     pub(super) fn visit<V: ModuleVisitor>(
         &self,
         states: &[SavedState],
@@ -168,7 +168,8 @@ impl StateRecord {
             [] => Vec::new(),
             states => encoded(states),
         };
-        let header = vec![VERSION, content.len() as i32];
+        let length = content.len() as u64;
+        let header = vec![VERSION, length as i32, (length >> 32) as i32];
         let header = self.tensor(0, [HEADER], |device| ints(header, device));
         visitor.enter_module("state", CONTAINER);
         match shown {
@@ -185,8 +186,8 @@ impl StateRecord {
         }
     }
 
-    /// The states that the mapper puts in the place of the present ones, if it is loading a record. The layer has so many
-    /// inputs and outputs, and its rows are to be on `device`.
+    /// The states that the mapper puts in the place of the present ones, if it is loading a record.
+    /// The layer has these widths, and its rows are to be on `device`.
     pub(super) fn map<M: ModuleMapper>(
         &self,
         widths: [usize; 2],
@@ -194,7 +195,7 @@ impl StateRecord {
         mapper: &mut M,
     ) -> Option<Vec<SavedState>> {
         let header = self.load(mapper, "state", 0, HEADER)?;
-        let &[version, length] = header.as_slice() else {
+        let &[version, low, high] = header.as_slice() else {
             return None;
         };
         if version > VERSION {
@@ -204,6 +205,7 @@ impl StateRecord {
             ));
             return None;
         }
+        let length = u64::from(low as u32) | u64::from(high as u32) << 32;
         let Ok(length) = usize::try_from(length) else {
             self.refuse(mapper, "a sound state");
             return None;
@@ -215,7 +217,7 @@ impl StateRecord {
         let device = device.cloned().unwrap_or_else(host);
         match decoded(&content, length, widths, &device) {
             Ok(states) => Some(states),
-            // Where partial loading is allowed, a state that cannot be read is as one that is missing.
+            // Where partial loading is allowed, a state that cannot be read counts as missing.
             Err(rule) => {
                 self.refuse(mapper, &rule);
                 None
@@ -223,7 +225,7 @@ impl StateRecord {
         }
     }
 
-    /// Offers the mapper a tensor, and returns what it loads in its place, if it does.
+    /// Offers the mapper a tensor, and returns the values that it loads in its place, if it does.
     fn load<M: ModuleMapper>(
         &self,
         mapper: &mut M,
@@ -233,7 +235,7 @@ impl StateRecord {
     ) -> Option<Vec<i32>> {
         let loaded = Arc::new(Mutex::new(None));
         let slot = loaded.clone();
-        // Whoever asks for the value wants to know its type. A damaged length could not be allocated.
+        // A mapper reads this value only for its type, and a damaged length could not be allocated.
         let param = self.tensor(index, [length], |device| ints(vec![0], device));
         let param = param.load_mapper(move |tensor: Tensor<1, Int>| {
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(tensor.clone());
@@ -252,7 +254,7 @@ impl StateRecord {
         Some(loaded.into_data().iter::<i32>().collect())
     }
 
-    /// A mapper cannot be told of an error, but it reports a tensor that the record does not have by its name.
+    /// Makes the mapper report an error, as the name of a tensor that the record does not have.
     fn refuse<M: ModuleMapper>(&self, mapper: &mut M, name: &str) {
         let param = self.tensor(1, [1], |device| ints(vec![0], device));
         mapper.enter_module(name, CONTAINER);
@@ -260,7 +262,7 @@ impl StateRecord {
         mapper.exit_module(name, CONTAINER);
     }
 
-    /// A tensor of the state. `values` makes it when someone looks at it.
+    /// A tensor of the state. `values` makes it when its value is first used.
     fn tensor(
         &self,
         index: usize,
@@ -280,7 +282,7 @@ impl StateRecord {
 fn encoded(states: &[SavedState]) -> Vec<u8> {
     let states: Vec<_> = states.iter().map(Written::of).collect();
     let mut content = Vec::new();
-    ciborium::into_writer(&states, &mut content).expect("memory can be written");
+    ciborium::into_writer(&states, &mut content).expect("a vector can be written to");
     content
 }
 
@@ -299,7 +301,7 @@ fn decoded(
     states.collect()
 }
 
-/// Four bytes in each word, with zeros behind the last.
+/// Puts four bytes in each word, with zeros after the last byte.
 fn words(bytes: &[u8]) -> Vec<i32> {
     let word = |bytes: &[u8]| {
         let mut whole = [0; 4];
@@ -309,7 +311,7 @@ fn words(bytes: &[u8]) -> Vec<i32> {
     bytes.chunks(4).map(word).collect()
 }
 
-/// A device in main memory, if there is one: what is saved has been copied to the host, and is not to be copied back.
+/// A device on the host, if there is one. Saved values are there, and must not be copied back.
 fn host() -> Device {
     #[cfg(feature = "flex")]
     return Device::flex();

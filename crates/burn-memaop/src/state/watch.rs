@@ -1,13 +1,13 @@
-//! Who asks a layer for more than its gradient, and what there is to tell. This is not saved.
+//! What an observer asks of a layer, and what the layer reports. Records do not hold this.
 
 use super::reading::Reading;
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Watch {
     pub(crate) is_on: bool,
-    /// One of so many gradients is compared with the exact one.
+    /// One gradient in this many is compared with the exact one.
     pub(crate) error_interval: Option<u64>,
-    /// The last step, if nobody has been told of it.
+    /// The last step, if no observer has been told of it.
     pub(crate) report: Option<StepReport>,
 }
 
@@ -17,7 +17,7 @@ impl Watch {
         interval.is_some_and(|interval| step.is_multiple_of(interval))
     }
 
-    /// The same watchers, with nothing to tell.
+    /// The same observers, with nothing to report.
     pub(crate) fn renewed(&self) -> Self {
         Self {
             report: None,
@@ -26,7 +26,7 @@ impl Watch {
     }
 }
 
-/// A step, for a report.
+/// What is reported of a step.
 #[derive(Debug, Clone)]
 pub(crate) struct StepReport {
     pub(crate) step: u64,
@@ -36,6 +36,6 @@ pub(crate) struct StepReport {
     pub(crate) input_rows: Option<usize>,
     /// The noise-to-signal ratio by which K was chosen.
     pub(crate) noise: Option<f64>,
-    /// The distance from the exact gradient, and the norm of that.
+    /// The distance from the exact gradient, and the norm of the exact gradient.
     pub(crate) error: Option<Reading<2>>,
 }

@@ -12,11 +12,10 @@ use burn::{
 };
 use thiserror::Error;
 
-/// The checkpoints of a training in a folder, such that a process can be killed at any moment.
+/// The checkpoints of a training in a folder. The process can be killed at any moment.
 ///
-/// burn-train saves a model, its optimizer and its scheduler to three files, each on a thread of its
-/// own. Here each file gets its name only when it is whole, so that an epoch counts as soon as all
-/// three have theirs.
+/// burn-train saves a model, its optimizer and its scheduler to three files, each on a thread of
+/// its own. Here a file gets its name when it is whole, so an epoch counts when all three have one.
 ///
 /// ```no_run
 /// # use burn_memaop::train::Checkpoints;
@@ -29,14 +28,14 @@ use thiserror::Error;
 /// # Ok(()) }
 /// ```
 ///
-/// For a resumed training that equals an uninterrupted one bit for bit, its batches must be the
-/// same too: see [`resume_loader`](super::resume_loader).
+/// A resumed training equals an uninterrupted one bit for bit only if its batches are the same: see
+/// [`resume_loader`](super::resume_loader).
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     folder: PathBuf,
 }
 
-/// A checkpoint that cannot be resumed from.
+/// Why a training cannot be resumed.
 #[derive(Debug, Error)]
 pub enum CheckpointsError {
     /// The folder cannot be read.
@@ -44,10 +43,10 @@ pub enum CheckpointsError {
     Folder {
         /// The folder.
         folder: PathBuf,
-        /// Why.
+        /// The cause.
         error: io::Error,
     },
-    /// A file of the last complete epoch is not what it should be.
+    /// A file of the last complete epoch cannot be read.
     #[error(
         "the checkpoint {file} cannot be read: {error}; remove the files of epoch {epoch} to resume \
          from an earlier one"
@@ -55,9 +54,9 @@ pub enum CheckpointsError {
     File {
         /// The file.
         file: PathBuf,
-        /// The epoch it is of.
+        /// The epoch of the file.
         epoch: usize,
-        /// Why.
+        /// The cause.
         error: CheckpointerError,
     },
 }
@@ -67,34 +66,34 @@ const OPTIMIZER: &str = "optim";
 const SCHEDULER: &str = "scheduler";
 
 impl Checkpoints {
-    /// The checkpoints in a folder, which is made when the first is saved.
+    /// The checkpoints in a folder, which is made when the first one is saved.
     pub fn new(folder: impl AsRef<Path>) -> Self {
         Self {
             folder: folder.as_ref().to_path_buf(),
         }
     }
 
-    /// For the module.
+    /// The checkpointer for the module.
     pub fn model(&self) -> AtomicFileCheckpointer {
         AtomicFileCheckpointer::new(&self.folder, MODEL)
     }
 
-    /// For the optimizer.
+    /// The checkpointer for the optimizer.
     pub fn optimizer(&self) -> AtomicFileCheckpointer {
         AtomicFileCheckpointer::new(&self.folder, OPTIMIZER)
     }
 
-    /// For the scheduler.
+    /// The checkpointer for the scheduler.
     pub fn scheduler(&self) -> AtomicFileCheckpointer {
         AtomicFileCheckpointer::new(&self.folder, SCHEDULER)
     }
 
-    /// The last epoch whose three files are all there, if there is one; loads them to see that they
-    /// are readable.
+    /// The last epoch whose three files are all there, if there is one. They are loaded to see
+    /// whether they are readable. Nothing is changed.
     ///
     /// # Errors
     ///
-    /// A folder or a file that cannot be read. Nothing is changed.
+    /// A folder or a file that cannot be read.
     pub fn resumable(&self) -> Result<Option<usize>, CheckpointsError> {
         let folder = |error| CheckpointsError::Folder {
             folder: self.folder.clone(),
@@ -132,7 +131,7 @@ fn readable<R: Checkpoint>(
 ) -> Result<(), CheckpointsError> {
     let file = checkpointer.path(epoch);
     match R::load(file.clone()).and_then(|record| {
-        // Tensors are read when they are needed, so a file that ends too soon shows here.
+        // Tensors are read only when they are needed. A file that ends too soon shows here.
         record
             .checkpoint_into_bytes()
             .map_err(CheckpointerError::Record)
@@ -142,8 +141,9 @@ fn readable<R: Checkpoint>(
     }
 }
 
-/// Saves records as burn-train's [`FileCheckpointer`](burn::train::checkpoint::FileCheckpointer)
-/// does, `NAME-EPOCH.bpk`, but under another name until the file is whole and on the disk.
+/// Saves records to `NAME-EPOCH.bpk`, like burn-train's
+/// [`FileCheckpointer`](burn::train::checkpoint::FileCheckpointer), but under another name until
+/// the file is whole and on the disk.
 #[derive(Debug, Clone)]
 pub struct AtomicFileCheckpointer {
     folder: PathBuf,
@@ -171,7 +171,10 @@ impl<R: Checkpoint> Checkpointer<R> for AtomicFileCheckpointer {
             .join(format!("{}-{epoch}.partial.bpk", self.name));
         fs::create_dir_all(&self.folder).map_err(CheckpointerError::IOError)?;
         record.save(partial.clone())?;
-        File::open(&partial)
+        // Windows wants a file that can be written.
+        File::options()
+            .write(true)
+            .open(&partial)
             .and_then(|file| file.sync_all())
             .and_then(|()| fs::rename(&partial, self.path(epoch)))
             .map_err(CheckpointerError::IOError)

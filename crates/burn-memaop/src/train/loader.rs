@@ -7,11 +7,11 @@ use burn::{
 
 /// A data loader that goes on with the shuffle of the epoch after `epochs`.
 ///
-/// A loader shuffles anew in each epoch, with the numbers that follow those of the epoch before. A loader that is built
-/// for a resumed training would begin with those of the first epoch again. This one draws what the epochs before have
-/// drawn first: when it is iterated over for the first time, or, in burn-train, when it is moved to its device.
+/// A loader shuffles each epoch with the random numbers that follow those of the epoch before.
+/// Built anew for a resumed training, it would begin with those of the first epoch. This one first
+/// draws those of the epochs before: when it is first iterated over, or burn-train moves it.
 ///
-/// It takes a loader without worker threads, `num_workers(0)`: others draw on their own time.
+/// It takes a loader with `num_workers(0)`, because worker threads draw at times of their own.
 pub fn resume_loader<O: Send + 'static>(
     loader: Arc<dyn DataLoader<O>>,
     epochs: usize,
@@ -46,7 +46,7 @@ impl<O: Send + 'static> DataLoader<O> for Resumed<O> {
         self.loader.num_items()
     }
 
-    /// The loader on another device draws from numbers of its own.
+    /// The loader on another device draws random numbers of its own.
     fn to_device(&self, device: &Device) -> Arc<dyn DataLoader<O>> {
         let loader = self.loader.to_device(device);
         draw(loader.as_ref(), self.epochs);

@@ -1,4 +1,4 @@
-//! A numeric metric over [reports](AopReport): a figure of one layer, or of all layers of the model.
+//! A numeric metric over [reports](AopReport): a figure of one layer, or of all layers of a model.
 
 use std::sync::Arc;
 
@@ -16,20 +16,21 @@ use crate::model::observe::{AopReport, LayerReport};
 /// What an [`AopMetric`] shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AopFigure {
-    /// The rows of the batch that the gradients of the weights used, in per cent: over all layers of the model.
+    /// The rows of the batch that the weight gradients used, in per cent, over all layers.
     RowsUsed,
-    /// The floating-point operations of the layers' backward passes that were saved, of weight and input together, in per
-    /// cent.
+    /// The floating-point operations that were saved in the backward passes of the layers, for
+    /// weight and input together, in per cent.
     SavedFlops,
-    /// The noise-to-signal ratio of the gradient by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K
-    /// ([`LayerReport::noise`]): the geometric mean over the layers that choose.
+    /// The [noise-to-signal ratio](LayerReport::noise) of the gradient by which
+    /// [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K: the geometric mean over the
+    /// layers that choose.
     Noise,
-    /// The relative error of the gradient ([`LayerReport::error`]), in per cent: the mean over the layers. It has a value at
-    /// steps that are [compared](crate::AopObserver::with_error).
+    /// The [relative error](LayerReport::error) of the gradient, in per cent: the mean over the
+    /// layers. It has a value at steps that are [compared](crate::AopObserver::with_error).
     Error,
 }
 
-/// What is fixed of a figure.
+/// The properties of a figure that no step changes.
 struct Shape {
     title: &'static str,
     unit: &'static str,
@@ -111,12 +112,12 @@ pub struct AopMetric {
     state: NumericMetricState,
     /// Whether the last step had a value.
     has_value: bool,
-    /// What the dashboard shows until the next one.
+    /// What the dashboard shows until the next value.
     shown: String,
 }
 
 impl AopMetric {
-    /// Over all layers of the model.
+    /// A figure of all layers of the model.
     pub fn new(figure: AopFigure) -> Self {
         Self {
             figure,
@@ -128,7 +129,7 @@ impl AopMetric {
         }
     }
 
-    /// Of one layer: the fields of the model that lead to it, separated by dots.
+    /// The figure of the layer that these fields of the model lead to, separated by dots.
     pub fn of_layer(self, layer: &str) -> Self {
         Self {
             name: Arc::new(format!("{} ({layer})", self.figure.shape().title)),

@@ -1,7 +1,6 @@
-//! For training with burn-train: metrics for its dashboard and logs, and checkpoints that survive a kill.
+//! Metrics for the dashboard and the logs of burn-train, and checkpoints that survive a kill.
 //!
-//! A model's training output carries an [`AopReport`], and one adaptor hands it
-//! to all metrics:
+//! A model's training output carries an [`AopReport`], and one adaptor hands it to all metrics:
 //!
 //! ```
 //! use burn::{
@@ -72,7 +71,7 @@ use burn::{tensor::ExecutionError, train::ItemLazy};
 use crate::model::observe::AopReport;
 
 impl ItemLazy for AopReport {
-    /// What is measured is on its way to the host already.
+    /// Measurements are already on their way to the host.
     fn sync(self) -> Result<Self, ExecutionError> {
         Ok(self)
     }

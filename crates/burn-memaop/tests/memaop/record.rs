@@ -272,7 +272,7 @@ fn written(version: i32, mut content: Vec<u8>) -> ModuleRecord {
         let tensor = Tensor::<1, Int>::from_data(data, (&device, DType::I32));
         Param::initialized(ParamId::new(), tensor)
     };
-    let state = vec![version, content.len() as i32];
+    let state = vec![version, content.len() as i32, 0];
     content.resize(content.len().next_multiple_of(4), 0);
     let (words, _) = content.as_chunks::<4>();
     let layer = Written {

@@ -15,8 +15,8 @@ use burn::{
 use super::later;
 use crate::{backward::SharedInput, config::AopConfig, layers::linear::MemAopLinear};
 
-/// Configuration to create a [`MemAopMultiHeadAttention`] layer using the
-/// [init function](MemAopMultiHeadAttentionConfig::init): all of [`MultiHeadAttentionConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopMultiHeadAttention`] layer: all of
+/// [`MultiHeadAttentionConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopMultiHeadAttentionConfig {
     /// The size of each linear layer.
@@ -26,7 +26,7 @@ pub struct MemAopMultiHeadAttentionConfig {
     /// The dropout rate.
     #[config(default = 0.1)]
     pub dropout: f64,
-    /// The minimum value a float can take, which masks attention scores.
+    /// The value that masked attention scores get.
     #[config(default = -1.0e4)]
     pub min_float: f64,
     /// Use "quiet softmax" instead of regular softmax.
@@ -55,7 +55,7 @@ pub struct MemAopMultiHeadAttentionConfig {
 }
 
 impl MemAopMultiHeadAttentionConfig {
-    /// Initialize a new [`MemAopMultiHeadAttention`] module, with the same parameters as
+    /// Creates a [`MemAopMultiHeadAttention`] with the parameters that
     /// [`MultiHeadAttentionConfig::init`] gives from the same random state.
     ///
     /// # Panics
@@ -80,7 +80,7 @@ impl MemAopMultiHeadAttentionConfig {
 
 /// [`MultiHeadAttention`] whose four linear layers are [`MemAopLinear`].
 ///
-/// Should be created with [`MemAopMultiHeadAttentionConfig`], or from a [`MultiHeadAttention`] with
+/// Create it with [`MemAopMultiHeadAttentionConfig`], or from a [`MultiHeadAttention`] with
 /// [`from_mha`](Self::from_mha).
 #[derive(Module, Debug)]
 #[module(custom_display)]
@@ -95,15 +95,15 @@ pub struct MemAopMultiHeadAttention {
     pub output: MemAopLinear,
     /// Dropout layer.
     pub dropout: Dropout,
-    /// Held by Burn's module too, which does not use it either.
+    /// Burn's module holds it too, and does not use it either.
     pub activation: Gelu,
     /// The size of each linear layer.
     pub d_model: usize,
     /// The number of heads.
     pub n_heads: usize,
-    /// Size of the key and query vectors.
+    /// The size of the key and query vectors.
     pub d_k: usize,
-    /// Minimum value a float can take.
+    /// The value that masked attention scores get.
     pub min_float: f64,
     /// Use "quiet softmax" instead of regular softmax.
     pub quiet_softmax: bool,
@@ -129,21 +129,21 @@ impl ModuleDisplay for MemAopMultiHeadAttention {
     }
 }
 
-/// Input of [`MemAopMultiHeadAttention`], made as Burn's
-/// [`MhaInput`](burn::nn::attention::MhaInput) is.
+/// Input of [`MemAopMultiHeadAttention`], made like Burn's
+/// [`MhaInput`](burn::nn::attention::MhaInput).
 #[derive(Debug, Clone)]
 pub struct MhaInput {
     query: Tensor<3>,
     key: Tensor<3>,
     value: Tensor<3>,
-    /// Whether the three are one.
+    /// Whether query, key and value are one tensor.
     is_self: bool,
     pub(super) mask_pad: Option<Tensor<2, Bool>>,
     pub(super) mask_attn: Option<Tensor<3, Bool>>,
 }
 
 impl MhaInput {
-    /// Query, key and value are the same tensor.
+    /// Makes one tensor the query, key and value.
     ///
     /// # Shape
     ///
@@ -155,7 +155,7 @@ impl MhaInput {
         }
     }
 
-    /// Query, key and value, each a tensor.
+    /// Makes an input of three tensors.
     ///
     /// # Shapes
     ///
@@ -172,13 +172,14 @@ impl MhaInput {
         }
     }
 
-    /// Keys that no query attends to are true, shape `[batch_size, seq_length_2]`.
+    /// Sets a mask, shape `[batch_size, seq_length_2]`, that is true at keys which no query attends
+    /// to.
     pub fn mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
         self.mask_pad = Some(mask_pad);
         self
     }
 
-    /// Pairs of a query and a key that it does not attend to are true, shape
+    /// Sets a mask that is true at pairs of a query and a key that it does not attend to, shape
     /// `[batch_size, seq_length_1, seq_length_2]`.
     pub fn mask_attn(mut self, mask_attn: Tensor<3, Bool>) -> Self {
         self.mask_attn = Some(mask_attn);
@@ -200,7 +201,7 @@ impl From<MhaInput> for attention::MhaInput {
 }
 
 impl MemAopMultiHeadAttention {
-    /// Takes over the parameters of a [`MultiHeadAttention`], with their ids. The memories are empty.
+    /// Takes the parameters of a [`MultiHeadAttention`], with their ids. The memories are empty.
     ///
     /// # Panics
     ///
@@ -255,7 +256,7 @@ impl MemAopMultiHeadAttention {
     ///
     /// # Panics
     ///
-    /// Panics where [`MultiHeadAttention::forward`] does (`query`, `key` and `value` that do not fit
+    /// Panics where [`MultiHeadAttention::forward`] does (if `query`, `key` and `value` do not fit
     /// each other or `d_model`), and where [`MemAopLinear::forward`] does.
     pub fn forward(&self, input: MhaInput) -> MhaOutput {
         let [batch_size, seq_length_1, _] = input.query.dims();
@@ -301,9 +302,8 @@ impl MemAopMultiHeadAttention {
         }
     }
 
-    /// The forward pass of inference, token by token, by
-    /// [`MultiHeadAttention::forward_cache`] on the same parameters; a backward pass through it is
-    /// exact.
+    /// Infers token by token, by [`MultiHeadAttention::forward_cache`] on the same parameters. A
+    /// backward pass through it is exact.
     ///
     /// # Panics
     ///
@@ -312,7 +312,7 @@ impl MemAopMultiHeadAttention {
         self.to_mha().forward_cache(input.into(), cache)
     }
 
-    /// `[batch_size, seq_length, d_model]` to `[batch_size, n_heads, seq_length, d_k]`.
+    /// Applies a layer, and gives `[batch_size, n_heads, seq_length, d_k]`.
     fn heads(
         &self,
         layer: &MemAopLinear,

@@ -16,11 +16,11 @@ use burn::{
 use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, later};
 use crate::config::AopConfig;
 
-/// The linear layers of a block: four of the attention, two of the feed-forward network.
+/// The number of linear layers of a block: four of the attention, two of the feed-forward network.
 const LAYERS: u64 = 6;
 
-/// Configuration to create a [`MemAopTransformerEncoder`] layer using the
-/// [init function](MemAopTransformerEncoderConfig::init): all of [`TransformerEncoderConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopTransformerEncoder`] layer: all of
+/// [`TransformerEncoderConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopTransformerEncoderConfig {
     /// The size of the model.
@@ -34,7 +34,7 @@ pub struct MemAopTransformerEncoderConfig {
     /// The dropout rate.
     #[config(default = 0.1)]
     pub dropout: f64,
-    /// Layer norm will be applied first instead of after the other modules.
+    /// Whether layer norm is applied before the other modules instead of after them.
     #[config(default = false)]
     pub norm_first: bool,
     /// Use "quiet softmax" instead of regular softmax.
@@ -57,7 +57,7 @@ pub struct MemAopTransformerEncoderConfig {
 }
 
 impl MemAopTransformerEncoderConfig {
-    /// Initialize a new [`MemAopTransformerEncoder`] module, with the same parameters as
+    /// Creates a [`MemAopTransformerEncoder`] with the parameters that
     /// [`TransformerEncoderConfig::init`] gives from the same random state.
     ///
     /// # Panics
@@ -67,7 +67,7 @@ impl MemAopTransformerEncoderConfig {
         MemAopTransformerEncoder::from_encoder(self.burns().init(device), self.aop)
     }
 
-    /// Burn's own, without `aop`.
+    /// Burn's own configuration, without `aop`.
     fn burns(&self) -> TransformerEncoderConfig {
         TransformerEncoderConfig {
             d_model: self.d_model,
@@ -86,7 +86,7 @@ impl MemAopTransformerEncoderConfig {
 
 /// [`TransformerEncoder`] whose linear layers are [`MemAopLinear`](crate::MemAopLinear).
 ///
-/// Should be created with [`MemAopTransformerEncoderConfig`], or from a [`TransformerEncoder`] with
+/// Create it with [`MemAopTransformerEncoderConfig`], or from a [`TransformerEncoder`] with
 /// [`from_encoder`](Self::from_encoder).
 #[derive(Module, Debug)]
 #[module(custom_display)]
@@ -103,7 +103,7 @@ pub struct MemAopTransformerEncoder {
     pub n_layers: usize,
     /// The dropout rate.
     pub dropout: f64,
-    /// Layer norm will be applied first instead of after the other modules.
+    /// Whether layer norm is applied before the other modules instead of after them.
     pub norm_first: bool,
     /// Use "quiet softmax" instead of regular softmax.
     pub quiet_softmax: bool,
@@ -133,8 +133,8 @@ impl ModuleDisplay for MemAopTransformerEncoder {
     }
 }
 
-/// Input of [`MemAopTransformerEncoder`], made as Burn's
-/// [`TransformerEncoderInput`](burn::nn::transformer::TransformerEncoderInput) is.
+/// Input of [`MemAopTransformerEncoder`], made like Burn's
+/// [`TransformerEncoderInput`](burn::nn::transformer::TransformerEncoderInput).
 #[derive(Debug, Clone)]
 pub struct TransformerEncoderInput {
     tensor: Tensor<3>,
@@ -143,7 +143,7 @@ pub struct TransformerEncoderInput {
 }
 
 impl TransformerEncoderInput {
-    /// The tokens, shape `[batch_size, seq_length, d_model]`.
+    /// Makes an input of tokens, shape `[batch_size, seq_length, d_model]`.
     pub fn new(tensor: Tensor<3>) -> Self {
         Self {
             tensor,
@@ -152,13 +152,14 @@ impl TransformerEncoderInput {
         }
     }
 
-    /// Tokens that no other attends to are true, shape `[batch_size, seq_length]`.
+    /// Sets a mask, shape `[batch_size, seq_length]`, that is true at tokens which no other attends
+    /// to.
     pub fn mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
         self.mask_pad = Some(mask_pad);
         self
     }
 
-    /// Pairs of a token and another that it does not attend to are true, shape
+    /// Sets a mask that is true at pairs of a token and another that it does not attend to, shape
     /// `[batch_size, seq_length, seq_length]`.
     pub fn mask_attn(mut self, mask_attn: Tensor<3, Bool>) -> Self {
         self.mask_attn = Some(mask_attn);
@@ -180,7 +181,7 @@ impl From<TransformerEncoderInput> for transformer::TransformerEncoderInput {
 }
 
 impl MemAopTransformerEncoder {
-    /// Takes over the parameters of a [`TransformerEncoder`], with their ids. The memories are empty.
+    /// Takes the parameters of a [`TransformerEncoder`], with their ids. The memories are empty.
     ///
     /// # Panics
     ///
@@ -239,9 +240,8 @@ impl MemAopTransformerEncoder {
         })
     }
 
-    /// The forward pass of inference, token by token, by
-    /// [`TransformerEncoder::forward_autoregressive_inference`] on the same parameters; a backward pass
-    /// through it is exact.
+    /// Infers token by token, by [`TransformerEncoder::forward_autoregressive_inference`] on the
+    /// same parameters. A backward pass through it is exact.
     ///
     /// # Panics
     ///
@@ -255,7 +255,7 @@ impl MemAopTransformerEncoder {
             .forward_autoregressive_inference(input.into(), cache)
     }
 
-    /// Create an empty autoregressive cache.
+    /// Creates an empty autoregressive cache.
     pub fn new_autoregressive_cache(&self) -> TransformerEncoderAutoregressiveCache {
         self.to_encoder().new_autoregressive_cache()
     }
@@ -268,19 +268,18 @@ pub struct MemAopTransformerEncoderLayer {
     pub mha: MemAopMultiHeadAttention,
     /// Position-wise feed-forward sub-layer.
     pub pwff: MemAopPositionWiseFeedForward,
-    /// Layer normalization applied around the feed-forward sub-layer.
+    /// The norm before the feed-forward sub-layer (pre-norm) or after the attention (post-norm).
     pub norm_1: LayerNorm,
-    /// Layer normalization applied around the attention sub-layer.
+    /// The norm before the attention (pre-norm) or after the feed-forward sub-layer (post-norm).
     pub norm_2: LayerNorm,
-    /// Dropout module applied to residual connections.
+    /// Dropout of the outputs of both sub-layers.
     pub dropout: Dropout,
-    /// If `true`, apply layer normalization before sub-layers (pre-norm), otherwise apply it after
-    /// (post-norm).
+    /// Whether layer normalization is before the sub-layers (pre-norm) or after them (post-norm).
     pub norm_first: bool,
 }
 
 impl MemAopTransformerEncoderLayer {
-    /// Create a new transformer encoder layer from the given configuration.
+    /// Creates a transformer encoder layer from a configuration.
     ///
     /// # Panics
     ///
@@ -290,8 +289,7 @@ impl MemAopTransformerEncoderLayer {
         Self::from_layer(layer, config.aop)
     }
 
-    /// Takes over the parameters of a [`TransformerEncoderLayer`], with their ids. The memories are
-    /// empty.
+    /// Takes the parameters of a [`TransformerEncoderLayer`], with their ids. Memories are empty.
     ///
     /// # Panics
     ///
@@ -348,7 +346,7 @@ impl MemAopTransformerEncoderLayer {
         };
         let feed = |tokens| self.dropout.forward(self.pwff.forward(tokens));
 
-        // As in Burn, the attention's norm is the second before it, and the first after it.
+        // As in Burn, the norm before the attention is the second one, the norm after it the first.
         match self.norm_first {
             true => {
                 let tokens = input.clone() + attend(self.norm_2.forward(input));
@@ -361,9 +359,8 @@ impl MemAopTransformerEncoderLayer {
         }
     }
 
-    /// The forward pass of inference, token by token, by
-    /// [`TransformerEncoderLayer::forward_autoregressive_inference`] on the same parameters; a backward
-    /// pass through it is exact.
+    /// Infers token by token, by [`TransformerEncoderLayer::forward_autoregressive_inference`] on
+    /// the same parameters. A backward pass through it is exact.
     ///
     /// # Panics
     ///

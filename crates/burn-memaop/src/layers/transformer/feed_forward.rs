@@ -18,9 +18,8 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopPositionWiseFeedForward`] layer using the
-/// [init function](MemAopPositionWiseFeedForwardConfig::init): all of [`PositionWiseFeedForwardConfig`], and
-/// [`AopConfig`].
+/// Configuration to create a [`MemAopPositionWiseFeedForward`] layer: all of
+/// [`PositionWiseFeedForwardConfig`], and [`AopConfig`].
 #[derive(Config, Debug)]
 pub struct MemAopPositionWiseFeedForwardConfig {
     /// The size of the input and output features.
@@ -44,7 +43,7 @@ pub struct MemAopPositionWiseFeedForwardConfig {
 }
 
 impl MemAopPositionWiseFeedForwardConfig {
-    /// Initialize a new [`MemAopPositionWiseFeedForward`] module, with the same parameters as
+    /// Creates a [`MemAopPositionWiseFeedForward`] with the parameters that
     /// [`PositionWiseFeedForwardConfig::init`] gives from the same random state.
     ///
     /// # Panics
@@ -64,9 +63,9 @@ impl MemAopPositionWiseFeedForwardConfig {
 
 /// [`PositionWiseFeedForward`] whose two linear layers are [`MemAopLinear`].
 ///
-/// Should be created with [`MemAopPositionWiseFeedForwardConfig`], or from a
-/// [`PositionWiseFeedForward`] with [`from_pwff`](Self::from_pwff). As there, the state of an
-/// activation that has parameters (`SwiGlu`) is not part of the record.
+/// Create it with [`MemAopPositionWiseFeedForwardConfig`], or from a [`PositionWiseFeedForward`]
+/// with [`from_pwff`](Self::from_pwff). As in Burn, the parameters of an activation that has some
+/// (`SwiGlu`) are not part of the record.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct MemAopPositionWiseFeedForward {
@@ -100,8 +99,7 @@ impl ModuleDisplay for MemAopPositionWiseFeedForward {
 }
 
 impl MemAopPositionWiseFeedForward {
-    /// Takes over the parameters of a [`PositionWiseFeedForward`], with their ids. The memories are
-    /// empty.
+    /// Takes the parameters of a [`PositionWiseFeedForward`], with their ids. Memories are empty.
     ///
     /// # Panics
     ///
@@ -139,7 +137,8 @@ impl MemAopPositionWiseFeedForward {
     ///
     /// # Panics
     ///
-    /// Panics if the last axis of `input` is not `d_model`, and where [`MemAopLinear::forward`] does.
+    /// Panics where [`MemAopLinear::forward`] does, and if the last axis of `input` is not
+    /// `d_model`.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let [d_model, _] = self.linear_inner.weight.shape().dims();
         assert_shape!(input, [.., d_model]);
@@ -148,7 +147,7 @@ impl MemAopPositionWiseFeedForward {
         self.linear_outer.forward(self.dropout.forward(hidden))
     }
 
-    /// The activation, with a backward pass that keeps about as little as the layers do of their inputs.
+    /// The activation. Its backward pass keeps few bits where those of the linear layers do.
     fn activated<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         use StoredInput::{Full, Int4, Int8};
         match (&self.activation, self.linear_outer.aop().stored_input) {

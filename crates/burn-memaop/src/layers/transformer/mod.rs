@@ -1,10 +1,9 @@
-//! Counterparts of Burn's transformer modules with [`MemAopLinear`](crate::MemAopLinear) in place of
+//! Counterparts of Burn's transformer modules with [`MemAopLinear`](crate::MemAopLinear) for
 //! `Linear`.
 //!
-//! Each is configured as Burn's own with an [`AopConfig`] beside, or made of Burn's module; it has the same fields, and
-//! its `forward` takes and gives the same. Only the inputs [`MhaInput`] and
-//! [`TransformerEncoderInput`] are types of this module, with Burn's constructors, because Burn keeps
-//! the fields of its own to itself:
+//! Each is configured like Burn's module, with an [`AopConfig`] besides, or made from it. It has
+//! the same fields, and its `forward` takes and gives the same. Only [`MhaInput`] and
+//! [`TransformerEncoderInput`] are types of this module, because the fields of Burn's are private:
 //!
 //! ```
 //! use burn::prelude::*;
@@ -20,9 +19,10 @@
 //! let encoder = encoder.into_encoder(); // Burn's own, with the same parameters.
 //! ```
 //!
-//! The rows of a weight gradient are the tokens of all sequences, padding included: a padded token whose
-//! gradient is zero is not chosen before any other. Each layer gets a seed of its own, counted from that
-//! of the [`AopConfig`] in the order query, key, value, output, inner, outer, block after block.
+//! The rows of a weight gradient are the tokens of all sequences, padding included. Methods that go
+//! by scores draw a padded token with a zero gradient last. Each layer gets its own seed, counted
+//! from that of the [`AopConfig`] in the order query, key, value, output, inner, outer, block after
+//! block.
 
 mod attention;
 mod encoder;
@@ -37,7 +37,7 @@ pub use feed_forward::{MemAopPositionWiseFeedForward, MemAopPositionWiseFeedForw
 
 use crate::config::AopConfig;
 
-/// The configuration of the layer that is `count` layers after the one of `aop`.
+/// The configuration of the layer that comes `count` layers after that of `aop`.
 fn later(aop: AopConfig, count: u64) -> AopConfig {
     aop.with_seed(aop.seed.wrapping_add(count))
 }

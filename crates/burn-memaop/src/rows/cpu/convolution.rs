@@ -13,7 +13,7 @@ use super::{
 };
 use crate::rows::window::Window;
 
-/// Burn's convolution, to rounding.
+/// Burn's convolution, up to rounding.
 pub(super) fn convolve<B: HostTensors>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -31,7 +31,7 @@ pub(super) fn convolve<B: HostTensors>(
     convolve_by::<B>(input, weights.collect(), bias, window)
 }
 
-/// The same, from the values of the weight of each group.
+/// Burn's convolution from the values of the weight of each group.
 fn convolve_by<B: HostTensors>(
     input: FloatTensor<B>,
     weights: Vec<Vec<f32>>,
@@ -62,7 +62,7 @@ fn convolve_by<B: HostTensors>(
     B::float_from_data(TensorData::new(output, shape), &device)
 }
 
-/// The gradient of the input, whose values do not matter: the convolution of `grad` with the mirrored kernels.
+/// The gradient of the input: `grad` convolved with mirrored kernels. `input` only gives a shape.
 pub(super) fn input_gradient<B: HostTensors>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -79,8 +79,8 @@ pub(super) fn input_gradient<B: HostTensors>(
     }
 }
 
-/// The weight of each group, shape `[outputs, inputs, height, width]`, with inputs and outputs exchanged and the kernels
-/// from their last value to the first.
+/// The weight of each group, shape `[outputs, inputs, height, width]`, with inputs and outputs
+/// exchanged and the kernels from their last value to the first.
 fn mirrored_weights(weight: &[f32], window: &Window) -> Vec<Vec<f32>> {
     let ([inputs, outputs], taps) = (window.group(), window.taps());
     let groups = weight.chunks_exact(outputs * inputs * taps);
@@ -96,8 +96,8 @@ fn mirrored_weights(weight: &[f32], window: &Window) -> Vec<Vec<f32>> {
     groups.map(mirrored).collect()
 }
 
-/// Whether patches are unfolded here. A pointwise convolution is a product already, and one with an input channel in each
-/// of several groups has loops of its own in Burn.
+/// Whether patches are unfolded here. A pointwise convolution already is a product. One with an
+/// input channel in each of several groups has loops of its own in Burn.
 fn unfolds(window: &Window) -> bool {
     let pointwise = window.taps() == 1 && window.stride == [1, 1];
     let depthwise = window.groups > 1 && window.group()[0] == 1;
@@ -122,7 +122,7 @@ pub(super) fn exact_weight_gradient<B: HostTensors>(
     by_channel::<B>(products, &window, &device)
 }
 
-/// The products, of shape `[patch, channels]` in each group, as a gradient of shape `[channels, patch]`.
+/// The products of each group, shape `[patch, channels]`, as a gradient `[channels, patch]`.
 fn by_channel<B: HostTensors>(
     products: Vec<f32>,
     window: &Window,

@@ -1,5 +1,5 @@
-//! GELU and its derivative with wide registers, which Flex takes one value at a time through `erf` and `exp` of the
-//! C library: most of what a transformer spends beside its products.
+//! GELU and its derivative with wide registers. Flex takes one value at a time through `erf` and
+//! `exp` of the C library, which is most of what a transformer spends beside its products.
 
 use std::f32::consts::{FRAC_1_SQRT_2, LN_2, LOG2_E};
 
@@ -11,7 +11,7 @@ use super::{
     rows, rows_mut,
 };
 
-/// Burn's function, to 1e-6.
+/// Burn's `gelu`, to 1e-6.
 pub(super) fn forward<B: HostTensors>(input: FloatTensor<B>) -> FloatTensor<B> {
     let device = input.device();
     let input = B::contiguous(input);
@@ -26,7 +26,7 @@ pub(super) fn forward<B: HostTensors>(input: FloatTensor<B>) -> FloatTensor<B> {
     from_values::<B>(output, shape, &device)
 }
 
-/// Burn's function, to 1e-6.
+/// Burn's `gelu_backward`, to 1e-6.
 pub(super) fn backward<B: HostTensors>(
     input: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -40,7 +40,7 @@ pub(super) fn backward<B: HostTensors>(
     grad
 }
 
-/// Puts in the place of each value a function of it and of an input.
+/// Replaces each value by a function of it and of an input.
 struct WithInput<'a, F> {
     input: Rows<'a, f32>,
     values: RowsMut<'a, f32>,
@@ -78,7 +78,7 @@ impl<F: Fn(f32, f32) -> f32 + Copy + Send> RowWork for WithInput<'_, F> {
     fn join((): (), (): ()) {}
 }
 
-/// A value takes as long as so many that are only read.
+/// A value takes as long as so many values that are only read.
 const WORK: usize = 8;
 
 /// `x Phi(x)`, where Phi is the standard normal distribution function.
@@ -93,7 +93,7 @@ pub(super) fn derivative(x: f32) -> f32 {
     phi + x * density
 }
 
-/// The standard normal distribution function and density, to 2e-7 (Abramowitz, Stegun, 1964, 7.1.26).
+/// The normal distribution function and density, to 2e-7 (Abramowitz, Stegun, 1964, 7.1.26).
 #[inline(always)]
 fn normal(x: f32) -> (f32, f32) {
     const INVERSE_SQRT_2_PI: f32 = 0.398_942_3;
@@ -109,12 +109,12 @@ fn normal(x: f32) -> (f32, f32) {
     (phi, INVERSE_SQRT_2_PI * power)
 }
 
-/// `e^-s` for s from 0, to a part of 1e-7 near 1 and of 1e-5 where it is tiny; below the normal numbers it is 0.
+/// `e^-s` for s from 0, to a part of 1e-7 near 1, or of 1e-5 where it is tiny, or 0 below that.
 #[inline(always)]
 fn exp_of_minus(s: f32) -> f32 {
     let y = (-s * LOG2_E).max(-127.0);
     let whole = (y + 0.5).floor();
-    // The rest, from what the rounding of y has not touched.
+    // The rest comes from s itself, which the rounding of y has not touched.
     let rest = (-s).max(-127.0 * LN_2) - whole * LN_2;
     let series = 1.0 / 720.0;
     let series = rest * series + 1.0 / 120.0;
@@ -131,7 +131,7 @@ fn exp_of_minus(s: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// By the series of the error function, and its continued fraction in the tails.
+    /// Phi by the series of the error function, and in the tails by its continued fraction.
     fn phi(x: f64) -> f64 {
         let z = x.abs() / 2f64.sqrt();
         let tail = if z < 3.0 {

@@ -1,5 +1,5 @@
-//! The products of convolutions on CPUs. Patches are unfolded a tile at a time, one column a patch, which is multiplied while it is in the
-//! second-level cache.
+//! The products of convolutions on CPUs. Patches are unfolded a tile at a time, with a column for
+//! each patch. A tile is multiplied while it is in the second-level cache.
 
 use std::ops::Range;
 
@@ -11,15 +11,14 @@ use super::{
 };
 use crate::rows::window::Window;
 
-/// The columns of a tile.
+/// The number of columns of a tile.
 const TILE: usize = 256;
 
-/// The images of a batch.
 #[derive(Clone, Copy)]
 pub(super) struct Images<'a> {
     values: &'a [f32],
     pub(super) window: Window,
-    /// Of the output.
+    /// Height and width are those of the output.
     height: usize,
     pub(super) width: usize,
 }
@@ -114,7 +113,7 @@ impl<'a> Images<'a> {
         });
         for (row, (values, seen)) in rows.zip(seen) {
             for (to, &index) in row.iter_mut().zip(seen) {
-                // What is beyond the image is beyond the batch.
+                // An index beyond the image is beyond the batch too.
                 *to = match index < values.len() {
                     true => values[index],
                     false => 0.0,
@@ -139,7 +138,7 @@ impl<'a> Images<'a> {
         seen
     }
 
-    /// The tiles of some images: several images, several rows of one, or a part of a row.
+    /// The tiles of some images. A tile is several images, several rows of one, or a part of a row.
     pub(super) fn tiles(&self, images: usize) -> Vec<Tile> {
         let (height, width) = (self.height, self.width);
         let steps = |end: usize, step: usize| {
@@ -166,8 +165,8 @@ impl<'a> Images<'a> {
         tiles.collect()
     }
 
-    /// The parts of an output that each tile fills, of all channels of an image after another. A tile of whole images has them
-    /// in one piece.
+    /// The parts of an output that each tile fills. The output has all channels of an image one
+    /// after the other, so a tile of whole images fills one piece.
     pub(super) fn parts<'o>(
         &self,
         output: &'o mut [f32],
@@ -179,7 +178,7 @@ impl<'a> Images<'a> {
         for alike in tiles.chunk_by(|tile, next| tile.images == next.images) {
             let first = parts.len();
             let planes = alike[0].images.len() * channels;
-            // In one piece each, or a piece for each channel.
+            // A tile of whole images has one piece, other tiles have one for each channel.
             let pieces = if alike.len() == 1 { 1 } else { planes };
             parts.extend(alike.iter().map(|_| Vec::with_capacity(pieces)));
             for _ in 0..pieces {
@@ -195,7 +194,7 @@ impl<'a> Images<'a> {
     }
 }
 
-/// A part of the output: of one row, or of whole rows, or of whole images.
+/// A part of the output: a part of one row, or whole rows, or whole images.
 pub(super) struct Tile {
     images: Range<usize>,
     rows: Range<usize>,
@@ -207,7 +206,7 @@ impl Tile {
         self.images.len() * self.rows.len() * self.columns.len()
     }
 
-    /// The places of the tile in one channel of an output, and the run of positions that belongs to each.
+    /// The ranges of the tile in one channel of an output, and the run of its positions in each.
     fn runs(
         &self,
         channels: usize,
@@ -223,7 +222,7 @@ impl Tile {
     }
 }
 
-/// How some columns of a row of the output see a row of an image: beyond it, in it, beyond it.
+/// How columns of a row of the output see a row of an image: beyond it, in it, beyond it again.
 pub(super) struct Run {
     pub(super) before: usize,
     pub(super) first: usize,
@@ -232,7 +231,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Through the value `offset` columns from the first of the kernel.
+    /// What the columns see through the value `offset` columns from the first of the kernel.
     pub(super) fn of(window: &Window, offset: usize, columns: &Range<usize>) -> Self {
         let (stride, offset) = (window.stride[1], offset * window.dilation[1]);
         let (padding, all) = (window.padding[1].0, columns.len());
@@ -269,7 +268,7 @@ impl Run {
 /// The convolution of images, tile by tile.
 pub(super) struct Convolve<'a, 'o, B: HostTensors> {
     pub(super) images: Images<'a>,
-    /// Of each group, shape `[channels, patch]`.
+    /// The weight of each group, shape `[channels, patch]`.
     pub(super) weights: &'a [FloatTensor<B>],
     pub(super) bias: Option<&'a [f32]>,
     pub(super) device: &'a Device<B>,
@@ -391,7 +390,7 @@ impl<B: HostTensors> RowWork for AllProducts<'_, B> {
     }
 }
 
-/// The same of the drawn positions, each times its weight.
+/// The sum of the outer products of the drawn positions, each times its weight, as in [`Sums`].
 pub(super) struct DrawnProducts<'a, B: HostTensors> {
     pub(super) images: Images<'a>,
     pub(super) grad: &'a [f32],
@@ -449,10 +448,11 @@ impl<B: HostTensors> RowWork for DrawnProducts<'_, B> {
     }
 }
 
-/// The products of all groups, each of shape `[patch, channels]`: the faster way round. Nothing before the first.
+/// The products of all groups, each of shape `[patch, channels]`, which is faster than its
+/// transpose. Before the first product there are no values.
 struct Sums {
     values: Vec<f32>,
-    /// Of a group.
+    /// The number of output channels of a group.
     channels: usize,
     patch: usize,
 }
@@ -466,7 +466,7 @@ impl Sums {
         }
     }
 
-    /// Adds the product of a gradient, shape `[channels, columns]`, and patches, shape `[patch, columns]`.
+    /// Adds the product of a gradient `[channels, columns]` and patches `[patch, columns]`.
     fn add_product<B: HostTensors>(
         &mut self,
         group: usize,

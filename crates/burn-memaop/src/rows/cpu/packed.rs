@@ -109,7 +109,7 @@ impl RowWork for Unpack<'_> {
     fn join((): (), (): ()) {}
 }
 
-/// Multiplies values by packed ones; where these are zero, so is the product.
+/// Multiplies values by packed ones. Where these are zero, so is the product.
 pub(super) struct Times<'a> {
     pub(super) words: Rows<'a, i32>,
     pub(super) packing: Packing,

@@ -1,4 +1,4 @@
-//! Passes over the rows of batch and memory, on all cores and with wide registers.
+//! Passes over the rows of a batch and a memory, on all cores and with wide registers.
 
 use super::DrawnRow;
 use crate::rows::verbs::Fold;
@@ -30,7 +30,7 @@ impl<'a, E> Rows<'a, E> {
 }
 
 impl<'a> Rows<'a, f32> {
-    /// The rows that hold something else than zeros; most are known by their first values.
+    /// The rows that hold anything but zeros. Most are known by their first values.
     pub(super) fn not_zero(&self) -> impl Iterator<Item = usize> + use<'a> {
         let rows = self.values.chunks_exact(self.width).enumerate();
         let rows = rows.filter(|(_, row)| row.iter().any(|&value| value != 0.0));
@@ -66,7 +66,7 @@ impl<'a, E> RowsMut<'a, E> {
 pub(super) trait RowWork: Sized + Send {
     type Output: Send;
     fn rows(&self) -> usize;
-    /// The values that a row touches.
+    /// The number of values that a row touches.
     fn width(&self) -> usize;
     fn split_at(self, row: usize) -> (Self, Self);
     /// Always inlined, so that it is compiled for the processor that [`on_this_processor`] finds.
@@ -74,12 +74,12 @@ pub(super) trait RowWork: Sized + Send {
     fn join(first: Self::Output, second: Self::Output) -> Self::Output;
 }
 
-/// Values below which handing work to another core costs more than it saves (Flex splits its own
-/// passes at a like size).
+/// The number of values below which handing work to another core costs more than it saves. Flex
+/// splits its own passes at a like size.
 pub(super) const GRAIN: usize = 128 * 1024;
 
-/// Splits work in halves down to the grain. Where it is split depends on nothing but its size, and
-/// so neither does the result.
+/// Splits work in halves down to the grain. Where work is split depends on its size alone, and so
+/// the result is the same on any number of cores.
 pub(super) fn in_parallel<W: RowWork>(work: W) -> W::Output {
     let rows = work.rows();
     if rows < 2 || rows * work.width() < 2 * GRAIN {
@@ -108,7 +108,7 @@ fn on_this_processor<W: RowWork>(work: W) -> W::Output {
 
 /// Writes the scores of every row.
 pub(super) struct Score<'a> {
-    /// The norm of a row is 1 without it.
+    /// Without the input, the norm of each of its rows is 1.
     pub(super) input: Option<Rows<'a, f32>>,
     pub(super) grad: Rows<'a, f32>,
     pub(super) score: &'a mut [f32],
@@ -160,12 +160,12 @@ impl RowWork for Score<'_> {
 pub(super) fn balance(x: f32, g: f32) -> f32 {
     match x == 0.0 || g == 0.0 {
         true => 1.0,
-        // The root of each norm, because their quotient can overflow.
+        // The root of each norm is taken, because the quotient of the norms can overflow.
         false => g.sqrt() / x.sqrt(),
     }
 }
 
-/// Whether all values are numbers.
+/// Whether all values are finite.
 pub(super) fn are_finite(rows: Rows<'_, f32>) -> bool {
     in_parallel(AreFinite(rows))
 }
@@ -200,7 +200,7 @@ impl RowWork for AreFinite<'_> {
 
 /// Folds the batch into the memory, and writes the scores of every row.
 pub(super) struct FoldIn<'a> {
-    /// x and g.
+    /// The rows x and g.
     pub(super) batch: [Rows<'a, f32>; 2],
     /// `m^X`, `m^G` and the ages.
     pub(super) memory: [RowsMut<'a, f32>; 3],
@@ -262,7 +262,7 @@ impl RowWork for FoldIn<'_> {
                 *age += 1.0;
                 (self.score[row], self.tilt[row]) = (x * g, balance(x, g));
             } else {
-                // A sum that has overflowed is dropped.
+                // A row whose sum has overflowed is dropped.
                 a.fill(0.0);
                 b.fill(0.0);
                 *age = 0.0;
@@ -283,12 +283,12 @@ fn scales([x, g]: [f32; 2], [a, b]: [f32; 2], sign: f32) -> (f32, f32) {
     if a == 0.0 || b == 0.0 {
         return (sign, sign);
     }
-    // The root of each quotient, because the quotient of the products could overflow.
+    // The root of each quotient is taken, because the quotient of the products could overflow.
     let r = (a / x).sqrt() * (g / b).sqrt();
     (sign * r, sign / r)
 }
 
-/// `kept <- decay kept + scale new`; returns the norm of the result.
+/// Sets `kept` to `decay kept + scale new`, and returns its norm.
 #[inline(always)]
 fn add(kept: &mut [f32], new: &[f32], scale: f32, decay: f32) -> f32 {
     let mut sums = [0.0; LANES];
@@ -353,10 +353,10 @@ impl<const FACTOR: usize> RowWork for Gather<'_, FACTOR> {
     fn join((): (), (): ()) {}
 }
 
-/// Fills the drawn rows, in ascending order, with zeros.
+/// Fills the drawn rows with zeros. Their numbers ascend, and none comes twice.
 pub(super) struct Clear<'a> {
     pub(super) of: RowsMut<'a, f32>,
-    /// The number of the first row.
+    /// The number of the first row of `of`.
     pub(super) first: usize,
     pub(super) drawn: &'a [DrawnRow],
 }
@@ -389,8 +389,8 @@ impl RowWork for Clear<'_> {
     fn join((): (), (): ()) {}
 }
 
-/// Copies the rows of a panel, each times the scale of the second factor, to their places in a matrix, which are in
-/// ascending order.
+/// Copies the rows of a panel, each times the scale of the second factor, to their places in a
+/// matrix. The places ascend, and none comes twice.
 pub(super) struct PutBack<'a> {
     pub(super) panel: Rows<'a, f32>,
     pub(super) drawn: &'a [DrawnRow],
@@ -439,13 +439,13 @@ impl RowWork for PutBack<'_> {
     fn join((): (), (): ()) {}
 }
 
-/// Sums that are added up side by side: enough for the widest registers, and several of them.
+/// The number of sums that are added up side by side: enough for several of the widest registers.
 pub(super) const LANES: usize = 32;
 
 /// The sums of squares that neither overflow nor lose what underflows.
 pub(super) const SAFE: std::ops::RangeInclusive<f32> = 1e-20..=1e30;
 
-/// The norm of a row. It is not finite where a value is not.
+/// The norm of a row. It is not finite if a value of the row is not.
 #[inline(always)]
 pub(super) fn norm(row: &[f32]) -> f32 {
     root(square_sum(row), row)
@@ -491,10 +491,10 @@ fn norm_by_the_largest(row: &[f32]) -> f32 {
     parts.map(|part| part * part).sum::<f32>().sqrt() * largest
 }
 
-/// The largest of absolute values, which is not finite where a value is not.
+/// The largest of absolute values. It is not finite if a value is not.
 #[inline(always)]
 fn largest(values: &[f32]) -> f32 {
-    // As integers, numbers without a sign are in order, then infinity, then NaN.
+    // Without the sign, the bits of numbers are in their order, then come infinity and NaN.
     let sizes = values.iter().map(|value| value.to_bits() & 0x7FFF_FFFF);
     f32::from_bits(sizes.fold(0, u32::max))
 }
@@ -511,7 +511,7 @@ fn square_sum(row: &[f32]) -> f32 {
     total(sums) + rest.iter().fold(0.0, |sum, v| sum + v * v)
 }
 
-/// In halves, so that the lanes stay in registers.
+/// The sums are added in halves, so that the lanes stay in registers.
 #[inline(always)]
 fn total(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES;

@@ -1,4 +1,4 @@
-//! The scores of the positions of a convolution: a pass over images and gradients, without unfolding.
+//! The scores of the positions of a convolution, in a pass that unfolds nothing.
 
 use super::{
     NewScores,
@@ -15,8 +15,8 @@ pub(super) fn score(images: Images<'_>, grad: &[f32], scores: &mut NewScores) {
     });
 }
 
-/// Writes the scores of every position. The score of a position with several groups is the root of the sum of their
-/// squares.
+/// Writes the scores of every position. With several groups, the score is the root of the sum of
+/// the squares of the scores of its groups.
 struct ScorePositions<'a> {
     images: Images<'a>,
     grad: &'a [f32],
@@ -66,7 +66,7 @@ impl RowWork for ScorePositions<'_> {
             squares.add_up(&self.images, image, grad, by, score);
             let most = [&squares.inputs, &squares.grads].map(|sums| largest(sums));
             if most.iter().any(|most| !SAFE.contains(most)) {
-                // Squares overflow or underflow, but not those of values up to 1.
+                // The plain squares overflow or underflow. Those of values up to 1 do not.
                 by = [largest(self.images.image(image)), largest(grad)];
                 by = by.map(|most| if most > 0.0 { 1.0 / most } else { 1.0 });
                 squares.add_up(&self.images, image, grad, by, score);
@@ -82,11 +82,11 @@ impl RowWork for ScorePositions<'_> {
     fn join((): (), (): ()) {}
 }
 
-/// Sums of squares, of one image at a time.
+/// Sums of squares, for one image at a time.
 struct Squares {
-    /// Each place of an image, of the channels of a group.
+    /// At each place of the image, over the channels of a group.
     plane: Vec<f32>,
-    /// Each position: the patch and the gradient of a group, then of all groups.
+    /// At each position: of the patch and the gradient of a group, then of those of all groups.
     patches: Vec<f32>,
     of_group: Vec<f32>,
     inputs: Vec<f32>,
@@ -105,7 +105,8 @@ impl Squares {
         }
     }
 
-    /// Adds up the squares of an image and its gradient, each value times the number of its side, and writes the scores.
+    /// Adds up the squares of an image and its gradient, each value times the number of its side in
+    /// `by`, and writes the scores.
     #[inline(always)]
     fn add_up(
         &mut self,
@@ -176,7 +177,7 @@ fn add(to: &mut [f32], from: &[f32]) {
         .for_each(|(to, &value)| *to += value);
 }
 
-/// Adds the squares of each channel, of which each value is multiplied by a number.
+/// Adds the squares of each channel, whose values are multiplied by a number first.
 #[inline(always)]
 fn add_squares(to: &mut [f32], channels: &[f32], by: f32) {
     for channel in channels.chunks_exact(to.len()) {

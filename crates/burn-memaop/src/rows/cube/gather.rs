@@ -1,4 +1,4 @@
-//! Copies the drawn rows to panels, takes them out of a memory, and puts rows of a product in their places.
+//! Copies the drawn rows to panels, takes them out of a memory, and puts products in their places.
 
 use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
@@ -29,8 +29,8 @@ pub(super) fn gather(
         vector_size(&[grad, &panels[1]]),
     ];
     let (count, dim) = cubes(&drawn.rows, k, row_units([input, grad], sizes));
-    // SAFETY: every index is below a count of rows times their stride, within its tensor; the
-    // drawn rows are rows of the batch.
+    // SAFETY: every index is below a count of rows times their stride, within its tensor; the drawn
+    // rows are rows of the batch.
     unsafe {
         gather_kernel::launch_unchecked(
             &drawn.rows.client,
@@ -57,7 +57,7 @@ pub(super) fn gather(
     panels
 }
 
-/// As [`gather`], from a memory, where the rows are zeros afterwards, unless their weights are NaN.
+/// As [`gather`], from a memory. The rows are zeros there afterwards, unless their weights are NaN.
 pub(super) fn take_out(
     memory: &Memory<CubeBackend>,
     tilt: &CubeTensor,
@@ -101,14 +101,14 @@ pub(super) fn take_out(
     panels
 }
 
-/// Room for the drawn rows of a matrix.
+/// A new panel for the drawn rows of a matrix.
 fn panel(from: &CubeTensor, drawn: &Drawn<CubeBackend>, dtype: DType) -> CubeTensor {
     let k = drawn.rows.meta.shape()[0];
     empty(&drawn.rows, [k, from.meta.shape()[1]], dtype)
 }
 
-/// The drawn rows of the second factor alone: with a tilt as [`gather`] has them, without one each times the root of its
-/// weight.
+/// The drawn rows of the second factor alone. With a tilt they are those of [`gather`]. Without
+/// one, each is multiplied by the root of its weight.
 pub(super) fn gather_grad(
     from: &CubeTensor,
     tilt: Option<&CubeTensor>,
@@ -141,8 +141,8 @@ pub(super) fn gather_grad(
     panel
 }
 
-/// A matrix with the rows of a product in the places of the drawn rows, each times the root of its weight. Other rows
-/// are zero, but NaN where their score is not finite.
+/// A matrix with the rows of a product in the places of the drawn rows, each times the root of its
+/// weight. Other rows are zero, or NaN where their score is not finite.
 pub(super) fn spread(
     product: &CubeTensor,
     score: &CubeTensor,
@@ -187,7 +187,7 @@ pub(super) fn spread(
     spread
 }
 
-/// Its inputs are only read, and may be one buffer: WebGPU forbids to bind one twice that may be written.
+/// The inputs may be one buffer, which WebGPU allows because they are only read.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn gather_kernel<T: Float, NX: Size, NG: Size>(
     input: &[Vector<T, NX>],
@@ -350,7 +350,7 @@ fn spread_kernel<T: Float, N: Size>(
         terminate!();
     }
     let root = roots[place];
-    // Places without a row all name row 0, and so do those of a broken draw.
+    // All places without a row name row 0, and so do those of a broken draw.
     if root > 0.0 {
         let row = drawn[place] as usize;
         copy::<T, T, N>(product, place, &product_rows, to, row, &to_rows, root);
@@ -381,7 +381,7 @@ fn copy<S: Float, T: Float, N: Size>(
     }
 }
 
-/// Whether a scale is not 0: by its bits, since it may be NaN.
+/// Whether a scale is not 0. It is judged by its bits, since it may be NaN.
 #[cube]
 pub(super) fn is_weight(scale: f32) -> bool {
     u32::reinterpret(scale) != 0

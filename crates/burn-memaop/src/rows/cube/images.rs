@@ -1,4 +1,4 @@
-//! Scores the positions of a convolution and gathers the drawn patches. Images may lie in memory in any order of axes.
+//! Scores the positions of a convolution and gathers the drawn patches, of axes in any order.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use crate::rows::{
     window::Window,
 };
 
-/// How far apart values lie.
+/// The distances of neighbouring values along each axis.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct Strides {
     image: usize,
@@ -30,11 +30,10 @@ fn strides(images: &CubeTensor) -> StridesLaunch {
     StridesLaunch::new(strides[0], strides[1], strides[2], strides[3])
 }
 
-/// The sizes of a convolution.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct Sizes {
     groups: usize,
-    /// Of a group.
+    /// Input and output channels are those of one group.
     inputs: usize,
     outputs: usize,
     height: usize,
@@ -78,7 +77,7 @@ impl Sizes {
         self.output_height * self.output_width
     }
 
-    /// The input row that a row of the output sees; `height` or more beyond the image.
+    /// The input row that a row of the output sees. Beyond the image it is `height` or more.
     fn row(&self, row: usize, down: usize) -> usize {
         within(
             row * self.stride_down + down * self.dilation_down,
@@ -125,7 +124,8 @@ pub(super) fn score(input: &CubeTensor, grad: &CubeTensor, window: &Window) -> S
         tilt: of_rows(),
     };
     let units = CubeDim::new_1d(LEAST_UNITS);
-    // SAFETY: every index is one of a value of the images by their strides, or below the number of planes' values.
+    // SAFETY: every index is one of a value of the images by their strides, or below the number of
+    // planes' values.
     unsafe {
         norm_kernel::launch_unchecked(
             &input.client,
@@ -160,7 +160,7 @@ pub(super) fn score(input: &CubeTensor, grad: &CubeTensor, window: &Window) -> S
     scores
 }
 
-/// The norm of the channels of a group, of each place of each image.
+/// The norm of the channels of a group, at each place of each image.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn norm_kernel<T: Float>(
     images: &[T],
@@ -189,7 +189,7 @@ fn norm_kernel<T: Float>(
     norms[at] = squares.root();
 }
 
-/// A sum of squares, which neither overflows nor loses what underflows.
+/// A sum of squares that neither overflows nor loses what underflows.
 #[derive(CubeType)]
 struct Squares {
     plain: f32,
@@ -220,7 +220,8 @@ impl Squares {
     }
 }
 
-/// The score of a position with several groups is the root of the sum of their squares.
+/// Scores every position. With several groups, the score is the root of the sum of the squares of
+/// the scores of its groups.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn score_patches_kernel<T: Float>(
     norms: &[f32],
@@ -269,13 +270,13 @@ fn score_patches_kernel<T: Float>(
         all_inputs.add(x);
         all_grads.add(g);
         let size = x * g;
-        // Of numbers up to 1, as the squares could overflow.
+        // Squares are taken of numbers up to 1, because others could overflow.
         let large = f32::max(score, size);
         if large > 0.0 {
             let (a, b) = (score / large, size / large);
             score = large * (a * a + b * b).sqrt();
         } else {
-            // Zero, or not a number.
+            // The score is zero, or not a number.
             score += size;
         }
     }
@@ -283,8 +284,8 @@ fn score_patches_kernel<T: Float>(
     tilts[at] = balance(all_inputs.root(), all_grads.root());
 }
 
-/// Some of the drawn patches, shape `[groups, drawn, patch]`, and gradients, shape `[groups, drawn, channels]`, each times
-/// its half of the weight.
+/// Some of the drawn patches, shape `[groups, drawn, patch]`, and their gradients, shape
+/// `[groups, drawn, channels]`, each times its half of the weight.
 pub(super) fn gather(
     input: &CubeTensor,
     grad: &CubeTensor,
@@ -301,8 +302,8 @@ pub(super) fn gather(
         .next_power_of_two()
         .clamp(32, LEAST_UNITS);
     let (count, dim) = cubes(&drawn.rows, k, units);
-    // SAFETY: every index is one of a value of the images by their strides, or of a panel by its shape; the drawn rows are
-    // positions of the batch.
+    // SAFETY: every index is one of a value of the images by their strides, or of a panel by its
+    // shape; the drawn rows are positions of the batch.
     unsafe {
         gather_patches_kernel::launch_unchecked(
             &drawn.rows.client,

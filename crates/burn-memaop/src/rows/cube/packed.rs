@@ -1,4 +1,4 @@
-//! Packs rows and unpacks them, as `packing.rs` lays them out: a cube for each row.
+//! Packs rows and unpacks them, as `packing.rs` lays them out. There is a cube for each row.
 
 use burn::{
     backend::TensorMetadata,
@@ -24,11 +24,11 @@ use crate::rows::{
 /// The layout of a packed row, in words and values.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct PackedLayout {
-    /// From row to row.
+    /// The number of words from row to row.
     stride: usize,
-    /// The words of the scales.
+    /// The number of words of the scales.
     scales: usize,
-    /// The values of a row.
+    /// The number of values of a row.
     width: usize,
 }
 
@@ -37,7 +37,7 @@ fn layout(packed: &CubeTensor, packing: Packing) -> PackedLayoutLaunch {
     PackedLayoutLaunch::new(stride, packing.scales(), packing.width)
 }
 
-/// The units that share a row: whole groups of values.
+/// The number of units that share a row: one for each value of some whole groups.
 fn row_units(packing: Packing) -> u32 {
     let width = packing.width.min(LEAST_UNITS as usize) as u32;
     width.next_power_of_two().max(GROUP as u32)
@@ -54,8 +54,8 @@ pub(super) fn pack(
     let norms = empty_without_gaps(&input, [rows, 1], DType::F32);
     let units = row_units(packing);
     let (count, dim) = cubes(&input, rows, units);
-    // SAFETY: every index is below a count of rows times their stride, within its tensor; the words of a row are as
-    // many as `packing` says.
+    // SAFETY: every index is below a count of rows times their stride, within its tensor; the words
+    // of a row are as many as `packing` says.
     unsafe {
         pack_kernel::launch_unchecked(
             &input.client,
@@ -83,7 +83,6 @@ pub(super) fn pack(
     }
 }
 
-/// All rows.
 pub(super) fn unpack(packed: &Packed<CubeBackend>, dtype: FloatDType) -> CubeTensor {
     let Packed {
         words,
@@ -147,7 +146,7 @@ pub(super) fn gather(
     panel
 }
 
-/// The product of packed values and others, zero where the packed ones are.
+/// The products of packed values and others. They are zero where the packed values are.
 pub(super) fn times(packed: &Packed<CubeBackend>, values: CubeTensor) -> CubeTensor {
     let Packed { words, packing, .. } = packed;
     let values = row_major(values);
@@ -176,7 +175,7 @@ pub(super) fn times(packed: &Packed<CubeBackend>, values: CubeTensor) -> CubeTen
     products
 }
 
-/// The bits of infinity. Without the sign, those of NaN are above them.
+/// The bits of infinity. Without the sign, the bits of NaN are above them.
 const INFINITE: u32 = 0x7F80_0000;
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -231,7 +230,7 @@ fn pack_kernel<T: Float>(
         let group = group_first / GROUP;
         let bit_pattern = u32::reinterpret(value);
         if comptime!(levels > 0) {
-            // As integers, numbers without a sign are in order, then infinity, then NaN.
+            // Without the sign, the bits of numbers are in their order, then come infinity and NaN.
             let largest = largest_of_group(bit_pattern & 0x7FFF_FFFF, &mut sizes);
             let size = f32::reinterpret(largest);
             let usable = largest < INFINITE && size >= LEAST;
@@ -239,7 +238,7 @@ fn pack_kernel<T: Float>(
             let mut code = levels.runtime();
             if usable {
                 let shift = top + (f32::cast_from(dither) + 0.5) * comptime!(1.0f32 / 65_536.0);
-                // Zero at least: rounding can bring the least value below.
+                // Rounding can bring the least value below zero.
                 let scaled = f32::max(value * (top / size) + shift, 0.0);
                 code = u32::min(u32::cast_from(scaled), comptime!(2 * levels));
             }
@@ -282,7 +281,7 @@ fn pack_kernel<T: Float>(
     }
 }
 
-/// The largest of the numbers of the units of a group, to each of them.
+/// The largest of the numbers of the units of a group, which each of them gets.
 #[cube]
 fn largest_of_group(size: u32, shared: &mut Shared<[u32]>) -> u32 {
     let unit = UNIT_POS as usize;
@@ -298,7 +297,7 @@ fn largest_of_group(size: u32, shared: &mut Shared<[u32]>) -> u32 {
         sync_cube();
     }
     let largest = shared[unit - lane];
-    // Before the next group is written there.
+    // Every unit must have read it before the next group is written there.
     sync_cube();
     largest
 }
@@ -335,7 +334,7 @@ fn word(
     word
 }
 
-/// The word of `packing.rs` for a column.
+/// The random word of `packing.rs` for a column.
 #[cube]
 fn mixed(key: u32, column: u32) -> u32 {
     let word = key + column * COLUMN;
@@ -344,7 +343,6 @@ fn mixed(key: u32, column: u32) -> u32 {
     word ^ (word >> 16)
 }
 
-/// A value of a packed row.
 #[cube]
 fn unpacked(
     words: &[u32],

@@ -5,7 +5,6 @@ use cubecl::prelude::*;
 
 use crate::rows::random::{MULTIPLIERS, Permutation, Random, WEYL};
 
-/// Seed and step, in halves.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(super) struct RandomBits {
     seed_low: u32,
@@ -21,7 +20,7 @@ pub(super) fn arg(random: Random) -> RandomBitsLaunch {
 
 #[cube]
 impl RandomBits {
-    /// The words of the Philox block of a row: for the draw, for the sign, one that is not used, and for rounding.
+    /// The Philox block of a row: words for the draw, for the sign, for no use, and for rounding.
     fn words(&self, row: u32) -> (u32, u32, u32, u32) {
         let mut c0 = row;
         let mut c1 = 0u32;
@@ -45,22 +44,18 @@ impl RandomBits {
         (c0, c1, c2, c3)
     }
 
-    /// A uniform 32-bit word for `row`.
     pub(super) fn word(&self, row: u32) -> u32 {
         self.words(row).0
     }
 
-    /// The key of the bits that round the values of `row`.
     pub(super) fn rounding(&self, row: u32) -> u32 {
         self.words(row).3
     }
 
-    /// 1 or -1 for `row`.
     pub(super) fn sign(&self, row: u32) -> f32 {
         select(self.words(row).1 >> 31 == 0, 1.0f32, -1.0f32)
     }
 
-    /// Standard Gumbel noise for `row`.
     pub(super) fn gumbel(&self, row: u32) -> f32 {
         let uniform = (f32::cast_from(self.word(row) >> 9) + 0.5) * comptime!(1.0f32 / 8_388_608.0);
         -ln(-ln(uniform))
@@ -101,7 +96,6 @@ pub(super) fn order(permutation: Permutation) -> OrderLaunch {
 
 #[cube]
 impl Order {
-    /// The row at a place.
     pub(super) fn row(&self, place: u32) -> u32 {
         let mut row = self.sent_on(place);
         while row >= self.rows {
@@ -125,12 +119,12 @@ impl Order {
     }
 }
 
-/// The natural logarithm of a positive normal number, to about one unit in the last place. That of
-/// a device need be good to 2^-21 only near 1, where the tail of the Gumbel noise comes from.
+/// The natural logarithm of a positive normal number, to about one unit in the last place. A
+/// device's own may be off by 2^-21 near 1, where the tail of the Gumbel numbers comes from.
 #[cube]
 pub(super) fn ln(value: f32) -> f32 {
     let bits = u32::reinterpret(value);
-    // The mantissa in [sqrt(1/2), sqrt(2)).
+    // The mantissa is in [sqrt(1/2), sqrt(2)).
     let exponent = i32::cast_from(bits - 0x3F35_04F3) >> 23;
     let mantissa = f32::reinterpret(bits - (u32::cast_from(exponent) << 23));
     // ln m = 2 artanh((m - 1) / (m + 1)), |s| < 0.172.

@@ -1,4 +1,4 @@
-//! Scores the rows of a batch, and folds a batch into a memory: a cube for each row.
+//! Scores the rows of a batch, and folds a batch into a memory. There is a cube for each row.
 
 use burn::{
     backend::{TensorMetadata, ops::IntTensorOps},
@@ -23,12 +23,12 @@ pub(super) fn new_scores(like: &CubeTensor, rows: usize) -> Scores<CubeBackend> 
     }
 }
 
-/// Scores every row in one launch. Without `input` its rows have the norm 1.
+/// Scores every row in one launch. Without `input`, the norm of its rows is 1.
 pub(super) fn score(input: Option<&CubeTensor>, grad: &CubeTensor) -> Scores<CubeBackend> {
     let rows = grad.shape()[0];
     let scores = new_scores(grad, rows);
     let has_input = input.is_some();
-    // A binding that is only read may be there twice.
+    // A buffer that is only read may be bound twice.
     let input = input.unwrap_or(grad);
     let sizes = [vector_size(&[input]), vector_size(&[grad])];
     let units = row_units([input, grad], sizes);
@@ -57,8 +57,8 @@ pub(super) fn score(input: Option<&CubeTensor>, grad: &CubeTensor) -> Scores<Cub
     scores
 }
 
-/// Folds the batch into the first rows of the memory, in place, and scores them. One launch looks for values that are
-/// not finite first.
+/// Folds the batch into the first rows of the memory, in place, and scores them. A first launch
+/// looks for values that are not finite.
 pub(super) fn fold(
     [input, grad]: &[CubeTensor; 2],
     memory: &Memory<CubeBackend>,
@@ -173,7 +173,7 @@ fn check_kernel<T: Float, NX: Size, NG: Size>(
     }
     if !are_finite::<T, NX>(input, row, &input_rows) || !are_finite::<T, NG>(grad, row, &grad_rows)
     {
-        // All units that come here write the same.
+        // All units that come here write the same value.
         broken[0] = 1u32;
     }
 }
@@ -194,8 +194,8 @@ fn are_finite<T: Float, N: Size>(values: &[Vector<T, N>], row: usize, rows: &Row
     finite
 }
 
-/// Folds the batch into the memory, and writes the scores of every row. If the batch is broken, the memory stays as it
-/// is, and the scores are NaN.
+/// Folds the batch into the memory, and writes the scores of every row. If the batch is broken, the
+/// memory stays as it is, and the scores are NaN.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn fold_kernel<T: Float, NX: Size, NG: Size>(
     input: &[Vector<T, NX>],
@@ -269,7 +269,7 @@ fn fold_kernel<T: Float, NX: Size, NG: Size>(
     }
     let x = norm::<f32, NX>(&*kept_input, row, &kept_input_rows, &mut shared, units);
     let g = norm::<f32, NG>(&*kept_grad, row, &kept_grad_rows, &mut shared, units);
-    // A sum that has overflowed is dropped.
+    // A row whose sum has overflowed is dropped.
     let lost = !is_finite(x * g);
     if lost && !broken {
         clear::<f32, NX>(kept_input, row, &kept_input_rows);
@@ -287,7 +287,7 @@ fn fold_kernel<T: Float, NX: Size, NG: Size>(
     }
 }
 
-/// The bits of a number that is none.
+/// The bits of NaN.
 pub(super) const NAN: u32 = 0x7FC0_0000;
 
 /// `sqrt(|g| / |x|)`, and 1 where a norm is 0.
@@ -295,13 +295,13 @@ pub(super) const NAN: u32 = 0x7FC0_0000;
 pub(super) fn balance(x: f32, g: f32) -> f32 {
     let mut tilt = 1.0f32;
     if x > 0.0 && g > 0.0 {
-        // The root of each norm, because their quotient can overflow.
+        // The root of each norm is taken, because the quotient of the norms can overflow.
         tilt = g.sqrt() / x.sqrt();
     }
     tilt
 }
 
-/// The norm of a row, to each unit. It is not finite where a value is not.
+/// The norm of a row, which every unit gets. It is not finite if a value of the row is not.
 #[cube]
 fn norm<T: Float, N: Size>(
     values: &[Vector<T, N>],
@@ -335,11 +335,11 @@ fn norm<T: Float, N: Size>(
     )
 }
 
-/// Squares of values times one of these are safe where plain ones underflow or overflow.
+/// Squares of values times one of these are safe where plain squares underflow or overflow.
 pub(super) const ENLARGE: f32 = (1u64 << 63) as f32;
 pub(super) const REDUCE: f32 = 1.0 / (ENLARGE * (1u64 << 17) as f32);
 
-/// The root of a sum of squares, which is also there of enlarged and of reduced values.
+/// The root of a sum of squares, from the sums of plain, of enlarged and of reduced values.
 #[cube]
 pub(super) fn root(plain: f32, enlarged: f32, reduced: f32) -> f32 {
     let mut root = plain.sqrt();
@@ -384,7 +384,6 @@ fn total<N: Size>(sums: Vector<f32, N>) -> f32 {
     sum
 }
 
-/// Fills a row with zeros.
 #[cube]
 pub(super) fn clear<S: Float, N: Size>(kept: &mut [Vector<S, N>], row: usize, rows: &RowLayout) {
     let mut at = UNIT_POS as usize;

@@ -1,9 +1,9 @@
-//! Draws rows without a wait for the host: the K rows with the largest keys by radix selection, or systematic sampling
-//! by a prefix sum. One cube does it in one launch, from shared memory. Several cubes draw among more rows, in several
-//! launches.
+//! Draws rows without a wait for the host. The K rows with the largest keys are found by radix
+//! selection, and systematic sampling goes by a prefix sum. One cube does either in one launch, in
+//! its shared storage. Among more rows, several cubes draw in several launches.
 //!
-//! No unit reads what another has written to global memory in the same launch. The largest come out in ascending order
-//! of the rows, sampled rows in the order of the draw.
+//! No unit reads what another unit has written to a buffer in the same launch. The largest come out
+//! in ascending order of the rows, sampled rows in the order of the draw.
 
 use burn::{
     backend::TensorMetadata,
@@ -46,15 +46,15 @@ pub(super) fn draw(scores: &CubeTensor, draw: Draw) -> Drawn<CubeBackend> {
         Method::Baseline(Baseline::WeightedK(_)) => {
             largest(scores, draw, Key::LogScorePlusGumbel, 1.0)
         }
-        // These are no top K of keys, and are drawn on the host.
+        // These are not the K largest of any keys, and are drawn on the host.
         Method::Baseline(Baseline::Bernoulli | Baseline::ColumnRow | Baseline::WinnerTakeAll) => {
             portable::draw_in::<CubeBackend>(scores.clone(), draw, IntDType::U32)
         }
     }
 }
 
-/// The scores that a cube holds in shared memory: with what else it needs there they fit into the 16 KiB that every device
-/// of the WebGPU standard has.
+/// The number of scores that a cube holds in shared storage. With what else it holds there, they
+/// fit into the 16 KiB that every device of the WebGPU standard has.
 const STAGED: usize = 2048;
 
 fn systematic(scores: &CubeTensor, draw: Draw) -> Drawn<CubeBackend> {
@@ -83,8 +83,8 @@ fn finite_score(score: f32) -> f32 {
     select(is_finite(score), score, 0.0f32)
 }
 
-/// A score, or infinity in the place of one that is not finite: it is the largest then, and all scores are zero
-/// relative to it.
+/// A score, or infinity in the place of one that is not finite. Infinity is then the largest score,
+/// and relative to it all scores are zero.
 #[cube]
 fn or_infinity(score: f32) -> f32 {
     select(is_finite(score), score, f32::reinterpret(INFINITY))
@@ -103,7 +103,8 @@ fn or_nan(root: f32, is_broken: bool) -> f32 {
     value
 }
 
-/// The largest score. Scores relative to it, which `staged` holds, have sums and squares that neither overflow nor vanish.
+/// Returns the largest score, and fills `staged` with the scores relative to it. Their sums and
+/// squares neither overflow nor vanish.
 #[cube]
 fn stage(scores: &[f32], rows: u32, staged: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
     let mut shared = Shared::<[f32]>::new_slice(comptime!(units as usize));

@@ -1,10 +1,10 @@
-//! What the units of a cube compute together, by shared memory alone: not every device has planes.
+//! What the units of a cube compute together, by shared storage: not every device has planes.
 
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-/// The sums of the values of all units, lane by lane, to each of them. By halves, so that the order of the sums depends on
-/// nothing but the number of units.
+/// The sums of the values of all units, lane by lane, which every unit gets. They are added up in
+/// halves, so that their order depends on nothing but the number of units.
 #[cube]
 pub(super) fn cube_sums<N: Size>(
     value: Vector<f32, N>,
@@ -12,7 +12,7 @@ pub(super) fn cube_sums<N: Size>(
     #[comptime] units: u32,
 ) -> Vector<f32, N> {
     let unit = UNIT_POS as usize;
-    // What an earlier call left there has been read.
+    // What an earlier call left there must have been read.
     sync_cube();
     shared[unit] = value;
     sync_cube();
@@ -28,7 +28,6 @@ pub(super) fn cube_sums<N: Size>(
     shared[0]
 }
 
-/// One sum.
 #[cube]
 pub(super) fn cube_sum(
     value: f32,
@@ -38,9 +37,7 @@ pub(super) fn cube_sum(
     cube_sums::<Const<1>>(Vector::new(value), shared, units).extract(0usize)
 }
 
-/// Two sums at once.
 pub(super) type Pair = Const<2>;
-/// Four sums at once.
 pub(super) type Four = Const<4>;
 
 #[cube]
@@ -50,7 +47,7 @@ pub(super) fn pair(first: f32, second: f32) -> Vector<f32, Pair> {
     pair
 }
 
-/// The largest of the values of all units, to each of them.
+/// The largest of the values of all units, which every unit gets.
 #[cube]
 pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
     let unit = UNIT_POS as usize;
@@ -68,7 +65,7 @@ pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units
     shared[0]
 }
 
-/// The sum of the values of the units up to each, its own included.
+/// The sum of the values of the units up to each unit, its own included.
 #[cube]
 pub(super) fn prefix_sum(value: u32, shared: &mut Shared<[u32]>, #[comptime] units: u32) -> u32 {
     let unit = UNIT_POS as usize;
@@ -89,8 +86,8 @@ pub(super) fn prefix_sum(value: u32, shared: &mut Shared<[u32]>, #[comptime] uni
     sum
 }
 
-/// A number from 0 in units of 2^-32, with an integer part: sums of such numbers are exact,
-/// whatever their order.
+/// A number from 0 in units of 2^-32, with an integer part. Sums of such numbers are exact in any
+/// order.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Fixed {
     pub(super) whole: u32,
@@ -117,7 +114,7 @@ impl Fixed {
         )
     }
 
-    /// The nearest float, in units of 1.
+    /// The number as a float.
     pub(super) fn float(&self) -> f32 {
         f32::cast_from(self.whole) + f32::cast_from(self.fraction) * INVERSE_2_32
     }
@@ -126,7 +123,7 @@ impl Fixed {
 pub(super) const TWO_32: f32 = 4_294_967_296.0;
 pub(super) const INVERSE_2_32: f32 = 1.0 / TWO_32;
 
-/// As [`prefix_sum`], of fixed-point numbers.
+/// As [`prefix_sum`], for fixed-point numbers.
 #[cube]
 pub(super) fn fixed_prefix_sum(
     value: &Fixed,
@@ -158,7 +155,7 @@ pub(super) fn fixed_prefix_sum(
     Fixed::new(whole, fraction)
 }
 
-/// The sum of the fixed-point numbers of all units, to each of them.
+/// The sum of the fixed-point numbers of all units, which every unit gets.
 #[cube]
 pub(super) fn fixed_sum(
     value: &Fixed,
@@ -174,13 +171,13 @@ pub(super) fn fixed_sum(
     }
     sync_cube();
     let total = Fixed::new(wholes[0], fractions[0]);
-    // What comes next may write there.
+    // The next call may write there.
     sync_cube();
     total
 }
 
-/// Whether a number is neither infinite nor NaN. By its bits, because a shader compiler may assume
-/// that all are.
+/// Whether a number is neither infinite nor NaN. It is judged by its bits, because a shader
+/// compiler may assume that all numbers are finite.
 #[cube]
 pub(super) fn is_finite(value: f32) -> bool {
     u32::reinterpret(value) & 0x7F80_0000 != 0x7F80_0000

@@ -3,7 +3,7 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-/// As many K as a measurement is about.
+/// Up to six K: as many as a measurement is about.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(super) struct Ks {
     k0: u32,

@@ -1,4 +1,4 @@
-//! The K rows with the largest keys in one cube, by radix selection: of as many rows as fit into its shared memory.
+//! The K rows with the largest keys, by radix selection in the shared storage of one cube.
 
 use burn::backend::TensorMetadata;
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
@@ -14,7 +14,7 @@ use crate::rows::{
     verbs::{Draw, Drawn},
 };
 
-/// What makes the key of a row; the rows with the largest keys are drawn.
+/// What makes the key of a row. The rows with the largest keys are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Key {
     Score,
@@ -29,7 +29,8 @@ pub(super) fn largest(
     weight: f64,
 ) -> Drawn<CubeBackend> {
     let drawn = room(scores, draw);
-    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, at most `STAGED`, and `k`.
+    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, at most `STAGED`, and
+    // `k`.
     unsafe {
         largest_kernel::launch_unchecked(
             &scores.client,
@@ -49,7 +50,7 @@ pub(super) fn largest(
     drawn
 }
 
-/// The `k` rows with the largest keys, the lower row first among equals.
+/// Draws the `k` rows with the largest keys. Among equal keys the lower row comes first.
 #[cube(launch_unchecked)]
 fn largest_kernel(
     scores: &[f32],
@@ -97,7 +98,7 @@ fn largest_kernel(
         narrow(&mut threshold, count, &mut shared, &mut found, pass, units);
     }
 
-    // Each unit looks after a run of rows, so that the rows come out in ascending order.
+    // Each unit takes a run of rows, so that the rows come out in ascending order.
     let run = rows.div_ceil(units);
     let first = u32::min(UNIT_POS * run, rows);
     let end = u32::min(first + run, rows);
@@ -126,7 +127,8 @@ fn largest_kernel(
     }
 }
 
-/// The K-th largest key, as far as it is known: `needed` of the keys that share its bits of `mask` are among the largest.
+/// The K-th largest key, as far as it is known. Of the keys that share its bits of `mask`, `needed`
+/// are among the largest.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Threshold {
     pub(super) key: u32,
@@ -144,7 +146,7 @@ impl Threshold {
         }
     }
 
-    /// Counts a digit of a key that shares what is known.
+    /// Counts a digit of a key that shares the known bits.
     pub(super) fn count(&self, key: u32, histogram: &Shared<[Atomic<u32>]>, #[comptime] pass: u32) {
         if key & self.mask == self.key {
             let digit = (key >> comptime!(24 - 8 * pass)) & comptime!(DIGITS - 1);
@@ -153,7 +155,7 @@ impl Threshold {
     }
 }
 
-/// One digit more: unit u has counted the keys with the u-th largest.
+/// Finds one digit more. Unit u has counted the keys with the u-th largest digit.
 #[cube]
 pub(super) fn narrow(
     threshold: &mut Threshold,
@@ -173,15 +175,15 @@ pub(super) fn narrow(
     threshold.key |= found[0] << shift;
     threshold.mask |= comptime!(DIGITS - 1) << shift;
     threshold.needed = found[1];
-    // What comes next may write there.
+    // The next call may write there.
     sync_cube();
 }
 
-/// The values of a digit of a key.
+/// The number of values of a digit of a key.
 pub(super) const DIGITS: u32 = 256;
 
-/// A number that orders the rows as the rule does. Scores that are not finite have the least, 0, and so have scores of 0
-/// where logarithms are taken.
+/// A number that orders the rows as the rule does. Where the rule goes by scores, those that are
+/// not finite have the least number, 0, and so have scores of 0.
 #[cube]
 pub(super) fn key(score: f32, row: u32, random: &RandomBits, #[comptime] rule: Key) -> u32 {
     match comptime!(rule) {
@@ -192,7 +194,7 @@ pub(super) fn key(score: f32, row: u32, random: &RandomBits, #[comptime] rule: K
             let mut key = 0u32;
             if is_finite(score) && score >= comptime!(f32::MIN_POSITIVE) {
                 let bits = u32::reinterpret(2.0 * ln(score) + random.gumbel(row));
-                // Those of negative floats are in the opposite order, and below.
+                // The bits of negative floats are in the opposite order, and must come below.
                 let sign = bits >> 31;
                 key = select(sign == 1, !bits, bits | 0x8000_0000);
             }

@@ -1,5 +1,5 @@
-//! Draws among more rows than one cube can hold, by several cubes. Each looks after a chunk of the rows. What a launch
-//! leaves of each chunk, every cube of the next launch adds up by itself.
+//! Draws among more rows than one cube can hold, by several cubes, each with a chunk of the rows.
+//! What a launch leaves for each chunk, every cube of the next launch adds up by itself.
 
 use burn::backend::TensorMetadata;
 use burn_cubecl::{cubecl, tensor::CubeTensor};
@@ -17,10 +17,10 @@ mod variance;
 
 pub(super) use self::{largest::largest, systematic::systematic, variance::variances};
 
-/// The least rows of a chunk.
+/// The least number of rows of a chunk.
 const CHUNK: usize = 1024;
 
-/// How rows are shared out: to as many cubes as one has units, at most.
+/// How rows are shared out: to at most as many cubes as a cube has units.
 #[derive(Clone, Copy)]
 struct Chunks {
     rows: usize,
@@ -61,7 +61,7 @@ fn of_this_cube(rows: u32, chunk: u32) -> Chunk {
     }
 }
 
-/// The two sums of a chunk; none beyond the last.
+/// The two sums of a chunk, or zeros beyond the last chunk.
 #[cube]
 fn of_chunk(sums: &[f32], index: u32, cubes: u32) -> Vector<f32, Pair> {
     let mut first = 0.0f32;

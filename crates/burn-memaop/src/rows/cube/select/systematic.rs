@@ -1,4 +1,4 @@
-//! Systematic sampling in one cube, by a prefix sum: of as many rows as fit into its shared memory.
+//! Systematic sampling by a prefix sum in one cube, whose shared storage holds all scores.
 
 use burn::backend::TensorMetadata;
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
@@ -16,7 +16,8 @@ use crate::rows::{
 
 pub(super) fn systematic(scores: &CubeTensor, draw: Draw) -> Drawn<CubeBackend> {
     let drawn = room(scores, draw);
-    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, at most `STAGED`, and `k`.
+    // SAFETY: all buffers are as long as the kernel reads and writes: `rows`, at most `STAGED`, and
+    // `k`.
     unsafe {
         systematic_kernel::launch_unchecked(
             &scores.client,
@@ -35,9 +36,9 @@ pub(super) fn systematic(scores: &CubeTensor, draw: Draw) -> Drawn<CubeBackend> 
     drawn
 }
 
-/// Systematic sampling with `p_m = min(1, c s_m)` in a random order of the rows: row m is drawn where the
-/// sum of a random start and the p up to `p_m` reaches the next whole number. The p are rounded to multiples of 2^-32,
-/// so that the sums are exact: they would be too coarse as floats.
+/// Systematic sampling with `p_m = min(1, c s_m)` in a random order of the rows. Row m is drawn
+/// where the sum of a random start and the p up to `p_m` reaches the next whole number. The p are
+/// rounded to multiples of 2^-32, so that their sums are exact: floats would be too coarse.
 #[cube(launch_unchecked)]
 fn systematic_kernel(
     scores: &[f32],
@@ -69,7 +70,7 @@ fn systematic_kernel(
     let total = fixed_sum(&sum, &mut wholes, &mut fractions, units);
     let correction = correction(&total, k, found.certain);
 
-    // From here on in the random order, in which each unit looks after a run of places.
+    // From here on the rows are in the random order, in which each unit takes a run of places.
     let run = rows.div_ceil(units);
     let first = u32::min(UNIT_POS * run, rows);
     let end = u32::min(first + run, rows);
@@ -95,15 +96,15 @@ fn systematic_kernel(
     leave(flag[0], k, drawn, roots, largest, units);
 }
 
-/// The c of `p_m = min(1, c s_m)`, for scores relative to the largest, and how many p are 1.
+/// The c of `p_m = min(1, c s_m)` for scores relative to the largest, and how many p are 1.
 #[derive(CubeType)]
 pub(super) struct Inclusion {
     pub(super) c: f32,
     pub(super) certain: f32,
 }
 
-/// From below, beginning with `c`: rows that are certain to be chosen take one of the K each, the others share what is left.
-/// It grows until no row is added to the certain ones.
+/// Finds c from below, beginning with `c`. Rows that are certain to be drawn take one of the K
+/// each, and the others share what is left. c grows until no row is added to the certain ones.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn inclusion(
@@ -146,19 +147,18 @@ pub(super) fn inclusion(
     Inclusion { c, certain }
 }
 
-/// The c with which the rows that are not certain share what the certain ones leave; it does not fall.
+/// The c with which uncertain rows share what the certain ones leave. It does not fall.
 #[cube]
 pub(super) fn next(c: f32, k: u32, certain: f32, rest: f32) -> f32 {
     let mut next = c;
     let count = f32::cast_from(k);
     if certain < count && rest > 0.0 {
-        // An infinite c would make numbers that are none of rows of zeros.
+        // With an infinite c, the p of a row of zeros would be NaN.
         next = f32::max(c, f32::min((count - certain) / rest, 1e38f32));
     }
     next
 }
 
-/// A score relative to the largest.
 #[cube]
 pub(super) fn relative_at(
     scores: &[f32],
@@ -194,7 +194,8 @@ pub(super) fn add_uncertain(sum: &mut Fixed, p: f32) {
     }
 }
 
-/// The p below 1 sum to what the certain rows leave, but for the rounding of c: the relative error that remains.
+/// The p below 1 should sum to what the certain rows leave, but c is rounded. Returns the relative
+/// error that remains.
 #[cube]
 pub(super) fn correction(total: &Fixed, k: u32, certain: f32) -> f32 {
     let left = Fixed::new(k - u32::cast_from(certain), 0u32);
@@ -202,7 +203,7 @@ pub(super) fn correction(total: &Fixed, k: u32, certain: f32) -> f32 {
     if total.whole < left.whole {
         error = -left.minus(total).float();
     }
-    // Where all rows that are not zero are certain, nothing is to be shared.
+    // Where all rows that are not zero are certain, nothing is left to share.
     let mut correction = 0.0f32;
     if total.whole > 0 || total.fraction > 0 {
         let relative = -error / total.float();
@@ -217,7 +218,7 @@ pub(super) fn start(random: &RandomBits) -> Fixed {
     Fixed::new(0u32, random.word(0u32))
 }
 
-/// Adds the p of a row, which is drawn where the sum reaches the next whole number.
+/// Adds the p of a row, and draws the row where the sum reaches the next whole number.
 #[cube]
 pub(super) fn take(
     reached: &mut Fixed,
@@ -237,8 +238,8 @@ pub(super) fn take(
     reached.fraction = next.fraction;
 }
 
-/// Fills the places from `first` on with row 0, without weight. If a score is not finite, so that `largest` is not
-/// either, these are all places, and their weight is NaN.
+/// Fills the places from `first` on with row 0, without weight. If a score is not finite, `largest`
+/// is not either: then these are all places, and their weight is NaN.
 #[cube]
 pub(super) fn leave(
     first: u32,
@@ -262,7 +263,7 @@ fn fraction(p: f32) -> u32 {
     u32::cast_from(p * TWO_32)
 }
 
-/// A p in one word: that of 1 is the largest, and that of any other is below it.
+/// A p in one word. That of 1 is the largest word, and that of any other p is below it.
 #[cube]
 pub(super) fn encoded(p: &Fixed) -> u32 {
     select(
@@ -278,7 +279,7 @@ pub(super) fn decoded(p: u32) -> Fixed {
     Fixed::new(select(one, 1u32, 0u32), select(one, 0u32, p))
 }
 
-/// A p in fixed point: 1 where it is 1 or more, else times `1 + correction`.
+/// A p in fixed point: 1 where it is 1 or more, else the p times `1 + correction`.
 #[cube]
 pub(super) fn probability(p: f32, correction: f32) -> Fixed {
     let mut whole = 1u32;
@@ -290,7 +291,7 @@ pub(super) fn probability(p: f32, correction: f32) -> Fixed {
         if correction < 0.0 {
             part -= change;
         } else {
-            // It stays below 1.
+            // The p stays below 1.
             part += u32::min(change, !part);
         }
     }

@@ -1,4 +1,4 @@
-//! What sampling would add to the variance of a gradient, for several K at once: a cube for each.
+//! The variance that sampling would add to a gradient, with a cube for each of several K.
 
 use burn::{backend::TensorMetadata, tensor::DType};
 use burn_cubecl::{cubecl, tensor::CubeTensor};
@@ -18,8 +18,8 @@ use crate::rows::{
     verbs::Candidates,
 };
 
-/// The root of the sum of the squares of all scores, and the roots of the variances that systematic sampling of each
-/// K adds, in single precision.
+/// The root of the sum of the squares of all scores, and the roots of the variances that systematic
+/// sampling of each K adds, in single precision.
 pub(in crate::rows::cube) fn variances(scores: &CubeTensor, candidates: &Candidates) -> CubeTensor {
     match scores.shape()[0] <= STAGED {
         true => of_few(scores, candidates),
@@ -53,7 +53,7 @@ fn variance_kernel(scores: &[f32], roots: &mut [f32], rows: u32, ks: Ks, #[compt
     let mut flag = Shared::<[u32]>::new_slice(1usize);
     let largest = stage(scores, rows, &mut staged, units);
 
-    // The first cube has no p: all squares are added up. With all rows nothing is added.
+    // The first cube has no p: it adds up all squares. Where K is all rows, nothing is added.
     let k = ks.at(u32::max(CUBE_POS_X, 1u32) - 1);
     let mut c = 0.0f32;
     if CUBE_POS_X > 0 && k < rows {

@@ -1,5 +1,5 @@
-//! The K rows with the largest keys: a histogram for each digit of the keys, the rows above and at the K-th largest key of each
-//! chunk, and their places.
+//! The K rows with the largest keys. The launches make a histogram for each digit of the keys,
+//! count the rows above and at the K-th largest key in each chunk, and find the places of the rows.
 
 use burn::{
     backend::{TensorMetadata, ops::IntTensorOps},
@@ -22,7 +22,7 @@ use crate::rows::{
     verbs::{Draw, Drawn},
 };
 
-/// The digits of a key.
+/// The number of digits of a key.
 const PASSES: u32 = 4;
 
 pub(in crate::rows::cube::select) fn largest(
@@ -34,7 +34,7 @@ pub(in crate::rows::cube::select) fn largest(
     let chunks = Chunks::of(scores);
     let Chunks { rows, chunk, cubes } = chunks;
     let keys = empty(scores, [rows], DType::U32);
-    // And a count of scores that are not finite.
+    // The last place counts the scores that are not finite.
     let digits = Shape::new([(PASSES * DIGITS + 1) as usize]);
     let digits = CubeBackend::int_zeros(digits, &scores.device(), IntDType::U32);
     let counts = empty(scores, [2 * cubes], DType::U32);
@@ -42,7 +42,8 @@ pub(in crate::rows::cube::select) fn largest(
     let drawn = room(scores, draw);
     let (count, dim) = chunks.launch();
     let (rows, chunk) = (rows as u32, chunk as u32);
-    // SAFETY: every index is below a number of rows, of digits, of chunks, or K, and the buffers are as long.
+    // SAFETY: every index is below a number of rows, of digits, of chunks, or K, and the buffers
+    // are as long.
     unsafe {
         for pass in 0..PASSES {
             digit_kernel::launch_unchecked(
@@ -92,13 +93,13 @@ pub(in crate::rows::cube::select) fn largest(
     drawn
 }
 
-/// Where the histogram of a digit has the count of this unit: the largest digit first.
+/// The place of the count of this unit in the histogram of a digit, with the largest digit first.
 #[cube]
 fn place_of_digit(#[comptime] pass: u32) -> usize {
     (comptime!(pass * DIGITS + DIGITS - 1) - UNIT_POS) as usize
 }
 
-/// Counts a digit of the keys of this chunk that share those known of the K-th largest.
+/// Counts a digit of the keys of this chunk that share the known bits of the K-th largest.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn digit_kernel(
@@ -151,8 +152,8 @@ fn digit_kernel(
     }
 }
 
-/// Counts the keys of this chunk above the K-th largest, and equal to it. The digits are plain integers here, since WGSL has no
-/// atomics that are read only.
+/// Counts the keys of this chunk above the K-th largest, and equal to it. The digits are plain
+/// integers here, since WGSL has no atomics that are only read.
 #[cube(launch_unchecked)]
 fn count_kernel(
     keys: &[u32],
@@ -238,7 +239,7 @@ fn place_kernel(
     let above_before = two[0];
     let equal_before = two[1];
 
-    // Each unit looks after a run of rows, so that the rows come out in ascending order.
+    // Each unit takes a run of rows, so that the rows come out in ascending order.
     let run = (chunk.end - chunk.first).div_ceil(units);
     let first = u32::min(chunk.first + UNIT_POS * run, chunk.end);
     let end = u32::min(first + run, chunk.end);

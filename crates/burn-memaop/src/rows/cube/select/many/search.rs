@@ -15,23 +15,23 @@ use crate::rows::cube::{
     units::{Fixed, Pair, cube_max, cube_sums, fixed_sum, pair},
 };
 
-/// The launches that search for c, of which the first begins with the sum of all scores. Where these do not find it, as they do for
-/// all but the most uneven scores, each cube goes on by itself.
+/// The number of launches that search for c. The first begins with the sum of all scores. They find
+/// c for all but the most uneven scores. Where they do not, each cube searches on by itself.
 const SEARCHES: u32 = 6;
 
 /// What the launches hand on.
 pub(super) struct Search {
-    /// Of each chunk: the largest score, and the sum of the scores relative to it.
+    /// For each chunk: the largest score, and the sum of the scores relative to it.
     pub(super) largest: CubeTensor,
-    /// Of each K: c before each search.
+    /// For each K and search: the c that the search begins with.
     pub(super) c: CubeTensor,
-    /// Of each K, search and chunk: how many p are 1, and the sum of the other scores.
+    /// For each K, search and chunk: the number of p that are 1, and the sum of the other scores.
     pub(super) sums: CubeTensor,
-    /// Of each K and chunk: the sum of the p below 1 in the last search.
+    /// For each K and chunk: the sum of the p below 1 in the last search.
     pub(super) uncertain: CubeTensor,
 }
 
-/// In one launch and those of the search.
+/// Finds the largest scores in one launch, and each c in [`SEARCHES`] more.
 pub(super) fn search(scores: &CubeTensor, ks: &[usize], chunks: Chunks) -> Search {
     let Chunks { rows, chunk, cubes } = chunks;
     let searches = ks.len() * SEARCHES as usize;
@@ -44,8 +44,8 @@ pub(super) fn search(scores: &CubeTensor, ks: &[usize], chunks: Chunks) -> Searc
     let (count, dim) = chunks.launch();
     let of_all = CubeCount::new_2d(cubes as u32, ks.len() as u32);
     let (rows, chunk, cubes) = (rows as u32, chunk as u32, cubes as u32);
-    // SAFETY: every index is below a number of rows, of chunks, or of chunks of all searches of all K, and the buffers are as
-    // long.
+    // SAFETY: every index is below a number of rows, of chunks, or of chunks of all searches of all
+    // K, and the buffers are as long.
     unsafe {
         chunk_largest_kernel::launch_unchecked(
             &scores.client,
@@ -133,7 +133,7 @@ fn sum_of_all(
     cube_sums::<Pair>(pair(sum, 0.0f32), pairs, units).extract(0usize)
 }
 
-/// The sums of all chunks in a search of the K at `index`.
+/// The sums of all chunks in a search for the K at `index`.
 #[cube]
 fn sums_of(
     sums: &[f32],
@@ -148,7 +148,7 @@ fn sums_of(
     cube_sums::<Pair>(chunk, pairs, units)
 }
 
-/// One step towards c, of this chunk and one K.
+/// One step towards the c of one K, for this chunk.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn search_kernel(
@@ -221,13 +221,13 @@ fn search_kernel(
     }
 }
 
-/// The end of a search.
+/// The result of a search.
 #[derive(CubeType)]
 pub(super) struct Found {
     pub(super) c: f32,
-    /// How many p are 1.
+    /// The number of p that are 1.
     pub(super) certain: f32,
-    /// Whether the launches did not find c, so that it is not that of their last sums.
+    /// Whether the launches did not find c, so that their last sums belong to another c.
     pub(super) searched_on: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Systematic sampling: the same rows as in one cube, but where sums in another order round c to a neighbour.
+//! Systematic sampling of the same rows as in one cube, unless sums in another order round c apart.
 
 use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
@@ -36,14 +36,15 @@ pub(in crate::rows::cube::select) fn systematic(
         sums,
         uncertain,
     } = search(scores, &[draw.k], chunks);
-    // The p of the row at each place, and their sum of each chunk of places.
+    // The p of the row at each place, and the sum of the p of each chunk of places.
     let ps = empty(scores, [rows], DType::U32);
     let places = empty(scores, [2 * cubes], DType::U32);
     let drawn = room(scores, draw);
     let (count, dim) = chunks.launch();
     let order = || random::order(draw.random.permutation(rows));
     let (rows, chunk, cubes) = (rows as u32, chunk as u32, cubes as u32);
-    // SAFETY: every index is below a number of rows, of chunks, or K, or is one of a search for one K, and the buffers are as long.
+    // SAFETY: every index is below a number of rows, of chunks, or K, or is one of a search for one
+    // K, and the buffers are as long.
     unsafe {
         places_kernel::launch_unchecked(
             &scores.client,
@@ -84,7 +85,7 @@ pub(in crate::rows::cube::select) fn systematic(
     drawn
 }
 
-/// c, and the sum of the p of this chunk of places in the random order.
+/// Writes the p of this chunk of places in the random order, and their sum.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn places_kernel(
@@ -143,8 +144,8 @@ fn places_kernel(
     }
 }
 
-/// The drawn rows of this chunk of places. The p are read, not computed again: were their sum another by a bit, two cubes could
-/// take one place, or none.
+/// Draws the rows of this chunk of places. The p are read, not computed again: if their sum
+/// differed by a bit, two cubes could take one place, or none.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn draw_kernel(
@@ -174,7 +175,7 @@ fn draw_kernel(
     }
     let before = fixed_sum(&before, &mut wholes, &mut fractions, units);
 
-    // Each unit looks after a run of places.
+    // Each unit takes a run of places.
     let run = (chunk.end - chunk.first).div_ceil(units);
     let first = u32::min(chunk.first + UNIT_POS * run, chunk.end);
     let end = u32::min(first + run, chunk.end);

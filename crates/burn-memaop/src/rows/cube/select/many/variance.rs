@@ -1,4 +1,4 @@
-//! What sampling would add to the variance of a gradient.
+//! The variance that sampling would add to a gradient.
 
 use burn::tensor::DType;
 use burn_cubecl::{cubecl, tensor::CubeTensor};
@@ -33,7 +33,8 @@ pub(in crate::rows::cube::select) fn variances(
     let roots = empty(scores, [all], DType::F32);
     let (_, dim) = chunks.launch();
     let largest = || found.largest.clone().into_buffer_arg();
-    // SAFETY: every index is below a number of rows, of chunks of all roots, or is one of a search for each K.
+    // SAFETY: every index is below a number of rows, of chunks of all roots, or is one of a search
+    // for each K.
     unsafe {
         sums_kernel::launch_unchecked(
             &scores.client,
@@ -64,7 +65,7 @@ pub(in crate::rows::cube::select) fn variances(
     roots
 }
 
-/// The sum of this chunk.
+/// Writes the sum of this chunk.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn sums_kernel(
@@ -103,7 +104,7 @@ fn sums_kernel(
     }
 }
 
-/// The root of the sums of all chunks.
+/// Writes the root of the sums of all chunks.
 #[cube(launch_unchecked)]
 fn roots_kernel(
     largest: &[f32],
