@@ -21,12 +21,13 @@ use self::{
     passes::{Clear, FoldIn, Gather, PutBack, Rows, RowsMut, Score, are_finite, in_parallel},
 };
 use super::{
-    Bias, ExactOps,
+    Bias, ExactOps, exact,
     packing::Packing,
     portable,
     random::Random,
+    tensors::{Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::CopyOut,
-    verbs::{Draw, Drawn, Factor, Fold, Memory, Packed, RowOps, Scores},
+    verbs::RowOps,
     window::Window,
 };
 
@@ -97,34 +98,27 @@ impl<B: HostTensors> RowOps for B {
         let (x, g) = (rows::<Self>(&input), rows::<Self>(&grad));
         let count = g.count();
         let mut scores = NewScores::of(count);
+        let mut memory = Memory {
+            input: Self::contiguous(memory.input),
+            grad: Self::contiguous(memory.grad),
+            age: Self::contiguous(memory.age),
+        };
         if !are_finite(x) || !are_finite(g) {
             scores.score.fill(f32::NAN);
             return (memory, scores.into_tensors::<Self>(&device));
         }
-        let Memory {
-            input: kept_input,
-            grad: kept_grad,
-            age,
-        } = memory;
-        let [mut kept_input, mut kept_grad, mut age] =
-            [kept_input, kept_grad, age].map(Self::contiguous);
         in_parallel(FoldIn {
             batch: [x, g],
             memory: [
-                rows_mut::<Self>(&mut kept_input).first(count),
-                rows_mut::<Self>(&mut kept_grad).first(count),
-                rows_mut::<Self>(&mut age).first(count),
+                rows_mut::<Self>(&mut memory.input).first(count),
+                rows_mut::<Self>(&mut memory.grad).first(count),
+                rows_mut::<Self>(&mut memory.age).first(count),
             ],
             score: &mut scores.score,
             tilt: &mut scores.tilt,
             first: 0,
             fold,
         });
-        let memory = Memory {
-            input: kept_input,
-            grad: kept_grad,
-            age,
-        };
         (memory, scores.into_tensors::<Self>(&device))
     }
 
@@ -345,7 +339,7 @@ impl<B: HostTensors> ExactOps for B {
         match Self::HAS_EXACT_GELU && is_single::<Self>(&input) {
             // The norms are those of the input, and no one reads them.
             true => pack::<Self>(input, gelu::derivative, packing, Some(random)),
-            false => portable::gelu_derivative::<Self>(input, packing, random),
+            false => exact::gelu_derivative::<Self>(input, packing, random),
         }
     }
 }

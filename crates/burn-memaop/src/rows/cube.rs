@@ -38,8 +38,9 @@ use super::{
     packing::Packing,
     portable,
     random::Random,
+    tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::{CopyOut, Transfer},
-    verbs::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, RowOps, Scores},
+    verbs::RowOps,
     window::Window,
 };
 

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use super::{random::Random, verbs::Draw};
+use super::{random::Random, tensors::Draw};
 use crate::config::{Baseline, Method};
 
 #[derive(Debug, Clone, PartialEq)]

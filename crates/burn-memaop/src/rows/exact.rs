@@ -1,13 +1,11 @@
 //! Exact operations, which draw no rows, where a backend can be faster than Burn's own.
 
-use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor};
+use burn::backend::{
+    Backend, ExtensionType, TensorMetadata, backend_extension, tensor::FloatTensor,
+};
 
 use super::{
-    packing::Packing,
-    portable,
-    random::Random,
-    verbs::{Packed, RowOps},
-    window::Window,
+    packing::Packing, portable, random::Random, tensors::Packed, verbs::RowOps, window::Window,
 };
 
 /// A bias, or none.
@@ -98,6 +96,15 @@ pub(crate) trait ExactOps: RowOps {
         packing: Packing,
         random: Random,
     ) -> Packed<Self> {
-        portable::gelu_derivative::<Self>(input, packing, random)
+        gelu_derivative::<Self>(input, packing, random)
     }
+}
+
+pub(super) fn gelu_derivative<B: RowOps>(
+    input: FloatTensor<B>,
+    packing: Packing,
+    random: Random,
+) -> Packed<B> {
+    let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
+    B::memaop_pack(B::gelu_backward(input, ones), packing, Some(random))
 }

@@ -12,6 +12,7 @@ mod exact;
 pub(crate) mod packing;
 mod portable;
 pub(crate) mod random;
+mod tensors;
 pub(crate) mod transfer;
 mod verbs;
 pub(crate) mod window;
@@ -22,5 +23,6 @@ pub(crate) const MOST_ROWS: usize = 1 << 24;
 pub(crate) use self::{
     exact::{Bias, ExactOps},
     portable::{bias_of_channels, cast, norm, working_dtype},
-    verbs::{Candidates, Draw, Factor, Fold, Memory, Packed, RowOps},
+    tensors::{Candidates, Draw, Factor, Fold, Memory, Packed},
+    verbs::RowOps,
 };

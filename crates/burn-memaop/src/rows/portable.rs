@@ -13,7 +13,7 @@ use super::{
     draw,
     packing::{Packing, pack_row, unpack_row},
     random::Random,
-    verbs::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, RowOps, Scores},
+    tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     window::Window,
 };
 
@@ -82,8 +82,12 @@ fn score_patches<B: Backend>(
     let patches = B::float_reshape(patches, shape.clone());
     let grads = B::float_reshape(squares(grad, outputs, positions), shape);
     let root_of_sum = |squares: FloatTensor<B>| {
-        let sum = B::float_sqrt(B::float_sum_dim(squares, 1));
-        B::float_reshape(sum, Shape::new([count * positions]))
+        let sum = B::float_sum_dim(squares, 1);
+        // A convolution by way of a transform can round zero to less.
+        let bools = get_or_init_device_settings::<B>(&sum.device()).bool_dtype;
+        let below = B::float_lower_elem(sum.clone(), Scalar::from(0.0), bools);
+        let root = B::float_sqrt(B::float_mask_fill(sum, below, Scalar::from(0.0)));
+        B::float_reshape(root, Shape::new([count * positions]))
     };
     let score = root_of_sum(B::float_mul(patches.clone(), grads.clone()));
     let score = B::float_mul(B::float_mul(score, most_input.clone()), most_grad.clone());
@@ -133,8 +137,12 @@ pub(super) fn fold<B: Backend>(
     let (rows, kept) = (grad.shape()[0], memory.input.shape()[0]);
     let batch = [input, grad].map(|factor| cast::<B>(factor, dtype));
     let norms = batch.each_ref().map(row_norms::<B>);
-    let broken = |norms: &FloatTensor<B>| read::<B>(norms.clone()).iter().any(|n| !n.is_finite());
-    if norms.iter().any(broken) {
+    // Zero times a number that is not finite is NaN.
+    let is_broken = |factor: &FloatTensor<B>| {
+        let zeros = B::float_mul_scalar(factor.clone(), Scalar::from(0.0));
+        read::<B>(B::float_sum(zeros)) != [0.0]
+    };
+    if batch.iter().any(is_broken) {
         let nan = || {
             let zeros = B::float_zeros(Shape::new([rows]), &batch[0].device(), dtype);
             B::float_add_scalar(zeros, Scalar::from(f64::NAN))
@@ -190,10 +198,8 @@ fn balance<B: Backend>(
     let signs = (0..rows).map(|row| random.sign(row)).collect();
     let signs = floats::<B>(signs, [rows, 1], &x);
     // The root of each quotient is taken, because the quotient of the products could overflow.
-    let r = B::float_mul(
-        B::float_sqrt(B::float_div(a, x)),
-        B::float_sqrt(B::float_div(g, b)),
-    );
+    let [x, g, a, b] = [x, g, a, b].map(B::float_sqrt);
+    let r = B::float_mul(B::float_div(a, x), B::float_div(g, b));
     let r = B::float_mask_fill(r, unkept, Scalar::from(1.0));
     [
         B::float_mul(signs.clone(), r.clone()),
@@ -469,15 +475,6 @@ pub(super) fn exact_gradient_of_patches<B: Backend>(
     let weight = B::float_empty(shape, &grad.device(), dtype);
     let gradient = B::conv2d_weight_backward(images, weight, grad, window.options());
     B::float_reshape(gradient, Shape::new([window.channels[1], window.patch()]))
-}
-
-pub(super) fn gelu_derivative<B: RowOps>(
-    input: FloatTensor<B>,
-    packing: Packing,
-    random: Random,
-) -> Packed<B> {
-    let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
-    B::memaop_pack(B::gelu_backward(input, ones), packing, Some(random))
 }
 
 fn read<B: Backend>(tensor: FloatTensor<B>) -> Vec<f64> {

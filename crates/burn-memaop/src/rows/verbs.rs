@@ -1,138 +1,23 @@
-//! The verbs, and the types that they work on.
+//! The verbs of a backend.
 
 use ::burn::{
-    backend::{
-        Backend, ExtensionType, TensorMetadata, backend_extension,
-        tensor::{FloatTensor, IntTensor},
-    },
-    tensor::{DType, FloatDType, Shape},
+    backend::{backend_extension, tensor::FloatTensor},
+    tensor::FloatDType,
 };
 
+#[cfg(feature = "cubecl-backend")]
+use super::tensors::burn;
 use super::{
     packing::Packing,
-    portable::{self, working_dtype},
+    portable,
     random::Random,
+    tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::CopyOut,
-    window::Window,
 };
-use crate::config::{Baseline, Method};
-
-/// Burn has the path by which its macros find Fusion only with its feature `fusion`. A program can
-/// turn that on without this crate's, so the implementations for Fusion must always exist.
 #[cfg(feature = "cubecl-backend")]
-mod burn {
-    pub(super) mod backend {
-        pub(in crate::rows::verbs) use ::burn::backend::*;
-        pub(in crate::rows::verbs) use burn_fusion as fusion;
-    }
-}
-
+use ::burn::tensor::{DType, Shape};
 #[cfg(feature = "cubecl-backend")]
 use burn_fusion::custom::TensorSpec;
-
-/// One factor of the outer products. The other factor is the gradient of the output.
-#[derive(ExtensionType, Debug, Clone)]
-#[extension_type(fusion: cfg(feature = "cubecl-backend"))]
-pub(crate) enum Factor<B: Backend> {
-    /// The number 1: the rows of the gradient are scored alone, for the gradient of the input.
-    One,
-    /// A matrix, shape `[rows, d_input]`.
-    Matrix(FloatTensor<B>),
-    /// A matrix in few bits.
-    Packed(#[extension_type] Packed<B>),
-    /// Images, shape `[images, channels, height, width]`, whose patches are the rows: one for each
-    /// position of the output of a convolution. The gradient has the shape of that output.
-    Patches(FloatTensor<B>, Window),
-}
-
-impl<B: Backend> Factor<B> {
-    /// The number of rows of a batch with this gradient of the output.
-    pub(crate) fn rows(&self, grad: &FloatTensor<B>) -> usize {
-        match self {
-            Self::Patches(_, window) => grad.shape()[0] * window.positions(),
-            _ => grad.shape()[0],
-        }
-    }
-}
-
-/// Rows in few bits.
-#[derive(ExtensionType, Debug, Clone)]
-#[extension_type(fusion: cfg(feature = "cubecl-backend"))]
-pub(crate) struct Packed<B: Backend> {
-    /// Words of 32 bits, shape `[rows, words]`.
-    pub(crate) words: IntTensor<B>,
-    /// The norms before packing, shape `[rows, 1]`, in single precision at least.
-    pub(crate) norms: FloatTensor<B>,
-    pub(crate) packing: Packing,
-}
-
-/// The scores of the rows, in single precision at least.
-#[derive(ExtensionType, Debug, Clone)]
-#[extension_type(fusion: cfg(feature = "cubecl-backend"))]
-pub(crate) struct Scores<B: Backend> {
-    /// `|x| |g|` of every row, shape `[rows]`: the square root of the paper's score.
-    pub(crate) score: FloatTensor<B>,
-    /// `sqrt(|g| / |x|)` of every row, shape `[rows]`, and 1 where a norm is 0. x times the tilt
-    /// has the same norm as g divided by it.
-    pub(crate) tilt: FloatTensor<B>,
-}
-
-/// The rows that a step uses.
-#[derive(ExtensionType, Debug, Clone)]
-#[extension_type(fusion: cfg(feature = "cubecl-backend"))]
-pub(crate) struct Drawn<B: Backend> {
-    /// Shape `[k]`.
-    pub(crate) rows: IntTensor<B>,
-    /// The root of the weight of each outer product, shape `[k]`, in single precision at least. It
-    /// is 0 where fewer than K rows could be drawn. If a score is not finite, all roots are NaN,
-    /// and so is the gradient.
-    pub(crate) root: FloatTensor<B>,
-}
-
-/// The rows that earlier steps left out.
-#[derive(ExtensionType, Debug, Clone)]
-#[extension_type(fusion: cfg(feature = "cubecl-backend"))]
-pub(crate) struct Memory<B: Backend> {
-    /// `m^X`, shape `[rows, d_input]`, in single precision at least.
-    pub(crate) input: FloatTensor<B>,
-    /// `m^G`, shape `[rows, d_output]`.
-    pub(crate) grad: FloatTensor<B>,
-    /// For each row, the number of steps that it is a sum of, shape `[rows, 1]`.
-    pub(crate) age: FloatTensor<B>,
-}
-
-/// How many rows are drawn, and by which rule.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Draw {
-    pub(crate) k: usize,
-    pub(crate) method: Method,
-    pub(crate) random: Random,
-}
-
-impl Draw {
-    /// The number of rows of a draw, those without weight included. [`Baseline::Bernoulli`] draws a
-    /// random number, so its draw is filled up to six standard deviations above K.
-    pub(crate) fn count(&self, rows: usize) -> usize {
-        let most = self.k + 6 * (self.k as f64).sqrt().ceil() as usize;
-        match self.method {
-            Method::Baseline(Baseline::Bernoulli) => most.min(rows),
-            _ => self.k,
-        }
-    }
-}
-
-/// How a batch is added to a memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Fold {
-    /// Whether the scales of [`Memory::Balanced`](crate::Memory::Balanced) are used.
-    pub(crate) balanced: bool,
-    /// The factor by which the product of the two kept factors shrinks.
-    pub(crate) decay: f64,
-    pub(crate) random: Random,
-}
-
-/// The K for which one measurement gives the variances.
-pub(crate) type Candidates = [usize; 6];
 
 /// The verbs of a backend.
 // Without a backend, the code of the macro does not use the arguments.
@@ -252,6 +137,10 @@ pub(crate) trait RowOps: CopyOut {
 #[cfg(feature = "cubecl-backend")]
 mod described {
     use super::*;
+    use crate::rows::{
+        portable::working_dtype,
+        tensors::{DrawnMetadata, FactorMetadata, MemoryMetadata, PackedMetadata, ScoresMetadata},
+    };
 
     pub(super) fn scores(rows: usize, grad: &TensorSpec) -> ScoresMetadata {
         let of_rows = || TensorSpec::new(Shape::new([rows]), working_dtype(grad.dtype).into());

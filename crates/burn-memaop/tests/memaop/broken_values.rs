@@ -8,7 +8,7 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopConv2d, MemAopLinear, Memory, OuterProducts, StoredInput,
-    op::parts::input_gradient,
+    op::{AopStep, Rows, parts::input_gradient, weight_gradient},
 };
 
 use crate::{
@@ -276,4 +276,49 @@ fn convolve(
     let [x, g] = [x, g].map(|images| images.tensor(device, dtype));
     let grads = (layer.forward(x) * g).sum().backward();
     values(layer.weight.val().grad(&grads).unwrap())
+}
+
+/// The smallest numbers of all, whose reciprocals are infinite, are numbers too.
+#[test]
+fn the_smallest_gradients_of_a_convolution_are_finite() {
+    let device = Device::flex().autodiff();
+    let mut random = Random(95);
+    let sizes = sizes(2, [6, 7], [3, 3]);
+    let conv = conv(&sizes, &mut random, &device);
+    let [x, mut g] = batch(&sizes, &mut random);
+    g.values.fill(0.0);
+    (g.values[3], g.values[17]) = (1e-40, 2e-39);
+    let gradient = convolve(conv, count(9), [&x, &g], &device, DType::F32);
+    assert!(
+        gradient.iter().all(|value| value.is_finite()),
+        "{gradient:?}"
+    );
+}
+
+/// Also where the memory does not lie row by row.
+#[test]
+fn a_broken_batch_leaves_a_turned_memory_alone() {
+    let device = Device::flex();
+    let mut random = Random(96);
+    let turned = |random: &mut Random, columns: usize| {
+        let matrix = random.matrix(columns, 9);
+        matrix.tensor(&device, DType::F32).transpose()
+    };
+    let memory = Rows {
+        input: turned(&mut random, INPUTS),
+        grad: turned(&mut random, OUTPUTS),
+        age: turned(&mut random, 1),
+    };
+    let (mut x, g) = (random.matrix(8, INPUTS), random.matrix(8, OUTPUTS));
+    x.0[3][1] = f64::NAN;
+    let step = AopStep {
+        k: 3,
+        method: Policy::TopK.method(Memory::Published { decay: 0.9 }),
+        seed: 1,
+        step: 0,
+    };
+    let [x, g] = [&x, &g].map(|matrix| matrix.tensor(&device, DType::F32));
+    let gradient = weight_gradient(x, g, Some(memory.clone()), step);
+    assert!(values(gradient.weight).iter().all(|value| value.is_nan()));
+    assert_eq!(values(gradient.memory.unwrap().input), values(memory.input));
 }

@@ -1,7 +1,7 @@
 //! Passes over the rows of a batch and a memory, on all cores and with wide registers.
 
 use super::DrawnRow;
-use crate::rows::verbs::Fold;
+use crate::rows::tensors::Fold;
 
 /// Rows of `width` values.
 #[derive(Clone, Copy)]
@@ -284,7 +284,7 @@ fn scales([x, g]: [f32; 2], [a, b]: [f32; 2], sign: f32) -> (f32, f32) {
         return (sign, sign);
     }
     // The root of each quotient is taken, because the quotient of the products could overflow.
-    let r = (a / x).sqrt() * (g / b).sqrt();
+    let r = a.sqrt() / x.sqrt() * (g.sqrt() / b.sqrt());
     (sign * r, sign / r)
 }
 

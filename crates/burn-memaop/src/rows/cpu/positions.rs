@@ -68,7 +68,7 @@ impl RowWork for ScorePositions<'_> {
             if most.iter().any(|most| !SAFE.contains(most)) {
                 // The plain squares overflow or underflow. Those of values up to 1 do not.
                 by = [largest(self.images.image(image)), largest(grad)];
-                by = by.map(|most| if most > 0.0 { 1.0 / most } else { 1.0 });
+                by = by.map(|most| 1.0 / most.max(f32::MIN_POSITIVE));
                 squares.add_up(&self.images, image, grad, by, score);
             }
             let sums = squares.inputs.iter().zip(&squares.grads);

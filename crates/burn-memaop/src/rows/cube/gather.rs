@@ -10,7 +10,7 @@ use super::{
     units::is_finite,
     vector_size,
 };
-use crate::rows::verbs::{Drawn, Memory};
+use crate::rows::tensors::{Drawn, Memory};
 
 /// The drawn rows of both factors, each times its half of the weight, in one launch.
 pub(super) fn gather(

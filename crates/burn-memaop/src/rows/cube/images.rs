@@ -12,7 +12,7 @@ use super::{
     scores::{ENLARGE, REDUCE, balance, root},
 };
 use crate::rows::{
-    verbs::{Drawn, Scores},
+    tensors::{Drawn, Scores},
     window::Window,
 };
 

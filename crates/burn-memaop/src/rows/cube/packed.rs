@@ -18,7 +18,7 @@ use super::{
 use crate::rows::{
     packing::{COLUMN, GROUP, LEAST, MIX, Packing},
     random::Random,
-    verbs::{Drawn, Packed},
+    tensors::{Drawn, Packed},
 };
 
 /// The layout of a packed row, in words and values.

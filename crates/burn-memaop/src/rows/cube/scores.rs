@@ -14,7 +14,7 @@ use super::{
     units::{Four, cube_sums, is_finite},
     vector_size,
 };
-use crate::rows::verbs::{Fold, Memory, Scores};
+use crate::rows::tensors::{Fold, Memory, Scores};
 
 pub(super) fn new_scores(like: &CubeTensor, rows: usize) -> Scores<CubeBackend> {
     Scores {
@@ -239,7 +239,7 @@ fn fold_kernel<T: Float, NX: Size, NG: Size>(
             // The root of each quotient, because the quotient of the products could overflow.
             let mut r = 1.0f32;
             if a != 0.0 && b != 0.0 {
-                r = (a / x).sqrt() * (g / b).sqrt();
+                r = a.sqrt() / x.sqrt() * (g.sqrt() / b.sqrt());
             }
             let sign = random.sign(row as u32);
             by_input = sign * r;

@@ -28,7 +28,7 @@ use crate::{
     config::{Baseline, Method},
     rows::{
         portable,
-        verbs::{Draw, Drawn},
+        tensors::{Draw, Drawn},
     },
 };
 

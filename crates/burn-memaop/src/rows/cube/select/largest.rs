@@ -11,7 +11,7 @@ use crate::rows::{
         random::{self, RandomBits, ln},
         units::{cube_max, is_finite, prefix_sum},
     },
-    verbs::{Draw, Drawn},
+    tensors::{Draw, Drawn},
 };
 
 /// What makes the key of a row. The rows with the largest keys are drawn.

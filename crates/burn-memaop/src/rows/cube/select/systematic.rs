@@ -11,7 +11,7 @@ use crate::rows::{
         random::{self, Order, RandomBits},
         units::{Fixed, Pair, TWO_32, cube_sums, fixed_prefix_sum, fixed_sum, is_finite, pair},
     },
-    verbs::{Draw, Drawn},
+    tensors::{Draw, Drawn},
 };
 
 pub(super) fn systematic(scores: &CubeTensor, draw: Draw) -> Drawn<CubeBackend> {

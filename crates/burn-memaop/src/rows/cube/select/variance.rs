@@ -15,7 +15,7 @@ use crate::rows::{
         LEAST_UNITS, empty,
         units::{Pair, cube_sums, pair},
     },
-    verbs::Candidates,
+    tensors::Candidates,
 };
 
 /// The root of the sum of the squares of all scores, and the roots of the variances that systematic

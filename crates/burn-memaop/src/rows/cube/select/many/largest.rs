@@ -19,7 +19,7 @@ use crate::rows::{
         },
         units::{is_finite, prefix_sum},
     },
-    verbs::{Draw, Drawn},
+    tensors::{Draw, Drawn},
 };
 
 /// The number of digits of a key.

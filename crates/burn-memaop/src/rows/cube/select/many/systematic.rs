@@ -21,7 +21,7 @@ use crate::rows::{
         },
         units::{Fixed, Pair, fixed_prefix_sum, fixed_sum},
     },
-    verbs::{Draw, Drawn},
+    tensors::{Draw, Drawn},
 };
 
 pub(in crate::rows::cube::select) fn systematic(

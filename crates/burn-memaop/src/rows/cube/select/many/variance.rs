@@ -18,7 +18,7 @@ use crate::rows::{
         },
         units::{Pair, cube_sum, cube_sums, pair},
     },
-    verbs::Candidates,
+    tensors::Candidates,
 };
 
 pub(in crate::rows::cube::select) fn variances(
