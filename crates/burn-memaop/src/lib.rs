@@ -3,36 +3,29 @@
 // NdArray and LibTorch are deprecated in Burn, and supported here as long as Burn has them.
 #![cfg_attr(any(feature = "ndarray", feature = "tch"), allow(deprecated))]
 
-//! Training in [Burn](https://burn.dev) with cheaper back-propagation.
+//! Drop-in layers for [Burn](https://burn.dev) that train in less time and memory.
 //!
-//! The weight gradient of a dense layer, `dW = X^T G`, is a sum of M outer products, one for each
-//! row of the batch. Mem-AOP-GD evaluates only K of them and keeps the rows left out in memory for
-//! later steps (Hernandez, Rini, Duman, "Speeding-Up Back-Propagation in DNN: Approximate Outer
-//! Product with Memory", 2021, [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)).
-//!
-//! [`MemAopLinear`] takes the place of [`burn::nn::Linear`]: it has the same parameters, forward
-//! pass and exact gradients of input and bias, and approximates the gradient of the weight as
-//! [`AopConfig`] says. [`MemAopConv2d`] takes that of [`burn::nn::conv::Conv2d`], and
-//! [`transformer`] has counterparts of Burn's transformer modules.
+//! [`nn`] is [`burn::nn`] with the layers of this crate in their places: [`MemAopLinear`] for
+//! `Linear`, [`MemAopConv2d`] for `Conv2d`, and the counterparts in [`transformer`]. A model that
+//! takes its layers from there is the swap.
 //!
 //! ```
-//! use burn::nn::Relu;
 //! use burn::prelude::*;
-//! use burn_memaop::{MemAopLinear, MemAopLinearConfig};
+//! use burn_memaop::nn::{Linear, LinearConfig, Relu}; // was: burn::nn
 //!
 //! #[derive(Module, Debug)]
 //! struct Mlp {
-//!     hidden: MemAopLinear,
+//!     hidden: Linear,
 //!     activation: Relu,
-//!     output: MemAopLinear,
+//!     output: Linear,
 //! }
 //!
 //! impl Mlp {
 //!     fn new(device: &Device) -> Self {
 //!         Self {
-//!             hidden: MemAopLinearConfig::new(784, 128).init(device),
+//!             hidden: LinearConfig::new(784, 128).init(device),
 //!             activation: Relu::new(),
-//!             output: MemAopLinearConfig::new(128, 10).init(device),
+//!             output: LinearConfig::new(128, 10).init(device),
 //!         }
 //!     }
 //!
@@ -48,6 +41,16 @@
 //! let gradients = loss.backward();
 //! assert!(model.hidden.weight.grad(&gradients).is_some());
 //! ```
+//!
+//! - **Exact layers** are faster than Burn's on CPUs: [`OuterProducts::All`].
+//! - **Inputs in 8 bits** between the passes save memory: [`StoredInput::Int8`].
+//! - **Gradients from some of the rows**: the gradient of a weight, `dW = X^T G`, is a sum of M outer
+//!   products, one for each row of the batch. By default a linear layer draws K of them without
+//!   bias, and chooses K while it trains ([`OuterProducts::Auto`]). The paper's method, Mem-AOP-GD
+//!   (Hernandez, Rini, Duman, 2021, [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)), keeps the
+//!   rows that were left out in a [`Memory`].
+//!
+//! [`with_aop`] sets the [`AopConfig`] of all layers of a model.
 //!
 //! # Features
 //!
