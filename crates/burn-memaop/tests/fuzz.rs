@@ -252,7 +252,7 @@ fn what_is_damaged_is_whole_before() {
     let loaded = layer().try_load_record(record).unwrap();
     assert_eq!(loaded.memory_stats().pending, 3);
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(AUTO_RECORD.clone())).unwrap();
-    assert_eq!(record.len(), 4, "parameters, state and content");
+    assert_eq!(record.len(), 4, "parameters, header and content");
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(WORKERS_RECORD.clone())).unwrap();
     assert_eq!(record.len(), 4, "the same for several devices");
     let loaded = layer().try_load_record(record).unwrap();
@@ -263,7 +263,7 @@ fn what_is_damaged_is_whole_before() {
 fn a_memory_of_another_type_is_refused() {
     let mut bytes = RECORD.clone();
     let integers = bytes.windows(3).filter(|window| window == b"I32").count();
-    assert_eq!(integers, 2, "state and content");
+    assert_eq!(integers, 2, "header and content");
     let at = bytes
         .windows(3)
         .position(|window| window == b"I32")
@@ -281,7 +281,7 @@ fn a_damaged_header_allocates_nothing() {
     let headers = whole.windows(8).enumerate().filter(|(_, bytes)| {
         let [version, length] =
             [0, 4].map(|at| i32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte])));
-        version == 2 && (200..1000).contains(&length)
+        version == 2 && (300..600).contains(&length)
     });
     let headers: Vec<_> = headers.map(|(at, _)| at).collect();
     assert_eq!(headers.len(), 1, "the state of the memory");
@@ -303,25 +303,4 @@ fn a_damaged_header_allocates_nothing() {
         }
     }
     assert_eq!(refused, 10);
-}
-
-/// The bytes of a memory that are fewer than its shape tells.
-#[test]
-fn a_memory_that_lacks_bytes_is_refused() {
-    let whole: &Vec<u8> = &RECORD;
-    // CBOR: the text `bytes`, then a string of bytes with its length in the head.
-    let at = whole.windows(6).position(|bytes| bytes == b"\x65bytes");
-    let at = at.expect("the rows of the memory") + 6;
-    let mut bytes = whole.clone();
-    assert!(
-        matches!(bytes[at], 0x40..=0x58 | 0x80..=0x98),
-        "{:#x}",
-        bytes[at]
-    );
-    bytes[at + 1] = bytes[at + 1].wrapping_sub(4);
-    bounded(|| {
-        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes.clone())).unwrap();
-        let error = layer().try_load_record(record).unwrap_err().to_string();
-        assert!(error.contains("memory."), "{error}");
-    });
 }

@@ -167,16 +167,18 @@ impl Cost {
 
     /// The cost of drawing rows for the gradient of the weight, per row.
     fn weight_pass(&self, config: &AopConfig, pass: Pass) -> f64 {
-        let value = match config.method.memory() {
-            Memory::None => self.read,
-            Memory::Published { .. } | Memory::Balanced { .. } => self.fold_in,
+        // A memory takes three launches more.
+        let (value, of_memory) = match config.method.memory() {
+            Memory::None => (self.read, 0),
+            Memory::Published { .. } | Memory::Balanced { .. } => (self.fold_in, 3),
         };
         let position = match pass.gathered {
             0 => 0.0,
             _ => self.position,
         };
         // The launches score, draw and gather rows. A convolution also squares values.
-        let launches = 2 + selection_launches(pass.rows) + usize::from(pass.gathered > 0);
+        let of_patches = usize::from(pass.gathered > 0);
+        let launches = 2 + of_memory + selection_launches(pass.rows) + of_patches;
         value * pass.read as f64 + position + self.launches(launches, pass)
     }
 

@@ -108,8 +108,8 @@ impl MemAopLinearConfig {
 /// # Values that are not finite
 ///
 /// If K < M, a value of the batch that is NaN or infinite makes the whole gradient of the weight
-/// NaN. Rows of the gradient of the input that are not finite with [`Linear`] are not finite here.
-/// Such a step leaves memory and measurements as they were.
+/// NaN. Rows of the gradient of the input are not finite where those of the gradient of the output
+/// are not. Such a step leaves memory and measurements as they were.
 #[derive(Debug, Clone)]
 pub struct MemAopLinear {
     /// Matrix of shape `[d_input, d_output]`, initialized as that of [`Linear`].

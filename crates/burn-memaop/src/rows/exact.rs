@@ -108,3 +108,10 @@ pub(super) fn gelu_derivative<B: RowOps>(
     let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
     B::memaop_pack(B::gelu_backward(input, ones), packing, Some(random))
 }
+
+#[cfg(feature = "tch")]
+impl super::transfer::CopyOut for burn::backend::LibTorch {}
+#[cfg(feature = "tch")]
+impl RowOps for burn::backend::LibTorch {}
+#[cfg(feature = "tch")]
+impl ExactOps for burn::backend::LibTorch {}

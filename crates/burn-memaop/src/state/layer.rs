@@ -293,7 +293,7 @@ impl LayerState {
             widths,
             state: self.clone(),
         });
-        self.record.visit(&states, shown, visitor);
+        self.record.visit(states, shown, visitor);
     }
 
     /// The state of this clone first, then those of other devices in order.

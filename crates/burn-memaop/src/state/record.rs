@@ -1,8 +1,9 @@
 //! The state in a module's record.
 //!
 //! A module loads tensors of the shapes that it expects, but a memory has as many rows as its
-//! batches. So a state is saved as two tensors of integers. `state` has a fixed shape and tells the
-//! length of `content`, which holds the states of all devices as CBOR. The tensors are integers
+//! batches. So a state is saved as two tensors of integers. `header` has a fixed shape and tells the
+//! length of `content`, which holds the states of all devices as CBOR. Both are made when their
+//! values are first used, so a record of other parameters does not wait for the device. The tensors are integers
 //! because LoRA, casts and quantization map the float parameters of a model, and must not touch a
 //! state. Fields can be added to the CBOR, because a reader skips names that it does not know.
 
@@ -25,7 +26,7 @@ use super::{
 
 /// The version of the format. It rises with every change that an older reader must not skip.
 const VERSION: i32 = 2;
-/// The number of integers in `state`: the version, and the number of bytes in `content`.
+/// The number of integers in `header`: the version, and the number of integers in `content`.
 const HEADER: usize = 3;
 
 /// The state on one device.
@@ -160,26 +161,30 @@ impl StateRecord {
     /// Shows a visitor the tensor by which a layer is found, and the states to save, if any.
     pub(super) fn visit<V: ModuleVisitor>(
         &self,
-        states: &[SavedState],
+        states: Vec<SavedState>,
         shown: Option<Shown>,
         visitor: &mut V,
     ) {
-        let content = match states {
-            [] => Vec::new(),
-            states => encoded(states),
+        // A visitor that is no record sees a version that stands for no state.
+        let (version, length) = match states.is_empty() {
+            true => (0, 0),
+            false => (VERSION, most_words(&states)),
         };
-        let length = content.len() as u64;
-        let header = vec![VERSION, length as i32, (length >> 32) as i32];
+        let header = vec![version, length as i32, (length as u64 >> 32) as i32];
         let header = self.tensor(0, [HEADER], |device| ints(header, device));
-        visitor.enter_module("state", CONTAINER);
+        visitor.enter_module("header", CONTAINER);
         match shown {
             Some(shown) => show(shown, || visitor.visit_int(&header)),
             None => visitor.visit_int(&header),
         }
-        visitor.exit_module("state", CONTAINER);
-        if !content.is_empty() {
-            let words = words(&content);
-            let content = self.tensor(1, [words.len()], |device| ints(words, device));
+        visitor.exit_module("header", CONTAINER);
+        if length > 0 {
+            let content = self.tensor(1, [length], move |device| {
+                let mut words = words(&encoded(&states));
+                assert!(words.len() <= length, "the content is as long as it can be");
+                words.resize(length, 0);
+                ints(words, device)
+            });
             visitor.enter_module("content", CONTAINER);
             visitor.visit_int(&content);
             visitor.exit_module("content", CONTAINER);
@@ -194,7 +199,7 @@ impl StateRecord {
         device: Option<&Device>,
         mapper: &mut M,
     ) -> Option<Vec<SavedState>> {
-        let header = self.load(mapper, "state", 0, HEADER)?;
+        let header = self.load(mapper, "header", 0, HEADER)?;
         let &[version, low, high] = header.as_slice() else {
             return None;
         };
@@ -205,17 +210,14 @@ impl StateRecord {
             ));
             return None;
         }
-        let length = u64::from(low as u32) | u64::from(high as u32) << 32;
-        let Ok(length) = usize::try_from(length) else {
-            self.refuse(mapper, "a sound state");
+        if version == 0 {
             return None;
-        };
-        if length == 0 {
-            return Some(Vec::new());
         }
-        let content = self.load(mapper, "content", 1, length.div_ceil(4))?;
+        let length = u64::from(low as u32) | u64::from(high as u32) << 32;
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let content = self.load(mapper, "content", 1, length)?;
         let device = device.cloned().unwrap_or_else(host);
-        match decoded(&content, length, widths, &device) {
+        match decoded(&content, widths, &device) {
             Ok(states) => Some(states),
             // Where partial loading is allowed, a state that cannot be read counts as missing.
             Err(rule) => {
@@ -279,6 +281,23 @@ impl StateRecord {
     }
 }
 
+/// The most integers that states take, which follows from the shapes of their rows.
+fn most_words(states: &[SavedState]) -> usize {
+    // The names and numbers of a state, and those of a tensor.
+    const STATE: usize = 1024;
+    const TENSOR: usize = 128;
+    let of_tensor =
+        |tensor: &Tensor<2>| TENSOR + tensor.shape().num_elements() * tensor.dtype().size();
+    let of_rows = |rows: &Rows| {
+        [&rows.input, &rows.grad, &rows.age]
+            .map(of_tensor)
+            .iter()
+            .sum::<usize>()
+    };
+    let of_state = |saved: &SavedState| STATE + saved.state.rows.iter().map(of_rows).sum::<usize>();
+    states.iter().map(of_state).sum::<usize>().div_ceil(4)
+}
+
 fn encoded(states: &[SavedState]) -> Vec<u8> {
     let states: Vec<_> = states.iter().map(Written::of).collect();
     let mut content = Vec::new();
@@ -286,14 +305,10 @@ fn encoded(states: &[SavedState]) -> Vec<u8> {
     content
 }
 
-fn decoded(
-    words: &[i32],
-    length: usize,
-    widths: [usize; 2],
-    device: &Device,
-) -> Result<Vec<SavedState>, String> {
+fn decoded(words: &[i32], widths: [usize; 2], device: &Device) -> Result<Vec<SavedState>, String> {
     let bytes: Vec<_> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let states: Vec<Written> = ciborium::from_reader(&bytes[..length.min(bytes.len())])
+    // Zeros may follow.
+    let states: Vec<Written> = ciborium::from_reader(bytes.as_slice())
         .map_err(|error| format!("a sound state: {error}"))?;
     let states = states
         .into_iter()

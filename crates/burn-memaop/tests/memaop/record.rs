@@ -260,7 +260,7 @@ struct Written {
 
 #[derive(Module, Debug)]
 struct WrittenState {
-    state: Param<Tensor<1, Int>>,
+    header: Param<Tensor<1, Int>>,
     content: Param<Tensor<1, Int>>,
 }
 
@@ -272,14 +272,14 @@ fn written(version: i32, mut content: Vec<u8>) -> ModuleRecord {
         let tensor = Tensor::<1, Int>::from_data(data, (&device, DType::I32));
         Param::initialized(ParamId::new(), tensor)
     };
-    let state = vec![version, content.len() as i32, 0];
     content.resize(content.len().next_multiple_of(4), 0);
+    let header = vec![version, content.len() as i32 / 4, 0];
     let (words, _) = content.as_chunks::<4>();
     let layer = Written {
         weight: Param::from_tensor(Tensor::zeros([6, 8], &device)),
         bias: Param::from_tensor(Tensor::zeros([8], &device)),
         memory: WrittenState {
-            state: ints(state),
+            header: ints(header),
             content: ints(words.iter().map(|&word| i32::from_le_bytes(word)).collect()),
         },
     };
@@ -327,6 +327,56 @@ fn damaged_states_are_refused() {
         let error = error.unwrap_err().to_string();
         assert!(error.contains("a sound state"), "{content:?}: {error}");
     }
+}
+
+/// Rows with fewer bytes than their shape needs.
+#[test]
+fn a_memory_that_lacks_values_is_refused() {
+    let rows = |width: usize, lacking: usize| {
+        let mut data = Value::serialized(&TensorData::zeros::<f32, _>([4, width])).unwrap();
+        let Value::Map(fields) = &mut data else {
+            panic!("a tensor is a map");
+        };
+        let bytes = fields.iter_mut().find_map(|(_, value)| match value {
+            Value::Bytes(bytes) => Some(bytes),
+            _ => None,
+        });
+        let bytes = bytes.expect("the values are bytes");
+        bytes.truncate(bytes.len() - lacking);
+        data
+    };
+    let memory = |lacking| {
+        let rows = vec![rows(6, lacking), rows(8, 0), rows(1, 0)];
+        state(&[("rows", Value::Array(vec![Value::Array(rows)]))])
+    };
+    let loaded = layer(6, 8).load_record(written(2, memory(0)));
+    assert_eq!(loaded.memory_stats().rows, 4);
+    let error = layer(6, 8).try_load_record(written(2, memory(4)));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("a memory of whole rows"), "{error}");
+}
+
+/// Visitors and mappers that are neither Burn's nor burn-store's see no state, and change none.
+#[test]
+fn what_is_no_record_leaves_the_state_alone() {
+    struct Other(Vec<usize>);
+    impl ModuleVisitor for Other {
+        fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+            self.0.extend(
+                param
+                    .val()
+                    .into_data()
+                    .iter::<i64>()
+                    .map(|value| value as usize),
+            );
+        }
+    }
+    let trained = layer(6, 8);
+    let input = Random(47).matrix(10, 6).tensor(&device(), DType::F32);
+    trained.forward(input).square().sum().backward();
+    let mut other = Other(Vec::new());
+    trained.visit(&mut other);
+    assert_eq!(other.0, [0, 0, 0], "a version that stands for no state");
 }
 
 /// What no measurement gives is as none: the layer begins anew.

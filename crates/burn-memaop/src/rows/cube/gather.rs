@@ -57,48 +57,43 @@ pub(super) fn gather(
     panels
 }
 
-/// As [`gather`], from a memory. The rows are zeros there afterwards, unless their weights are NaN.
+/// As [`gather`], but from a memory, in a launch for each factor. The rows there are zeros
+/// afterwards, unless their weights are NaN.
 pub(super) fn take_out(
     memory: &Memory<CubeBackend>,
     tilt: &CubeTensor,
     drawn: &Drawn<CubeBackend>,
     dtype: DType,
 ) -> [CubeTensor; 2] {
-    let Memory { input, grad, age } = memory;
-    let panels = [panel(input, drawn, dtype), panel(grad, drawn, dtype)];
     let k = drawn.rows.meta.shape()[0];
-    let sizes = [
-        vector_size(&[input, &panels[0]]),
-        vector_size(&[grad, &panels[1]]),
-    ];
-    let (count, dim) = cubes(&drawn.rows, k, row_units([input, grad], sizes));
-    // SAFETY: as in `gather`; no other tensor shares the buffers of the memory.
-    unsafe {
-        take_out_kernel::launch_unchecked(
-            &drawn.rows.client,
-            count,
-            dim,
-            address_type(&[input, grad, &panels[0], &panels[1]]),
-            sizes[0],
-            sizes[1],
-            input.clone().into_buffer_arg(),
-            grad.clone().into_buffer_arg(),
-            panels[0].clone().into_buffer_arg(),
-            panels[1].clone().into_buffer_arg(),
-            drawn.rows.clone().into_buffer_arg(),
-            drawn.root.clone().into_buffer_arg(),
-            tilt.clone().into_buffer_arg(),
-            age.clone().into_buffer_arg(),
-            layout(input, sizes[0]),
-            layout(grad, sizes[1]),
-            layout(&panels[0], sizes[0]),
-            layout(&panels[1], sizes[1]),
-            age.meta.strides()[0],
-            k,
-            elem_type(dtype),
-        );
-    }
-    panels
+    [(&memory.input, true), (&memory.grad, false)].map(|(from, is_input)| {
+        let panel = panel(from, drawn, dtype);
+        let size = vector_size(&[from, &panel]);
+        let (count, dim) = cubes(&drawn.rows, k, row_units([from, from], [size, size]));
+        // SAFETY: as in `gather`; no other tensor shares the buffers of the memory.
+        unsafe {
+            take_out_kernel::launch_unchecked(
+                &drawn.rows.client,
+                count,
+                dim,
+                address_type(&[from, &panel]),
+                size,
+                from.clone().into_buffer_arg(),
+                panel.clone().into_buffer_arg(),
+                drawn.rows.clone().into_buffer_arg(),
+                drawn.root.clone().into_buffer_arg(),
+                tilt.clone().into_buffer_arg(),
+                memory.age.clone().into_buffer_arg(),
+                layout(from, size),
+                layout(&panel, size),
+                memory.age.meta.strides()[0],
+                k,
+                is_input,
+                elem_type(dtype),
+            );
+        }
+        panel
+    })
 }
 
 /// A new panel for the drawn rows of a matrix.
@@ -233,21 +228,18 @@ fn gather_kernel<T: Float, NX: Size, NG: Size>(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn take_out_kernel<T: Float, NX: Size, NG: Size>(
-    input: &mut [Vector<f32, NX>],
-    grad: &mut [Vector<f32, NG>],
-    panel_input: &mut [Vector<T, NX>],
-    panel_grad: &mut [Vector<T, NG>],
+fn take_out_kernel<T: Float, N: Size>(
+    from: &mut [Vector<f32, N>],
+    panel: &mut [Vector<T, N>],
     drawn: &[u32],
     roots: &[f32],
     tilts: &[f32],
     age: &mut [f32],
-    input_rows: RowLayout,
-    grad_rows: RowLayout,
-    panel_input_rows: RowLayout,
-    panel_grad_rows: RowLayout,
+    from_rows: RowLayout,
+    panel_rows: RowLayout,
     age_stride: usize,
     k: usize,
+    #[comptime] is_input: bool,
     #[define(T)] _dtype: ElemType,
 ) {
     let to = CUBE_POS;
@@ -256,29 +248,13 @@ fn take_out_kernel<T: Float, NX: Size, NG: Size>(
     }
     let row = drawn[to] as usize;
     let root = roots[to];
-    let by_input = root * tilts[row];
-    let by_grad = root / tilts[row];
-    copy::<f32, T, NX>(
-        &*input,
-        row,
-        &input_rows,
-        panel_input,
-        to,
-        &panel_input_rows,
-        by_input,
-    );
-    copy::<f32, T, NG>(
-        &*grad,
-        row,
-        &grad_rows,
-        panel_grad,
-        to,
-        &panel_grad_rows,
-        by_grad,
-    );
+    let mut scale = root / tilts[row];
+    if comptime!(is_input) {
+        scale = root * tilts[row];
+    }
+    copy::<f32, T, N>(&*from, row, &from_rows, panel, to, &panel_rows, scale);
     if is_finite(root) {
-        clear::<f32, NX>(input, row, &input_rows);
-        clear::<f32, NG>(grad, row, &grad_rows);
+        clear::<f32, N>(from, row, &from_rows);
         if UNIT_POS == 0 {
             age[row * age_stride] = 0.0f32;
         }

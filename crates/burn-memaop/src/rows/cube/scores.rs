@@ -1,8 +1,8 @@
 //! Scores the rows of a batch, and folds a batch into a memory. There is a cube for each row.
 
 use burn::{
-    backend::{TensorMetadata, ops::IntTensorOps},
-    tensor::{DType, IntDType, Shape},
+    backend::{TensorMetadata, ops::FloatTensorOps},
+    tensor::{DType, FloatDType, Shape},
 };
 use burn_cubecl::{CubeBackend, cubecl, tensor::CubeTensor};
 use cubecl::prelude::*;
@@ -65,13 +65,24 @@ pub(super) fn fold(
     fold: Fold,
 ) -> Scores<CubeBackend> {
     let rows = grad.shape()[0];
-    let scores = new_scores(grad, rows);
+    // Behind the scores stands whether the batch is broken: WebGPU grants a kernel eight buffers.
+    let shape = Shape::new([rows + 1]);
+    let flagged = CubeBackend::float_zeros(shape, &grad.device(), FloatDType::F32);
+    let scores = Scores::<CubeBackend> {
+        score: CubeTensor::new_contiguous(
+            grad.client.clone(),
+            grad.device.clone(),
+            Shape::new([rows]),
+            flagged.handle.clone(),
+            DType::F32,
+        ),
+        tilt: empty(grad, [rows], DType::F32),
+    };
     let Memory {
         input: kept_input,
         grad: kept_grad,
         age,
     } = memory;
-    let broken = CubeBackend::int_zeros(Shape::new([1]), &grad.device(), IntDType::U32);
     let sizes = [
         vector_size(&[input, kept_input]),
         vector_size(&[grad, kept_grad]),
@@ -90,7 +101,7 @@ pub(super) fn fold(
             sizes[1],
             input.clone().into_buffer_arg(),
             grad.clone().into_buffer_arg(),
-            broken.clone().into_buffer_arg(),
+            flagged.clone().into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             rows,
@@ -108,9 +119,8 @@ pub(super) fn fold(
             kept_input.clone().into_buffer_arg(),
             kept_grad.clone().into_buffer_arg(),
             age.clone().into_buffer_arg(),
-            scores.score.clone().into_buffer_arg(),
+            flagged.into_buffer_arg(),
             scores.tilt.clone().into_buffer_arg(),
-            broken.into_buffer_arg(),
             layout(input, sizes[0]),
             layout(grad, sizes[1]),
             layout(kept_input, sizes[0]),
@@ -161,7 +171,7 @@ fn score_kernel<X: Float, G: Float, NX: Size, NG: Size>(
 fn check_kernel<T: Float, NX: Size, NG: Size>(
     input: &[Vector<T, NX>],
     grad: &[Vector<T, NG>],
-    broken: &mut [u32],
+    score: &mut [f32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
     rows: usize,
@@ -174,7 +184,7 @@ fn check_kernel<T: Float, NX: Size, NG: Size>(
     if !are_finite::<T, NX>(input, row, &input_rows) || !are_finite::<T, NG>(grad, row, &grad_rows)
     {
         // All units that come here write the same value.
-        broken[0] = 1u32;
+        score[rows] = 1.0f32;
     }
 }
 
@@ -205,7 +215,6 @@ fn fold_kernel<T: Float, NX: Size, NG: Size>(
     age: &mut [f32],
     score: &mut [f32],
     tilt: &mut [f32],
-    broken: &[u32],
     input_rows: RowLayout,
     grad_rows: RowLayout,
     kept_input_rows: RowLayout,
@@ -223,7 +232,7 @@ fn fold_kernel<T: Float, NX: Size, NG: Size>(
         terminate!();
     }
     let mut shared = Shared::<[Vector<f32, Four>]>::new_slice(comptime!(units as usize));
-    let broken = broken[0] != 0;
+    let broken = score[rows] > 0.0;
 
     let mut by_input = 1.0f32;
     let mut by_grad = 1.0f32;
