@@ -3,9 +3,10 @@
 //! A module loads tensors of the shapes that it expects, but a memory has as many rows as its
 //! batches. So a state is saved as two tensors of integers. `header` has a fixed shape and tells the
 //! length of `content`, which holds the states of all devices as CBOR. Both are made when their
-//! values are first used, so a record of other parameters does not wait for the device. The tensors are integers
-//! because LoRA, casts and quantization map the float parameters of a model, and must not touch a
-//! state. Fields can be added to the CBOR, because a reader skips names that it does not know.
+//! values are first used, so a record of other parameters does not wait for the device. The tensors
+//! are integers because LoRA, casts and quantization map the float parameters of a model, and must
+//! not touch a state. Fields can be added to the CBOR, because a reader skips names that it does
+//! not know.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -126,17 +127,9 @@ fn restored_rows(
             "a memory of the shapes {shapes:?}, as the layer has them: the record has {found:?}"
         ));
     }
-    // Damaged data can have fewer values than its shape says.
-    let is_sound = |data: &TensorData| match data.dtype() {
-        dtype @ (DType::F32 | DType::F64) => {
-            let mut sizes = data.shape().iter().copied();
-            let bytes = sizes.try_fold(dtype.size(), usize::checked_mul);
-            bytes == Some(data.as_bytes().len())
-        }
-        _ => false,
-    };
+    let is_sound = |data: &TensorData| matches!(data.dtype(), DType::F32 | DType::F64);
     if !rows.iter().all(is_sound) {
-        return Err("a memory of whole rows in single or double precision".to_string());
+        return Err("a memory in single or double precision".to_string());
     }
     let [input, grad, age] = rows.map(|data| {
         let data = match device.supports_dtype(data.dtype()) {

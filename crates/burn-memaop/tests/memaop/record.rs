@@ -319,7 +319,7 @@ fn a_later_version_is_refused_by_its_number() {
 #[test]
 fn damaged_states_are_refused() {
     let cut = state(&[("passes", Value::from(3))]);
-    let cut = cut[..cut.len() - 2].to_vec();
+    let cut = cut[..cut.len() - 5].to_vec();
     let negative = state(&[("k", Value::from(-3))]);
     let few = state(&[("figures", Value::Array(vec![Value::from(1.0)]))]);
     for content in [vec![0xFF; 8], cut, negative, few] {
@@ -329,31 +329,35 @@ fn damaged_states_are_refused() {
     }
 }
 
-/// Rows with fewer bytes than their shape needs.
+/// Rows with fewer bytes than their shape needs, and rows that are no floats.
 #[test]
-fn a_memory_that_lacks_values_is_refused() {
-    let rows = |width: usize, lacking: usize| {
-        let mut data = Value::serialized(&TensorData::zeros::<f32, _>([4, width])).unwrap();
-        let Value::Map(fields) = &mut data else {
-            panic!("a tensor is a map");
-        };
-        let bytes = fields.iter_mut().find_map(|(_, value)| match value {
-            Value::Bytes(bytes) => Some(bytes),
-            _ => None,
-        });
-        let bytes = bytes.expect("the values are bytes");
-        bytes.truncate(bytes.len() - lacking);
-        data
-    };
-    let memory = |lacking| {
-        let rows = vec![rows(6, lacking), rows(8, 0), rows(1, 0)];
+fn damaged_rows_are_refused() {
+    let tensor =
+        |width: usize| Value::serialized(&TensorData::zeros::<f32, _>([4, width])).unwrap();
+    let memory = |input| {
+        let rows = vec![input, tensor(8), tensor(1)];
         state(&[("rows", Value::Array(vec![Value::Array(rows)]))])
     };
-    let loaded = layer(6, 8).load_record(written(2, memory(0)));
+    let loaded = layer(6, 8).load_record(written(2, memory(tensor(6))));
     assert_eq!(loaded.memory_stats().rows, 4);
-    let error = layer(6, 8).try_load_record(written(2, memory(4)));
-    let error = error.unwrap_err().to_string();
-    assert!(error.contains("a memory of whole rows"), "{error}");
+
+    let mut short = tensor(6);
+    let Value::Map(fields) = &mut short else {
+        panic!("a tensor is a map");
+    };
+    let bytes = fields
+        .iter_mut()
+        .find_map(|(_, value)| value.as_bytes_mut());
+    bytes.expect("the values are bytes").truncate(92);
+    let ints = Value::serialized(&TensorData::zeros::<i32, _>([4, 6])).unwrap();
+    for (input, rule) in [
+        (short, "a sound state"),
+        (ints, "a memory in single or double precision"),
+    ] {
+        let error = layer(6, 8).try_load_record(written(2, memory(input)));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(rule), "{error}");
+    }
 }
 
 /// Visitors and mappers that are neither Burn's nor burn-store's see no state, and change none.
