@@ -2,7 +2,7 @@ use anyhow::{Result, ensure};
 use burn_memaop::AopConfig;
 use clap::ValueEnum;
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption,
+    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption, check,
 };
 use serde::{Deserialize, Serialize};
 
@@ -85,15 +85,12 @@ impl Setting {
 
     pub fn validate(&self, images: usize) -> Result<()> {
         self.aop(0)?;
-        let rate = |name: &str, value: f64, most: f64| {
-            ensure!(
-                value.is_finite() && value >= 0.0 && value < most,
-                "--{name} must be from 0 to below {most}, but got {value}"
-            );
-            Ok(())
-        };
-        rate("lr", self.lr, f64::INFINITY)?;
-        rate("momentum", self.momentum, 1.0)?;
+        check::positive("lr", self.lr)?;
+        ensure!(
+            (0.0..1.0).contains(&self.momentum),
+            "--momentum must be from 0 to below 1, but got {}",
+            self.momentum
+        );
         ensure!(
             self.optimizer == Optimizer::Sgd || self.momentum == 0.0,
             "--momentum is for --optimizer sgd, but got {} with adam",

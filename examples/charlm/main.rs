@@ -245,7 +245,7 @@ impl Options {
         let pairs = self.pairs().map(|(policy, k_ratio, stored)| {
             let name = match k_ratio {
                 KRatio::ALL => "exact, flat".to_string(),
-                k => format!("{policy} {k}"),
+                k => format!("{policy} {k}") + &self.input_gradient.suffix(),
             };
             Method::new(name + &stored.suffix())
         });

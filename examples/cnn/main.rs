@@ -13,55 +13,27 @@ mod race;
 mod training;
 mod units;
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
-use burn::{
-    data::{dataloader::DataLoaderBuilder, dataset::Dataset},
-    optim::AdamConfig,
-    tensor::Device,
-    train::{
-        ExecutionStrategy, Learner, SupervisedTraining,
-        metric::{AccuracyMetric, LossMetric},
-    },
-};
-use burn_dataset::vision::{MnistDataset, MnistItem};
+use burn::tensor::Device;
 use burn_memaop::{
     AopConfig, OuterProducts,
     train::{AopFigure, AopMetric},
 };
 use clap::{Parser, Subcommand};
-use memaop_examples::{AopOptions, Backend, KRatio, check, mnist::Split};
-use memaop_mnist::{MnistBatcher, PlainRenderer, read};
+use memaop_examples::check;
+use memaop_mnist::{AdamOptions, Items};
 
-use crate::model::{Cnn, Convolution, Dense, Exact};
+use crate::model::Exact;
 
 /// Trains a small convolutional network on MNIST, by burn-train
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
-    aop: AopOptions,
-    /// Trains Burn's own modules, from the same weights and on the same batches
-    #[arg(long)]
-    exact: bool,
-    /// Folder with the four IDX files in mnist/, plain or .gz [default: they are downloaded]
-    #[arg(long)]
-    data: Option<PathBuf>,
+    adam: AdamOptions,
     #[arg(long, default_value_t = 3)]
     epochs: usize,
-    /// Images in a batch
-    #[arg(long, default_value_t = 64)]
-    batch: usize,
-    /// Learning rate of Adam
-    #[arg(long, default_value_t = 1e-3)]
-    lr: f64,
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    #[arg(long, value_enum, default_value_t = Backend::Flex)]
-    backend: Backend,
-    /// Prints a line for each epoch instead of the dashboard
-    #[arg(long)]
-    plain: bool,
     /// Folder for logs
     #[arg(long, default_value = "cnn-run")]
     out: PathBuf,
@@ -80,92 +52,32 @@ enum Study {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    check::at_least_one(&[("epochs", options.epochs), ("batch", options.batch)])?;
-    check::positive("lr", options.lr)?;
-    let device = options.backend.device()?;
-    let aop = options.aop.config(options.seed << 32)?;
+    check::at_least_one(&[("epochs", options.epochs)])?;
+    options.adam.validate()?;
+    let mnist = &options.adam.mnist;
+    let device = mnist.backend.device()?;
+    let aop = mnist.aop.config(mnist.seed << 32)?;
     // Only linear layers can compute some rows of the gradient of the input.
     aop.with_input_gradient(OuterProducts::All)
         .validate_convolution()
         .map_err(|error| anyhow!("{error}: add --memory none"))?;
-    let [train, test]: [Items; 2] = match &options.data {
-        Some(folder) => [
-            Arc::new(read(folder, Split::Train)?),
-            Arc::new(read(folder, Split::Test)?),
-        ],
-        None => [
-            Arc::new(MnistDataset::train()),
-            Arc::new(MnistDataset::test()),
-        ],
-    };
-    start(&options, aop, &device, train, test)
+    let items = mnist.items()?;
+    match &options.study {
+        Some(Study::Race(race)) => race.run(&options, aop, &device, items),
+        Some(Study::Units(units)) => units.run(&options, &device, items),
+        None => train(&options, aop, &device, items),
+    }
 }
-
-type Items = Arc<dyn Dataset<MnistItem>>;
 
 /// Seeds the device before weights are drawn, so that both kinds of model begin with the same.
-fn start(
-    options: &Options,
-    aop: AopConfig,
-    device: &Device,
-    train: Items,
-    test: Items,
-) -> Result<()> {
-    match &options.study {
-        Some(Study::Race(race)) => return race.run(options, aop, device, train, test),
-        Some(Study::Units(units)) => return units.run(options, device, train),
-        None => {}
-    }
-    device.seed(options.seed);
-    let exact = Exact::new(&device.clone().autodiff());
-    match options.exact {
-        true => train_on(options, device, exact, train, test),
-        false => {
-            let memaop = exact.with_memaop(aop);
-            train_on(options, device, memaop, train, test)
-        }
-    }
-}
-
-fn train_on<C: Convolution, D: Dense>(
-    options: &Options,
-    device: &Device,
-    model: Cnn<C, D>,
-    train: Items,
-    test: Items,
-) -> Result<()> {
-    // Without worker threads the order of the batches is the same in every run.
-    let loader = || {
-        DataLoaderBuilder::new(MnistBatcher)
-            .batch_size(options.batch)
-            .num_workers(0)
-    };
-    let train = loader().shuffle(options.seed).build(train);
-    let test = loader().build(test);
-    let strategy = ExecutionStrategy::single(device.clone().autodiff());
-    let mut training = SupervisedTraining::new(&options.out, train, test)
-        .metrics((AccuracyMetric::new(), LossMetric::new()))
-        .with_training_strategy(strategy.into())
-        .num_epochs(options.epochs)
-        .summary();
-    let chooses = options.aop.k.is_none()
-        && options.aop.k_ratio == KRatio::AUTO
-        && options.aop.k_ratio.goes_with(options.aop.policy);
-    if !options.exact {
-        training = training
-            .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops))
-            .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed).of_layer("block2.conv"));
-        if chooses {
-            training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
-        }
-    }
-    if options.plain {
-        training = training.renderer(Box::new(PlainRenderer::default()));
-    }
-    let optimizer = AdamConfig::new().init();
-    let result = training.launch(Learner::new(model, optimizer, options.lr));
-    match result.error {
-        None => Ok(()),
-        Some(error) => Err(anyhow!("{error}")),
+fn train(options: &Options, aop: AopConfig, device: &Device, items: [Items; 2]) -> Result<()> {
+    let adam = &options.adam;
+    device.seed(adam.mnist.seed);
+    let model = Exact::new(&device.clone().autodiff());
+    let run = (options.epochs, &options.out);
+    let rows_used = AopMetric::new(AopFigure::RowsUsed).of_layer("block2.conv");
+    match adam.exact {
+        true => adam.train(model, device, items, run, rows_used),
+        false => adam.train(model.with_memaop(aop), device, items, run, rows_used),
     }
 }

@@ -5,16 +5,16 @@ use burn::tensor::Device;
 use burn_memaop::{AopConfig, OuterProducts};
 use clap::Args;
 use memaop_examples::{
-    parallel,
+    check, parallel,
     statistics::{confidence, mean_and_error},
 };
-use memaop_mnist::MnistBatch;
+use memaop_mnist::{Items, MnistBatch, loader};
 use serde::Serialize;
 
 use crate::{
-    Items, Options,
+    Options,
     model::Exact,
-    training::{Train, Training, loader},
+    training::{Train, Training},
 };
 
 /// The number of images that are tested at a time.
@@ -27,7 +27,7 @@ pub struct Race {
     #[arg(long, default_value_t = 0.985)]
     target: f64,
     #[arg(long, default_value_t = 3)]
-    seeds: u64,
+    seeds: usize,
     /// Steps from one test to the next
     #[arg(long, default_value_t = 50)]
     every: usize,
@@ -75,19 +75,18 @@ impl Race {
         options: &Options,
         aop: AopConfig,
         device: &Device,
-        train: Items,
-        test: Items,
+        [train, test]: [Items; 2],
     ) -> Result<()> {
         ensure!(
             self.target > 0.0 && self.target < 1.0,
             "--target must be in (0, 1), but got {}",
             self.target
         );
-        ensure!(self.every > 0, "--every must be at least 1, but got 0");
+        check::at_least_one(&[("every", self.every), ("seeds", self.seeds)])?;
         let test = loader(test, TEST_BATCH, None, device);
         let test: Vec<_> = test.iter().collect::<Result<_, _>>()?;
         let mut courses = Vec::new();
-        for seed in options.seed..options.seed + self.seeds {
+        for seed in options.adam.mnist.seed..options.adam.mnist.seed + self.seeds as u64 {
             courses.extend(self.seed(
                 options,
                 aop.with_seed(seed << 32),
@@ -117,7 +116,7 @@ impl Race {
         let autodiff = device.clone().autodiff();
         let exact = Exact::new(&autodiff);
         let all = aop.with_outer_products(OuterProducts::All);
-        let lr = options.lr;
+        let lr = options.adam.lr;
         let mut trainings: [Box<dyn Train>; 3] = [
             Box::new(Training::new(exact.clone(), lr)),
             Box::new(Training::new(exact.clone().with_memaop(all), lr)),
@@ -126,12 +125,12 @@ impl Race {
         let mut courses = NAMES.map(|name| Course {
             name,
             seed,
-            batch: options.batch,
+            batch: options.adam.batch,
             seconds: Vec::new(),
             accuracy: Vec::new(),
         });
         let mut seconds = [0.0; 3];
-        let train = loader(train, options.batch, Some(seed), &autodiff);
+        let train = loader(train, options.adam.batch, Some(seed), &autodiff);
         let epochs = (0..options.epochs).flat_map(|_| train.iter());
         let mut batches = epochs.enumerate().peekable();
         while let Some((index, batch)) = batches.next() {

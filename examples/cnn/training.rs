@@ -1,35 +1,12 @@
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use burn::{
-    data::{
-        dataloader::{DataLoader, DataLoaderBuilder},
-        dataset::Dataset,
-    },
     module::Module,
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
-    tensor::Device,
 };
-use burn_dataset::vision::MnistItem;
-use memaop_mnist::{MnistBatch, MnistBatcher, classified};
+use memaop_mnist::{MnistBatch, classified};
 
 use crate::model::{Cnn, Convolution, Dense};
-
-/// Loads batches without worker threads, so that a seed gives the same order in every run.
-pub fn loader(
-    items: impl Dataset<MnistItem> + 'static,
-    size: usize,
-    seed: Option<u64>,
-    device: &Device,
-) -> Arc<dyn DataLoader<MnistBatch>> {
-    let loader = DataLoaderBuilder::new(MnistBatcher)
-        .batch_size(size)
-        .num_workers(0)
-        .set_device(device.clone());
-    match seed {
-        Some(seed) => loader.shuffle(seed).build(items),
-        None => loader.build(items),
-    }
-}
 
 /// A training of one model, step by step.
 pub struct Training<C: Convolution, D: Dense> {

@@ -1,12 +1,12 @@
 use anyhow::Result;
 use burn::tensor::{Device, Tensor, module::unfold4d, ops::UnfoldOptions};
 use clap::Args;
-use memaop_mnist::{MnistBatch, classified};
+use memaop_mnist::{Items, MnistBatch, classified, loader};
 
 use crate::{
-    Items, Options,
+    Options,
     model::Exact,
-    training::{Train, Training, loader},
+    training::{Train, Training},
 };
 
 #[derive(Args, Debug)]
@@ -23,12 +23,17 @@ impl Units {
     /// Prints the variance that sampling adds, divided by the square of the gradient. Positions are
     /// sampled by the norms of their factors, and images by those of their gradients, which a
     /// training does not know in advance.
-    pub fn run(&self, options: &Options, device: &Device, train: Items) -> Result<()> {
-        device.seed(options.seed);
+    pub fn run(&self, options: &Options, device: &Device, [train, _]: [Items; 2]) -> Result<()> {
+        device.seed(options.adam.mnist.seed);
         let autodiff = device.clone().autodiff();
-        let mut training = Training::new(Exact::new(&autodiff), options.lr);
+        let mut training = Training::new(Exact::new(&autodiff), options.adam.lr);
         let last = self.steps.iter().max().copied().unwrap_or(0);
-        let train = loader(train, options.batch, Some(options.seed), &autodiff);
+        let train = loader(
+            train,
+            options.adam.batch,
+            Some(options.adam.mnist.seed),
+            &autodiff,
+        );
         println!("| steps | K / M | positions | images |\n|---|---|---|---|");
         let batches = std::iter::repeat_with(|| train.iter()).flatten();
         for (step, batch) in batches.take(last + 1).enumerate() {

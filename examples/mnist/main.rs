@@ -14,7 +14,6 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, ensure};
 use burn::{
-    data::{dataloader::DataLoaderBuilder, dataset::Dataset},
     lr_scheduler::{
         cosine::CosineAnnealingLrSchedulerConfig, linear::LinearLrSchedulerConfig,
         module_lr_scheduler::ModuleLrScheduler,
@@ -26,14 +25,13 @@ use burn::{
         metric::{AccuracyMetric, LearningRateMetric, LossMetric},
     },
 };
-use burn_dataset::vision::{MnistDataset, MnistItem};
 use burn_memaop::{
-    AopConfig, AopObserver, Method, OuterProducts,
+    AopConfig, AopObserver,
     train::{AopFigure, AopMetric, Checkpoints, resume_loader},
 };
 use clap::{Parser, ValueEnum};
-use memaop_examples::{AopOptions, Backend, check, mnist::Split};
-use memaop_mnist::{MnistBatcher, PlainRenderer, read};
+use memaop_examples::check;
+use memaop_mnist::{MnistOptions, chooses_k};
 
 use crate::model::Mlp;
 
@@ -41,10 +39,7 @@ use crate::model::Mlp;
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
-    aop: AopOptions,
-    /// Folder with the four IDX files in mnist/, plain or .gz [default: they are downloaded]
-    #[arg(long)]
-    data: Option<PathBuf>,
+    mnist: MnistOptions,
     #[arg(long, default_value_t = 5)]
     epochs: usize,
     #[arg(long, default_value_t = 128)]
@@ -67,13 +62,6 @@ struct Options {
     /// Compares the gradient with the exact one in one of this many steps; 0 for never
     #[arg(long, default_value_t = 0)]
     compare: usize,
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    #[arg(long, value_enum, default_value_t = Backend::Flex)]
-    backend: Backend,
-    /// Prints a line for each epoch instead of the dashboard
-    #[arg(long)]
-    plain: bool,
     /// Folder for logs and checkpoints
     #[arg(long, default_value = "mnist-run")]
     out: PathBuf,
@@ -109,33 +97,13 @@ fn main() -> Result<()> {
         ("devices", options.devices),
     ])?;
     check::positive("lr", options.lr)?;
-    let device = options.backend.device()?;
-    let aop = options.aop.config(options.seed)?;
-
-    match &options.data {
-        Some(folder) => {
-            let train = read(folder, Split::Train)?;
-            let test = read(folder, Split::Test)?;
-            train_on(&options, aop, &device, train, test)
-        }
-        None => train_on(
-            &options,
-            aop,
-            &device,
-            MnistDataset::train(),
-            MnistDataset::test(),
-        ),
-    }
+    train(&options, options.mnist.aop.config(options.mnist.seed)?)
 }
 
-fn train_on(
-    options: &Options,
-    aop: AopConfig,
-    device: &Device,
-    train: impl Dataset<MnistItem> + 'static,
-    test: impl Dataset<MnistItem> + 'static,
-) -> Result<()> {
-    device.seed(options.seed);
+fn train(options: &Options, aop: AopConfig) -> Result<()> {
+    let device = options.mnist.backend.device()?;
+    let items = options.mnist.items()?;
+    device.seed(options.mnist.seed);
     let autodiff = device.clone().autodiff();
     let checkpoints = Checkpoints::new(options.out.join("checkpoint"));
     let done = checkpoints.resumable()?.unwrap_or(0);
@@ -145,15 +113,9 @@ fn train_on(
         options.out.display()
     );
 
-    // Without worker threads the order of the batches is the same in every run.
-    let loader = || {
-        DataLoaderBuilder::new(MnistBatcher)
-            .batch_size(options.batch)
-            .num_workers(0)
-    };
-    let steps = options.epochs * train.len().div_ceil(options.batch * options.devices);
-    let train = resume_loader(loader().shuffle(options.seed).build(train), done);
-    let test = loader().build(test);
+    let steps = options.epochs * items[0].len().div_ceil(options.batch * options.devices);
+    let [train, test] = options.mnist.loaders(options.batch, items, &device);
+    let train = resume_loader(train, done);
 
     let mut training = SupervisedTraining::new(&options.out, train, test)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
@@ -171,14 +133,11 @@ fn train_on(
     training = training
         .metric_train_numeric(AopMetric::new(AopFigure::RowsUsed))
         .metric_train_numeric(AopMetric::new(AopFigure::SavedFlops));
-    if (aop.outer_products, aop.method) == (OuterProducts::Auto, Method::Systematic) {
+    if chooses_k(&aop) {
         training = training.metric_train_numeric(AopMetric::new(AopFigure::Noise));
     }
     if options.compare > 0 {
         training = training.metric_train_numeric(AopMetric::new(AopFigure::Error));
-    }
-    if options.plain {
-        training = training.renderer(Box::new(PlainRenderer::default()));
     }
     if done > 0 {
         training = training.checkpoint(done);
@@ -186,11 +145,8 @@ fn train_on(
 
     let model = Mlp::new(options.width, aop, Some(observer(options)), &autodiff);
     let scheduler = options.schedule.scheduler(options.lr, steps)?;
-    let result = training.launch(Learner::new(model, SgdConfig::new().init(), scheduler));
-    match result.error {
-        None => Ok(()),
-        Some(error) => Err(anyhow!("{error}")),
-    }
+    let learner = Learner::new(model, SgdConfig::new().init(), scheduler);
+    options.mnist.launch(training, learner)
 }
 
 fn strategy(devices: usize, device: &Device) -> ExecutionStrategy {

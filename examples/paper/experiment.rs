@@ -265,7 +265,7 @@ pub fn run(
             let labels: Tensor<2, Int> = validation.targets.clone().int();
             let right = output.argmax(1).equal(labels).int().sum();
             let right = right.into_scalar::<i64>() as f64;
-            curves.acc_val.push(right / data.validation.len() as f64);
+            curves.acc_val.push(right / validated.len() as f64);
         }
         after_epoch();
     }
