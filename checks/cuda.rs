@@ -11,7 +11,7 @@ use memaop_checks::{KERNELS, compiled_by, run_every_kernel};
 
 /// A test below runs this in a process of its own, which logs what it compiles.
 #[test]
-#[ignore = "the other test runs it"]
+#[ignore = "kernels_are_valid_cuda runs it"]
 fn run_on_cuda() {
     let device = Device::cuda(0);
     run_every_kernel(&device);
@@ -32,13 +32,13 @@ fn step(steps: usize) {
 }
 
 #[test]
-#[ignore = "the test below runs it"]
+#[ignore = "figures_are_waited_for_when_the_next_are_measured runs it"]
 fn one_step() {
     step(1);
 }
 
 #[test]
-#[ignore = "the test below runs it"]
+#[ignore = "figures_are_waited_for_when_the_next_are_measured runs it"]
 fn six_steps() {
     step(6);
 }

@@ -48,7 +48,7 @@ fn default_device() -> Device {
 
 /// The test below runs this in a process of its own, which logs what it compiles.
 #[test]
-#[ignore = "the other test runs it"]
+#[ignore = "shaders_are_valid_everywhere runs it"]
 fn run_on_a_default_device() {
     let device = default_device();
     run_every_kernel(&device);

@@ -74,10 +74,17 @@ fn train(options: &Options, aop: AopConfig, device: &Device, items: [Items; 2]) 
     let adam = &options.adam;
     device.seed(adam.mnist.seed);
     let model = Exact::new(&device.clone().autodiff());
-    let run = (options.epochs, &options.out);
+    let (epochs, out) = (options.epochs, options.out.as_path());
     let rows_used = AopMetric::new(AopFigure::RowsUsed).of_layer("block2.conv");
     match adam.exact {
-        true => adam.train(model, device, items, run, rows_used),
-        false => adam.train(model.with_memaop(aop), device, items, run, rows_used),
+        true => adam.train(model, device, items, epochs, out, rows_used),
+        false => adam.train(
+            model.with_memaop(aop),
+            device,
+            items,
+            epochs,
+            out,
+            rows_used,
+        ),
     }
 }

@@ -1,4 +1,7 @@
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Result, anyhow};
 use burn::{
@@ -149,7 +152,8 @@ impl AdamOptions {
         model: M,
         device: &Device,
         items: [Items; 2],
-        (epochs, out): (usize, &PathBuf),
+        epochs: usize,
+        out: &Path,
         rows_used: AopMetric,
     ) -> Result<()>
     where

@@ -57,13 +57,20 @@ fn main() -> Result<()> {
         dropout: options.dropout,
     };
     let model = Vit::new(size, &device.clone().autodiff());
-    let run = (options.epochs, &options.out);
+    let (epochs, out) = (options.epochs, options.out.as_path());
     let rows_used = AopMetric::new(AopFigure::RowsUsed);
     match adam.exact {
-        true => adam.train(model, &device, items, run, rows_used),
+        true => adam.train(model, &device, items, epochs, out, rows_used),
         false => {
             println!("M = {}", TOKENS * adam.batch);
-            adam.train(model.with_memaop(aop), &device, items, run, rows_used)
+            adam.train(
+                model.with_memaop(aop),
+                &device,
+                items,
+                epochs,
+                out,
+                rows_used,
+            )
         }
     }
 }

@@ -261,14 +261,9 @@ const GPU_TF32: Cost = Cost {
 };
 /// In half precision values have half of the bytes, and products take a fourteenth of the time.
 const GPU_HALF: Cost = Cost {
-    read: 700.0,
-    fold_in: 1700.0,
-    input: 1100.0,
-    gather: 560.0,
-    position: 0.0,
-    write: 560.0,
     launch: 2.1e9,
     search: 2.8e6,
+    ..GPU_TF32
 };
 
 /// How often each value of weight and output is read or written beside the products: by an

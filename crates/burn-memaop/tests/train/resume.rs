@@ -64,7 +64,7 @@ const FOLDER: &str = "MEMAOP_TEST_FOLDER";
 
 /// The training of the test below, in a process of its own.
 #[test]
-#[ignore = "run by the test of killed processes"]
+#[ignore = "the test below runs it and kills it"]
 fn child() {
     let folder = PathBuf::from(std::env::var_os(FOLDER).expect("the folder to train in"));
     let fingerprint = train(&folder, EPOCHS);
