@@ -14,17 +14,11 @@ use burn_memaop::{
 use crate::{
     images::{Images, Sizes},
     oracle::Policy,
-    support::{Matrix, Random, linear},
+    support::{Matrix, Random, count, linear},
 };
 
 const INPUTS: usize = 5;
 const OUTPUTS: usize = 3;
-
-fn count(k: usize) -> AopConfig {
-    AopConfig::new()
-        .with_outer_products(OuterProducts::Count(k))
-        .with_cost_rule(false)
-}
 
 fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
     tensor.into_data().iter::<f64>().collect()

@@ -8,6 +8,7 @@ mod auto;
 mod backends;
 mod broken_values;
 mod convolution;
+mod convolution_swap;
 mod errors;
 mod exact_steps;
 mod images;

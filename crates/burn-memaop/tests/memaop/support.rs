@@ -5,7 +5,7 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{DType, Device, Tensor, TensorData},
 };
-use burn_memaop::{AopConfig, Memory, Method};
+use burn_memaop::{AopConfig, Memory, Method, OuterProducts};
 
 /// The method of the paper, in layers of any size.
 pub fn published() -> AopConfig {
@@ -120,4 +120,11 @@ pub fn bits<const D: usize>(tensor: Tensor<D>) -> Vec<u32> {
     let data = tensor.into_data();
     assert_eq!(data.dtype(), DType::F32);
     data.iter::<f32>().map(f32::to_bits).collect()
+}
+
+/// K rows of every batch, without the cost rule.
+pub fn count(k: usize) -> AopConfig {
+    AopConfig::new()
+        .with_outer_products(OuterProducts::Count(k))
+        .with_cost_rule(false)
 }
