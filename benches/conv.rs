@@ -15,8 +15,8 @@ use burn::{
 };
 use burn_memaop::{AopConfig, MemAopConv2d, OuterProducts};
 use clap::Parser;
-use memaop_benches::{Common, Observed, Precision, interleaved, observe};
 use memaop_examples::Backend;
+use memaop_examples::bench::{Common, Observed, Precision, interleaved, observe};
 use serde::Serialize;
 
 /// Times one convolution, exact and approximate; without sizes, several convolutions

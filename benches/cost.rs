@@ -19,7 +19,7 @@ use burn_memaop::{
     },
 };
 use clap::Parser;
-use memaop_benches::{Common, interleaved, random};
+use memaop_examples::bench::{Common, interleaved, random};
 use serde::Serialize;
 
 /// Measures what passes over a batch cost, in operations of the matrix product

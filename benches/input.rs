@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 use burn::tensor::Tensor;
 use burn_memaop::op::parts::input_gradient;
 use clap::Parser;
-use memaop_benches::{Buffers, Common, Observed, interleaved, observe, random};
+use memaop_examples::bench::{Buffers, Common, Observed, interleaved, observe, random};
 use serde::Serialize;
 
 /// Times the gradient of the input of one layer; without sizes, of several

@@ -16,7 +16,9 @@ use burn_memaop::{
     op::{AopStep, weight_gradient},
 };
 use clap::Parser;
-use memaop_benches::{Buffers, Common, Method, Observed, Precision, interleaved, observe, random};
+use memaop_examples::bench::{
+    Buffers, Common, Method, Observed, Precision, interleaved, observe, random,
+};
 use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
 

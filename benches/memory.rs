@@ -30,7 +30,7 @@ use burn_memaop::{
     },
 };
 use clap::{Parser, ValueEnum};
-use memaop_benches::{Common, interleaved, random};
+use memaop_examples::bench::{Common, interleaved, random};
 use memaop_examples::{Encoder, KRatio, check};
 use serde::Serialize;
 
@@ -232,6 +232,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     };
     let layer = |stored| MemAopLinear::from_linear(linear.clone(), aop(stored));
     let attention = |stored| MemAopMultiHeadAttention::from_mha(mha.clone(), aop(stored));
+    let gelu = Gelu::new().with_aop(aop(StoredInput::Int8));
     let [int8, int4] = [StoredInput::Int8, StoredInput::Int4].map(layer);
     let [mha_full, mha_int8, mha_int4] =
         [StoredInput::Full, StoredInput::Int8, StoredInput::Int4].map(attention);
@@ -247,7 +248,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
         ("ReLU", Box::new(activation::relu)),
         ("ReLU in one bit", Box::new(relu)),
         ("GELU", Box::new(activation::gelu)),
-        ("GELU in 8 bits", Box::new(|x| Gelu::new().forward(x))),
+        ("GELU in 8 bits", Box::new(move |x| gelu.forward(x))),
         ("Dropout", Box::new(move |x| dropout.forward(x))),
         ("LayerNorm", Box::new(move |x| norm.forward(x))),
         ("attention, Burn's", {

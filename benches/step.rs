@@ -13,7 +13,7 @@ use burn::{
 };
 use burn_memaop::{AopConfig, MemAopLinear};
 use clap::Parser;
-use memaop_benches::{Common, Size, StepOptions, Training, random, step_table};
+use memaop_examples::bench::{Common, Size, StepOptions, Training, random, step_table};
 
 const CLASSES: usize = 10;
 

@@ -18,7 +18,7 @@ use burn::{
 };
 use burn_memaop::{AopConfig, OuterProducts, transformer::MemAopTransformerEncoder};
 use clap::Parser;
-use memaop_benches::{Common, Size, Step, StepOptions, Training, random, step_table};
+use memaop_examples::bench::{Common, Size, Step, StepOptions, Training, random, step_table};
 use memaop_examples::{Encoder, check};
 
 const CLASSES: usize = 10;

@@ -148,7 +148,8 @@ fn layers(device: &Device, dtype: DType) {
         .with_cost_rule(false);
     let linear = Cast(dtype).of(MemAopLinearConfig::new(70, 12).with_aop(aop).init(device));
     let hidden = linear.forward(random([300, 70], device, dtype).require_grad());
-    (relu(hidden.clone()) + Gelu::new().forward(hidden))
+    let gelu = Gelu::new().with_aop(aop.with_stored_input(StoredInput::Int8));
+    (relu(hidden.clone()) + gelu.forward(hidden))
         .sum()
         .backward();
 

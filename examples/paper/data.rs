@@ -1,10 +1,6 @@
 use std::{fs::File, io::Read, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
-use burn_dataset::{
-    Dataset as _,
-    vision::{MnistDataset, MnistItem},
-};
 use clap::ValueEnum;
 use memaop_examples::mnist::{self, Images, PIXELS, Split};
 use serde::{Deserialize, Serialize};
@@ -100,9 +96,9 @@ impl Data {
                 let read = |split| mnist::read(folder, split).map(scaled);
                 (read(Split::Train)?, read(Split::Test)?)
             }
-            (Dataset::Mnist, None) => (
-                scaled(downloaded(MnistDataset::train())?),
-                scaled(downloaded(MnistDataset::test())?),
+            (Dataset::Mnist, None) => bail!(
+                "add --data DIR for MNIST: DIR/mnist must have its four IDX files, plain or with .gz \
+                 (train-images-idx3-ubyte and so on)"
             ),
         };
         Ok(Self {
@@ -111,20 +107,6 @@ impl Data {
             validation,
         })
     }
-}
-
-fn downloaded(dataset: MnistDataset) -> Result<Images> {
-    let mut images = Images {
-        pixels: Vec::new(),
-        labels: Vec::new(),
-    };
-    for index in 0..dataset.len() {
-        let MnistItem { image, label } = dataset.get(index)?;
-        let pixels = image.as_flattened().iter();
-        images.pixels.extend(pixels.map(|&pixel| pixel as u8));
-        images.labels.push(label);
-    }
-    Ok(images)
 }
 
 /// Pixels scaled to `[-1, 1]`.

@@ -66,6 +66,14 @@ pub struct AopConfig {
     /// layers one above the other must draw independently.
     #[config(default = 0)]
     pub seed: u64,
+    /// Whether records hold the [state](crate::MemAopLinear#state) of the layer, so that a resumed
+    /// training repeats the uninterrupted one bit for bit.
+    ///
+    /// Without it a record holds what that of Burn's layer holds. The records of a model and of the
+    /// same model with Burn's layers then load into each other. The state of a method with a
+    /// [`Memory`] is always saved.
+    #[config(default = false)]
+    pub saved_state: bool,
 }
 
 /// The number K of the M rows of a batch that a gradient is computed from.
@@ -96,10 +104,10 @@ pub enum OuterProducts {
     Ratio(f64),
 }
 
-/// The share that [`OuterProducts::Auto`] takes with methods for which it does not choose.
-const UNCHOSEN: f64 = 0.125;
-
 impl OuterProducts {
+    /// The share that [`Auto`](Self::Auto) takes with methods for which it does not choose.
+    pub(crate) const UNCHOSEN: f64 = 0.125;
+
     /// K for a batch of `rows` rows, or none with [`Auto`](Self::Auto). `rows` or more means all.
     pub fn k(&self, rows: usize) -> Option<usize> {
         (*self != Self::Auto).then(|| self.fixed_k(rows))
@@ -108,7 +116,7 @@ impl OuterProducts {
     /// As [`k`](Self::k); for [`Auto`](Self::Auto) the K of methods for which it does not choose.
     pub(crate) fn fixed_k(&self, rows: usize) -> usize {
         match *self {
-            Self::Auto => share_of(UNCHOSEN, rows),
+            Self::Auto => share_of(Self::UNCHOSEN, rows),
             Self::All => rows,
             Self::Count(k) => k,
             Self::Ratio(ratio) => share_of(ratio, rows),
@@ -283,6 +291,19 @@ impl AopConfig {
             OuterProducts::Auto => rows <= 1,
             fixed => fixed.fixed_k(rows) >= rows,
         }
+    }
+
+    /// The same configuration. Panics if [`validate`](Self::validate) rejects it.
+    pub(crate) fn valid(self) -> Self {
+        if let Err(error) = self.validate() {
+            panic!("{error}");
+        }
+        self
+    }
+
+    /// Whether records hold the state of the layer.
+    pub(crate) fn is_state_saved(&self) -> bool {
+        self.saved_state || self.method.memory() != Memory::None
     }
 
     /// Whether the layer chooses K by the noise of its gradient.

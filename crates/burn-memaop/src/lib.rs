@@ -84,6 +84,8 @@ mod rows;
 
 mod config;
 
+/// Burn itself, for programs in which another crate has its name.
+pub use burn;
 pub use config::{AopConfig, AopConfigError, Memory, Method, OuterProducts, StoredInput};
 pub use layers::{
     activation,
@@ -93,6 +95,7 @@ pub use layers::{
 };
 pub use model::{
     observe::{AopObserver, AopReport, LayerReport},
+    summary::{Summary, summary},
     tree::{reset, with_aop},
 };
 pub use state::device::MemoryStats;
@@ -125,7 +128,20 @@ pub mod baseline {
 pub mod nn {
     pub use burn::nn::*;
 
-    pub use crate::{MemAopLinear as Linear, MemAopLinearConfig as LinearConfig};
+    pub use crate::{
+        MemAopLinear as Linear, MemAopLinearConfig as LinearConfig,
+        activation::{Gelu, Relu, SwiGlu, SwiGluConfig},
+    };
+
+    /// [`burn::nn::activation`] with the activations of this crate in the places of Burn's.
+    ///
+    /// The variants of [`Activation`](activation::Activation) hold Burn's modules. `.into()` makes
+    /// one from a module of this crate, too.
+    pub mod activation {
+        pub use burn::nn::activation::*;
+
+        pub use crate::activation::{Gelu, Relu, SwiGlu, SwiGluConfig};
+    }
 
     /// [`burn::nn::conv`] with the 2D convolution of this crate in place of its own.
     ///
@@ -148,13 +164,15 @@ pub mod nn {
         pub use burn::nn::attention::*;
 
         pub use crate::transformer::{
+            MemAopCrossAttention as CrossAttention,
+            MemAopCrossAttentionConfig as CrossAttentionConfig,
             MemAopMultiHeadAttention as MultiHeadAttention,
             MemAopMultiHeadAttentionConfig as MultiHeadAttentionConfig, MhaInput,
         };
     }
 
-    /// [`burn::nn::transformer`] with this crate's encoder and feed-forward network in place of its
-    /// own.
+    /// [`burn::nn::transformer`] with this crate's encoder, decoder and feed-forward network in place
+    /// of its own.
     ///
     /// ```
     /// use burn::prelude::*;
@@ -172,9 +190,13 @@ pub mod nn {
         pub use crate::transformer::{
             MemAopPositionWiseFeedForward as PositionWiseFeedForward,
             MemAopPositionWiseFeedForwardConfig as PositionWiseFeedForwardConfig,
+            MemAopTransformerDecoder as TransformerDecoder,
+            MemAopTransformerDecoderConfig as TransformerDecoderConfig,
+            MemAopTransformerDecoderLayer as TransformerDecoderLayer,
             MemAopTransformerEncoder as TransformerEncoder,
             MemAopTransformerEncoderConfig as TransformerEncoderConfig,
-            MemAopTransformerEncoderLayer as TransformerEncoderLayer, TransformerEncoderInput,
+            MemAopTransformerEncoderLayer as TransformerEncoderLayer, TransformerDecoderInput,
+            TransformerEncoderInput,
         };
     }
 }

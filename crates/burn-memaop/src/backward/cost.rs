@@ -27,6 +27,26 @@ pub(crate) struct Pass {
     pub(crate) with_input: bool,
 }
 
+impl Pass {
+    /// A backward pass of a linear layer with these numbers of inputs and outputs.
+    pub(crate) fn of_linear(
+        rows: usize,
+        [d_input, d_output]: [usize; 2],
+        dtype: DType,
+        with_input: bool,
+    ) -> Self {
+        Self {
+            rows,
+            d_input,
+            d_output,
+            read: d_input + d_output,
+            gathered: 0,
+            dtype,
+            with_input,
+        }
+    }
+}
+
 /// The configuration with a gradient made exact if its approximation is expected to take longer on
 /// this device. Each gradient is decided by itself.
 ///

@@ -10,7 +10,7 @@ pub(crate) mod cost;
 mod plan;
 pub(crate) mod recipe;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 
 use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::FloatTensor};
 
@@ -100,25 +100,31 @@ layer_ops! {
 #[cfg(feature = "cubecl-backend")]
 impl<B: burn_fusion::FusionBackend + LayerOps> LayerOps for burn_fusion::Fusion<B> {}
 
-/// Panics if the backend of the device is compiled into Burn, but not into this crate.
-pub(crate) fn assert_supported(device: &DispatchDevice) {
+/// Whether this crate has code for the device. Where it has none, layers run Burn's own functions.
+/// The first time that happens, a warning is logged.
+pub(crate) fn is_supported(device: &DispatchDevice) -> bool {
     match device {
         #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => {}
+        DispatchDevice::Flex(_) => true,
         #[cfg(feature = "ndarray")]
-        DispatchDevice::NdArray(_) => {}
+        DispatchDevice::NdArray(_) => true,
         #[cfg(feature = "tch")]
-        DispatchDevice::LibTorch(_) => {}
+        DispatchDevice::LibTorch(_) => true,
         #[cfg(feature = "cubecl-backend")]
-        DispatchDevice::Cube(_) => {}
+        DispatchDevice::Cube(_) => true,
         #[cfg(feature = "autodiff")]
-        DispatchDevice::Autodiff(device) => assert_supported(device),
+        DispatchDevice::Autodiff(device) => is_supported(device),
         // Variants that only Burn's features enable cannot be named here.
         #[allow(unreachable_patterns)]
-        device => panic!(
-            "burn-memaop does not support the device {device:?} in this build: enable the feature of burn-memaop \
-             that has the name of its backend (flex, ndarray, tch, wgpu, vulkan, webgpu, metal, cuda, rocm or cpu; there \
-             is none for the remote backend)"
-        ),
+        device => {
+            static WARNING: Once = Once::new();
+            WARNING.call_once(|| {
+                log::warn!(
+                    "burn-memaop: on the device {device:?} layers are Burn's own. If it is the device of a backend \
+                     on this machine, enable the feature of burn-memaop that has the name of the backend."
+                );
+            });
+            false
+        }
     }
 }

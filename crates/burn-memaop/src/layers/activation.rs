@@ -1,11 +1,12 @@
-//! Activation functions that keep only a bit or a byte of a value for the backward pass.
+//! Activations: Burn's, faster, or keeping only a bit or a byte of a value for the backward pass.
 //!
-//! Burn's keep their input, which beside layers with a [`StoredInput`](crate::StoredInput) of few
-//! bits is the larger part of what is kept.
+//! Burn's activations keep their input, which beside layers with a
+//! [`StoredInput`](crate::StoredInput) of few bits is the larger part of what is kept.
+//! [`burn_memaop::nn`](crate::nn) has these in the places of Burn's.
 //!
 //! ```
 //! use burn::prelude::*;
-//! use burn_memaop::activation::Relu; // was: burn::nn
+//! use burn_memaop::nn::Relu; // was: burn::nn
 //!
 //! let device = Device::flex().autodiff();
 //! let output = Relu::new().forward(Tensor::<2>::ones([8, 16], &device));
@@ -14,26 +15,30 @@
 
 use burn::{
     backend::Dispatch,
-    module::{Content, Module, ModuleDisplay},
+    config::Config,
+    module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
+    nn::{
+        self, LinearLayout,
+        activation::{Activation, ActivationConfig},
+    },
     tensor::{Device, Tensor, activation},
 };
 
-use super::linear::is_tracked;
+use super::linear::{MemAopLinear, is_tracked};
 use crate::{
-    backward::{LayerOps, assert_supported, cost},
+    backward::{LayerOps, SharedInput, cost, is_supported},
+    config::{AopConfig, StoredInput},
+    layers::later,
     rows::random::Random,
-    state::LayerState,
+    state::Stateful,
 };
 
 /// Applies [`burn::tensor::activation::relu`]. The gradient is the same, and needs one bit a value.
 ///
 /// Burn's own function is used where no gradient is asked for, with gradient checkpointing (which
-/// can compute again what it needs), and where only the host could pack values: in double
-/// precision, in half precision on CPUs, with LibTorch and on CubeCL's CPU runtime.
-///
-/// # Panics
-///
-/// Panics if the feature for the backend of `input` is not enabled; the message names the feature.
+/// can compute again what it needs), on devices that this crate has no code for, and where only the
+/// host could pack values: in double precision, in half precision on CPUs, with LibTorch and on
+/// CubeCL's CPU runtime.
 pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     match packs(&input) {
         false => activation::relu(input),
@@ -43,8 +48,8 @@ pub fn relu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`], and keeps the derivative as [`Gelu`] does, rounded
-/// by the random bits of the pass.
+/// Applies [`burn::tensor::activation::gelu`], and keeps the derivative in 8 bits, rounded by the
+/// random bits of the pass.
 pub(super) fn packed_gelu<const D: usize>(
     input: Tensor<D>,
     random: impl FnOnce(&Device) -> Random,
@@ -63,7 +68,7 @@ pub(super) fn packed_gelu<const D: usize>(
 /// Applies [`burn::tensor::activation::gelu`] to 1e-6, faster on Flex in single precision. It is
 /// Burn's own where no gradient is asked for.
 pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
-    match is_tracked(&input) {
+    match is_tracked(&input) && is_supported(input.device().as_dispatch()) {
         false => activation::gelu(input),
         true => as_matrix(input, |input| {
             Tensor::from_dispatch(Dispatch::memaop_gelu(input.into_dispatch()))
@@ -74,8 +79,9 @@ pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 /// Whether something is kept, and can be kept in few bits.
 fn packs<const D: usize>(input: &Tensor<D>) -> bool {
     let device = input.device();
-    assert_supported(device.as_dispatch());
-    is_tracked(input) && cost::packs(device.as_dispatch(), input.dtype())
+    is_tracked(input)
+        && is_supported(device.as_dispatch())
+        && cost::packs(device.as_dispatch(), input.dtype())
 }
 
 /// The least width of a row. Its last words and groups, which may not be full, then count little.
@@ -143,30 +149,39 @@ impl Relu {
     ///
     /// - input: `[..., any]`
     /// - output: `[..., any]`
-    ///
-    /// # Panics
-    ///
-    /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         relu(input)
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does. Its derivative is kept
-/// in 8 bits, with a scale for each 64 values, and is at most 0.009 off.
+impl From<Relu> for Activation {
+    /// Gives Burn's module, because Burn's list of activations has no other.
+    fn from(_: Relu) -> Self {
+        nn::Relu::new().into()
+    }
+}
+
+/// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does.
 ///
-/// The derivative is rounded up or down at random, with the distances as odds, by new random bits
-/// in each pass. So the expected gradient of one `Gelu` is exact; in a stack, each needs its own
-/// [seed](Self::with_seed). A derivative that is not finite makes its 64 NaN. The number of passes
-/// is [state](crate::MemAopLinear#state): each device has one, clones share it, records hold it.
+/// By default it is exact. On Flex in single precision it takes less time than Burn's, and its
+/// values are Burn's to 1e-6.
 ///
-/// On Flex in single precision the values are Burn's to 1e-6, and take less time. Nothing is packed
-/// where [`relu`] is Burn's own.
+/// With a [`StoredInput`] of few bits, which [`with_aop`](crate::with_aop) sets for it as for the
+/// layers beside it, its backward pass keeps the derivative in 8 bits, with a scale for each 64
+/// values. The derivative is at most 0.009 off. It is rounded up or down at random, with the
+/// distances as odds, by new random bits in each pass, so the
+/// expected gradient of one `Gelu` is exact. In a stack each needs bits of its own, which
+/// [`with_aop`](crate::with_aop) draws by the names of the fields, and seeds give. A derivative that is not finite makes its 64 NaN. Nothing is packed
+/// where [`relu`] is Burn's own, or in the tanh approximation.
+///
+/// The number of passes is [state](crate::MemAopLinear#state): each device has one, clones share
+/// it, and records hold it with [`AopConfig::saved_state`].
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Gelu {
-    state: LayerState,
-    seed: u64,
+    /// Whether to use tanh approximation.
+    pub approximate: bool,
+    passes: Stateful,
 }
 
 impl Default for Gelu {
@@ -176,18 +191,37 @@ impl Default for Gelu {
 }
 
 impl Gelu {
-    /// Create the module.
+    /// Create the module with exact GELU.
     pub fn new() -> Self {
         Self {
-            state: LayerState::without_device(),
-            seed: 0,
+            approximate: false,
+            passes: Stateful::new(),
         }
     }
 
-    /// The same with another seed than 0 for the random bits. Modules with equal seeds round equal
-    /// positions alike, so the expected gradient is not exact if one is above the other.
-    pub fn with_seed(self, seed: u64) -> Self {
-        Self { seed, ..self }
+    /// Create the module with tanh approximation.
+    pub fn new_approximate() -> Self {
+        Self {
+            approximate: true,
+            ..Self::new()
+        }
+    }
+
+    /// The same with another configuration, of which `stored_input`, `seed` and `saved_state` count.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn with_aop(self, aop: AopConfig) -> Self {
+        Self {
+            passes: self.passes.with_aop(aop.valid()),
+            ..self
+        }
+    }
+
+    /// The configuration.
+    pub fn aop(&self) -> AopConfig {
+        self.passes.aop
     }
 
     /// Applies the forward pass on the input tensor.
@@ -196,21 +230,163 @@ impl Gelu {
     ///
     /// - input: `[..., any]`
     /// - output: `[..., any]`
-    ///
-    /// # Panics
-    ///
-    /// As [`relu`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        packed_gelu(input, |device| Random {
-            seed: self.seed,
-            step: self.state.on(device).lock().count_pass(),
-        })
+        if self.approximate {
+            return activation::gelu_approximate(input);
+        }
+        match self.passes.aop.stored_input {
+            StoredInput::Full => exact_gelu(input),
+            StoredInput::Int8 | StoredInput::Int4 => {
+                packed_gelu(input, |device| self.passes.pass_random(device))
+            }
+        }
     }
 }
 
 impl ModuleDisplay for Gelu {
     fn custom_content(&self, content: Content) -> Option<Content> {
-        content.optional()
+        content.add("approximate", &self.approximate).optional()
+    }
+}
+
+impl From<Gelu> for Activation {
+    /// Gives Burn's module, because Burn's list of activations has no other.
+    fn from(gelu: Gelu) -> Self {
+        let approximate = gelu.approximate;
+        nn::Gelu { approximate }.into()
+    }
+}
+
+/// Configuration to create a [`SwiGlu`] layer: all of [`SwiGluConfig`](nn::SwiGluConfig), and
+/// [`AopConfig`].
+#[derive(Config, Debug)]
+pub struct SwiGluConfig {
+    /// The size of the input features.
+    pub d_input: usize,
+    /// The size of the output features.
+    pub d_output: usize,
+    /// If a bias should be applied during the linear transformations.
+    #[config(default = false)]
+    pub bias: bool,
+    /// The type of function used to initialize neural network parameters.
+    #[config(
+        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
+    )]
+    pub initializer: Initializer,
+    /// The layout in which the linear parameters are stored.
+    #[config(default = "LinearLayout::Row")]
+    pub layout: LinearLayout,
+    /// How the weight gradients of both linear layers are approximated.
+    #[config(default = "AopConfig::new()")]
+    pub aop: AopConfig,
+}
+
+impl SwiGluConfig {
+    /// Creates a [`SwiGlu`] with the parameters that Burn's configuration gives from the same random
+    /// state.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn init(&self, device: &Device) -> SwiGlu {
+        let burns = nn::SwiGluConfig::from(self.clone());
+        SwiGlu::from_swiglu(burns.init(device), self.aop)
+    }
+}
+
+impl From<SwiGluConfig> for nn::SwiGluConfig {
+    fn from(config: SwiGluConfig) -> Self {
+        Self {
+            d_input: config.d_input,
+            d_output: config.d_output,
+            bias: config.bias,
+            initializer: config.initializer,
+            layout: config.layout,
+        }
+    }
+}
+
+impl From<SwiGluConfig> for ActivationConfig {
+    /// Gives that of Burn's module, because Burn's list of activations has no other.
+    fn from(config: SwiGluConfig) -> Self {
+        Self::SwiGlu(config.into())
+    }
+}
+
+/// [`burn::nn::SwiGlu`] whose two linear layers are [`MemAopLinear`]: `silu(x W + b) (x V + c)`.
+///
+/// Create it with [`SwiGluConfig`], or from Burn's with [`from_swiglu`](Self::from_swiglu).
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct SwiGlu {
+    /// The layer whose output the activation is applied to.
+    pub linear_inner: MemAopLinear,
+    /// The layer whose output is multiplied by the activation.
+    pub linear_outer: MemAopLinear,
+}
+
+impl ModuleDisplay for SwiGlu {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_input, d_output] = self.linear_inner.weight.shape().dims();
+        content
+            .add("d_input", &d_input)
+            .add("d_output", &d_output)
+            .add("bias", &self.linear_inner.bias.is_some())
+            .optional()
+    }
+}
+
+impl SwiGlu {
+    /// Takes the parameters of Burn's module, with their ids.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn from_swiglu(swiglu: nn::SwiGlu, aop: AopConfig) -> Self {
+        Self {
+            linear_inner: MemAopLinear::from_linear(swiglu.linear_inner, aop),
+            linear_outer: MemAopLinear::from_linear(swiglu.linear_outer, later(aop, 1)),
+        }
+    }
+
+    /// Gives the parameters back, with their ids.
+    pub fn into_swiglu(self) -> nn::SwiGlu {
+        nn::SwiGlu {
+            linear_inner: self.linear_inner.into_linear(),
+            linear_outer: self.linear_outer.into_linear(),
+        }
+    }
+
+    /// Applies the Swish Gated Linear Unit to the input tensor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[..., d_input]`, of any rank
+    /// - output: `[..., d_output]`
+    ///
+    /// # Panics
+    ///
+    /// As [`MemAopLinear::forward`].
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        let shared = SharedInput::default();
+        let inner = self
+            .linear_inner
+            .forward_shared(input.clone(), Some(&shared));
+        let outer = self.linear_outer.forward_shared(input, Some(&shared));
+        activation::silu(inner) * outer
+    }
+}
+
+impl From<SwiGlu> for Activation {
+    /// Gives Burn's module, because Burn's list of activations has no other.
+    fn from(swiglu: SwiGlu) -> Self {
+        swiglu.into_swiglu().into()
     }
 }
 

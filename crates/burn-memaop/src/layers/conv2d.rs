@@ -17,7 +17,7 @@ use super::{
     module::{is_replaced, layer_module},
 };
 use crate::{
-    backward::{AopLayer, LayerOps, assert_supported, cost},
+    backward::{AopLayer, LayerOps, cost, is_supported},
     config::{AopConfig, OuterProducts, StoredInput},
     rows::{Bias, ExactOps, window::Window},
     state::{
@@ -175,11 +175,9 @@ impl MemAopConv2d {
     ///
     /// # Panics
     ///
-    /// Panics if the input has other channels or, padded, is smaller than the kernel, or if the
-    /// feature for its backend is not enabled; the message names the feature.
+    /// Panics if the input has other channels or, padded, is smaller than the kernel.
     pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
         let device = input.device();
-        assert_supported(device.as_dispatch());
         let weight = self.weight.val();
         let [images, channels, height, width] = input.dims();
         let expected = weight.dims()[1] * self.groups;
@@ -205,6 +203,7 @@ impl MemAopConv2d {
         let quantized = |dtype: DType| !dtype.is_float();
         let tracked = is_tracked(&weight);
         if empty
+            || !is_supported(device.as_dispatch())
             || quantized(weight.dtype())
             || bias.as_ref().is_some_and(|bias| quantized(bias.dtype()))
             || !tracked && device.is_autodiff()
@@ -257,7 +256,7 @@ impl MemAopConv2d {
         let rows = images * height * width;
         let pass = pass(images, &window, self.weight.val().dtype(), true);
         let aop = cost::ruled(&self.applied(), device.as_dispatch(), pass);
-        rows == 0 || aop.is_exact(rows, true)
+        rows == 0 || !is_supported(device.as_dispatch()) || aop.is_exact(rows, true)
     }
 
     /// The configuration, with all rows where a linear layer would choose K.

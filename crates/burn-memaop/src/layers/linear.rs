@@ -6,12 +6,12 @@ use burn::{
         ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
     },
     nn::{Linear, LinearConfig, LinearLayout},
-    tensor::{DType, Device, Tensor, assert_shape, module::linear},
+    tensor::{Device, Tensor, assert_shape, module::linear},
 };
 
 use super::module::{is_replaced, layer_module};
 use crate::{
-    backward::{AopLayer, LayerOps, SharedInput, assert_supported, cost},
+    backward::{AopLayer, LayerOps, SharedInput, cost, is_supported},
     config::{AopConfig, StoredInput},
     rows::{Bias, random::Random},
     state::{
@@ -98,11 +98,12 @@ impl MemAopLinearConfig {
 ///   last one on the old device.
 /// - A [fork](Module::fork) uses the state of its device. A new device begins with the steps and
 ///   the K of the old one, and without its rows, which may be another worker's.
-/// - A record holds the states of all devices, under the name `memory`, without the rows of a
-///   backward pass that runs meanwhile. A [`Linear`]'s record loads with
-///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial) and makes the state new. A
-///   [`Linear`] loads this layer's with
-///   [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused).
+/// - A record is that of a [`Linear`], and loading one makes the state new. With
+///   [`AopConfig::saved_state`] or a memory, it also holds the states of all devices under the name
+///   `memory`, without the rows of a backward pass that runs meanwhile. Such a layer loads a
+///   [`Linear`]'s record with
+///   [`allow_partial(true)`](burn::store::ModuleRecord::allow_partial), and a [`Linear`] loads its
+///   record with [`allow_unused(true)`](burn::store::ModuleRecord::allow_unused).
 /// - burn-store, which exchanges weights with other frameworks, sees a [`Linear`] and no state.
 ///
 /// # Values that are not finite
@@ -132,7 +133,7 @@ impl MemAopLinear {
         Self {
             weight: linear.weight,
             bias: linear.bias,
-            aop: valid(aop),
+            aop: aop.valid(),
             state,
         }
     }
@@ -147,7 +148,7 @@ impl MemAopLinear {
     ///
     /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn with_aop(mut self, aop: AopConfig) -> Self {
-        let before = std::mem::replace(&mut self.aop, valid(aop));
+        let before = std::mem::replace(&mut self.aop, aop.valid());
         self.state = self.state.reconfigured(&before, &aop);
         self
     }
@@ -177,8 +178,7 @@ impl MemAopLinear {
     ///
     /// # Panics
     ///
-    /// Panics if the last axis of `input` is not `d_input`, or if the feature for its backend is
-    /// not enabled; the message names the feature.
+    /// Panics if the last axis of `input` is not `d_input`.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         self.forward_shared(input, None)
     }
@@ -192,13 +192,11 @@ impl MemAopLinear {
         let weight = self.weight.val();
         let [d_input, d_output] = weight.dims();
         assert_shape!(input, [.., d_input]);
-        assert_supported(input.device().as_dispatch());
-
         let mut shape = input.shape();
         let rows = shape[..D - 1].iter().product();
         let bias = self.bias.as_ref().map(Param::val);
         // The gradient of a batch without rows is zeros.
-        if rows == 0 {
+        if rows == 0 || !is_supported(input.device().as_dispatch()) {
             if is_tracked(&weight) {
                 self.state.note_exact(rows, is_tracked(&input));
             }
@@ -229,7 +227,7 @@ impl MemAopLinear {
         let [rows, _] = input.dims();
         let device = input.device();
         let with_input = is_tracked(&input);
-        let pass = self.pass(rows, input.dtype(), with_input);
+        let pass = cost::Pass::of_linear(rows, self.widths(), input.dtype(), with_input);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
         let exact = aop.is_exact(rows, with_input);
         // Packing draws random bits by the number of the pass.
@@ -264,28 +262,14 @@ impl MemAopLinear {
     /// K >= M or by the [cost rule](AopConfig::cost_rule). The input is assumed to have the
     /// weight's type and, as in all layers but the first, to need a gradient.
     pub fn is_exact(&self, rows: usize, device: &Device) -> bool {
-        let pass = self.pass(rows, self.weight.val().dtype(), true);
+        let pass = cost::Pass::of_linear(rows, self.widths(), self.weight.val().dtype(), true);
         let aop = cost::ruled(&self.aop, device.as_dispatch(), pass);
-        rows == 0 || aop.is_exact(rows, true)
+        rows == 0 || !is_supported(device.as_dispatch()) || aop.is_exact(rows, true)
     }
 
     /// The inputs and the outputs.
     fn widths(&self) -> [usize; 2] {
         self.weight.lazy_shape().dims()
-    }
-
-    /// A backward pass, for the cost rule.
-    fn pass(&self, rows: usize, dtype: DType, with_input: bool) -> cost::Pass {
-        let [d_input, d_output] = self.weight.shape().dims();
-        cost::Pass {
-            rows,
-            d_input,
-            d_output,
-            read: d_input + d_output,
-            gathered: 0,
-            dtype,
-            with_input,
-        }
     }
 
     /// Reads the state of the memory on the layer's device. Waits for the device.
@@ -300,13 +284,6 @@ impl MemAopLinear {
             step: self.state.here().lock().count_pass(),
         }
     }
-}
-
-fn valid(aop: AopConfig) -> AopConfig {
-    if let Err(error) = aop.validate() {
-        panic!("{error}");
-    }
-    aop
 }
 
 /// Whether a backward pass asks for the gradient of a tensor.

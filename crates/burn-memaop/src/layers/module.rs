@@ -18,7 +18,7 @@ macro_rules! layer_module {
                 self.bias.visit(visitor);
                 visitor.exit_module("bias", $shown);
                 visitor.enter_module("memory", LAYER);
-                self.state.show(self.widths(), visitor);
+                self.state.show(self.aop, self.widths(), visitor);
                 visitor.exit_module("memory", LAYER);
             }
 
@@ -36,17 +36,15 @@ macro_rules! layer_module {
                 let replaced = before.is_some_and(|before| is_replaced(&before, &self.weight));
                 let widths = self.widths();
                 mapper.enter_module("memory", LAYER);
-                let config = (self.aop, $rule as offer::Rule);
-                let (wish, state) =
-                    offer::offer(Some(config), || self.state.map_by(widths, replaced, mapper));
+                let aop = self.aop;
+                let (wish, state) = offer::offer((aop, $rule as offer::Rule), || {
+                    self.state.map_by(&aop, widths, replaced, mapper)
+                });
                 mapper.exit_module("memory", LAYER);
                 let layer = Self { state, ..self };
                 match wish {
                     None => layer,
-                    Some(Wish::Own(aop)) => {
-                        let aop = aop.unwrap_or(layer.aop);
-                        layer.with_aop(aop)
-                    }
+                    Some(Wish::Own { aop, .. }) => layer.with_aop(aop),
                     Some(Wish::Reset) => Self {
                         state: layer.state.renewed(),
                         ..layer

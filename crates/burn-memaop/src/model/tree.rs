@@ -45,8 +45,9 @@ fn layer(path: &[String]) -> String {
     path[..path.len().saturating_sub(2)].join(".")
 }
 
-/// Gives the layers of a model, [`MemAopLinear`](crate::MemAopLinear) and
-/// [`MemAopConv2d`](crate::MemAopConv2d), other configurations. `config` gets the fields that lead
+/// Gives the layers of a model, [`MemAopLinear`](crate::MemAopLinear),
+/// [`MemAopConv2d`](crate::MemAopConv2d) and [`Gelu`](crate::activation::Gelu), other
+/// configurations. `config` gets the fields that lead
 /// to a layer, separated by dots, and its configuration. Layers go on with their state, as
 /// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and clones of the given model do
 /// not share it.
@@ -87,7 +88,7 @@ struct Exchange<F> {
 impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
         let layer = layer(&self.path);
-        if let Err(error) = offer::exchange(|aop| (self.config)(&layer, aop)) {
+        if let Err(error) = offer::exchange(place(&layer), |aop| (self.config)(&layer, aop)) {
             panic!("with_aop: the layer {layer:?}: {error}");
         }
         param
@@ -100,6 +101,13 @@ impl<F: FnMut(&str, AopConfig) -> AopConfig> ModuleMapper for Exchange<F> {
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
         self.path.pop();
     }
+}
+
+/// A number for the fields that lead to a layer, by the hash function FNV-1a.
+fn place(layer: &str) -> u64 {
+    layer.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// Gives each layer of a model a new [state](crate::MemAopLinear#state): steps are counted from 0,

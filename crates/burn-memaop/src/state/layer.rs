@@ -19,7 +19,10 @@ use super::{
     record::{self, SavedState, StateRecord},
     watch::StepReport,
 };
-use crate::config::AopConfig;
+use crate::{
+    config::AopConfig,
+    rows::random::{Random, stream},
+};
 
 /// What a layer keeps between steps: one [`DeviceState`] for each device that it is trained on.
 ///
@@ -280,9 +283,14 @@ impl LayerState {
     }
 
     /// Shows a visitor the state of a layer with these numbers of inputs and outputs.
-    pub(crate) fn show<V: ModuleVisitor>(&self, widths: [usize; 2], visitor: &mut V) {
+    pub(crate) fn show<V: ModuleVisitor>(
+        &self,
+        aop: AopConfig,
+        widths: [usize; 2],
+        visitor: &mut V,
+    ) {
         let purpose = Purpose::of::<V>();
-        if purpose == Purpose::Exchange {
+        if purpose.hides_state(&aop) {
             return;
         }
         let states = match purpose {
@@ -291,6 +299,7 @@ impl LayerState {
         };
         let shown = self.device.is_some().then(|| Shown {
             widths,
+            aop,
             state: self.clone(),
         });
         self.record.visit(states, shown, visitor);
@@ -324,16 +333,15 @@ impl LayerState {
     /// the mapper has put another weight in the place of the layer's weight before.
     pub(crate) fn map_by<M: ModuleMapper>(
         self,
+        aop: &AopConfig,
         widths: [usize; 2],
         replaced: bool,
         mapper: &mut M,
     ) -> Self {
         let purpose = Purpose::of::<M>();
-        let loaded = match purpose {
-            Purpose::Exchange => None,
-            Purpose::Record | Purpose::Other => {
-                self.record.map(widths, self.device.as_ref(), mapper)
-            }
+        let loaded = match purpose.hides_state(aop) {
+            true => None,
+            false => self.record.map(widths, self.device.as_ref(), mapper),
         };
         match (loaded, purpose) {
             (Some(states), _) => self.with_states(states),
@@ -384,18 +392,63 @@ fn find_or_blank(devices: &[OnDevice], device: Option<DeviceId>) -> DeviceState 
     found.map(|state| state.lock().clone()).unwrap_or_default()
 }
 
-/// The state of a module that has no weight.
-impl Module for LayerState {
+/// The configuration and the state of a module without weights.
+#[derive(Debug, Clone)]
+pub(crate) struct Stateful {
+    pub(crate) aop: AopConfig,
+    /// A number that belongs to the module's place in the model. Random bits depend on it.
+    place: u64,
+    pub(crate) state: LayerState,
+}
+
+impl Stateful {
+    pub(crate) fn new() -> Self {
+        Self {
+            aop: AopConfig::new(),
+            place: 0,
+            state: LayerState::without_device(),
+        }
+    }
+
+    /// The random bits of a forward pass on a device, which is counted.
+    pub(crate) fn pass_random(&self, device: &Device) -> Random {
+        Random {
+            seed: stream(self.aop.seed, self.place),
+            step: self.state.on(device).lock().count_pass(),
+        }
+    }
+
+    /// The same with another configuration, and with a state that no other module shares.
+    pub(crate) fn with_aop(self, aop: AopConfig) -> Self {
+        Self {
+            state: self.state.reconfigured(&self.aop, &aop),
+            aop,
+            ..self
+        }
+    }
+}
+
+impl Module for Stateful {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        self.show([0, 0], visitor);
+        self.state.show(self.aop, [0, 0], visitor);
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let (wish, state) = offer::offer(None, || self.map_by([0, 0], false, mapper));
+        let aop = self.aop;
+        let (wish, state) = offer::offer((aop, AopConfig::validate), || {
+            self.state.map_by(&aop, [0, 0], false, mapper)
+        });
+        let module = Self { state, ..self };
         match wish {
-            None => state,
-            Some(Wish::Own(_)) => state.detached(),
-            Some(Wish::Reset) => state.renewed(),
+            None => module,
+            Some(Wish::Own { aop, place }) => Self {
+                place,
+                ..module.with_aop(aop)
+            },
+            Some(Wish::Reset) => Self {
+                state: module.state.renewed(),
+                ..module
+            },
         }
     }
 
@@ -404,11 +457,17 @@ impl Module for LayerState {
     }
 
     fn to_device(self, device: &Device) -> Self {
-        self.moved_to(device)
+        Self {
+            state: self.state.moved_to(device),
+            ..self
+        }
     }
 
     fn fork(self, device: &Device) -> Self {
-        self.forked_to(device)
+        Self {
+            state: self.state.forked_to(device),
+            ..self
+        }
     }
 
     fn valid(&self) -> Self {
@@ -424,7 +483,7 @@ impl Module for LayerState {
     }
 }
 
-impl ModuleDisplayDefault for LayerState {
+impl ModuleDisplayDefault for Stateful {
     fn content(&self, content: Content) -> Option<Content> {
         Some(content)
     }
@@ -434,9 +493,9 @@ impl ModuleDisplayDefault for LayerState {
     }
 }
 
-impl ModuleDisplay for LayerState {}
+impl ModuleDisplay for Stateful {}
 
-impl std::fmt::Display for LayerState {
+impl std::fmt::Display for Stateful {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(record::CONTAINER)
     }

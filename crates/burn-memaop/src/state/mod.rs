@@ -9,4 +9,4 @@ mod record;
 pub(crate) mod rows;
 pub(crate) mod watch;
 
-pub(crate) use layer::LayerState;
+pub(crate) use layer::{LayerState, Stateful};

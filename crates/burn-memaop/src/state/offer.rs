@@ -12,6 +12,7 @@ use crate::config::{AopConfig, AopConfigError};
 pub(crate) struct Shown {
     /// The numbers of inputs and outputs.
     pub(crate) widths: [usize; 2],
+    pub(crate) aop: AopConfig,
     pub(crate) state: LayerState,
 }
 
@@ -38,24 +39,22 @@ pub(crate) type Rule = fn(&AopConfig) -> Result<(), AopConfigError>;
 /// What a mapper of this crate asks of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Wish {
-    /// A state that no other layer shares, and another configuration, if the layer has one.
-    Own(Option<AopConfig>),
+    /// A state that no other layer shares, and another configuration. `place` is a number that
+    /// belongs to the layer's place in the model.
+    Own { aop: AopConfig, place: u64 },
     /// A new state.
     Reset,
 }
 
 #[derive(Clone, Copy)]
 struct Offer {
-    config: Option<(AopConfig, Rule)>,
+    config: (AopConfig, Rule),
     wish: Option<Wish>,
 }
 
-/// Runs the mapping of a layer's state, and offers the mapper the configuration of the layer, if it
-/// has one. Returns what the mapper asks of the layer, and the result of the mapping.
-pub(crate) fn offer<T>(
-    config: Option<(AopConfig, Rule)>,
-    map: impl FnOnce() -> T,
-) -> (Option<Wish>, T) {
+/// Runs the mapping of a layer's state, and offers the mapper the configuration of the layer.
+/// Returns what the mapper asks of the layer, and the result of the mapping.
+pub(crate) fn offer<T>(config: (AopConfig, Rule), map: impl FnOnce() -> T) -> (Option<Wish>, T) {
     OFFER.set(Some(Offer { config, wish: None }));
     let mapped = map();
     (OFFER.take().and_then(|offer| offer.wish), mapped)
@@ -66,20 +65,18 @@ pub(crate) fn offer<T>(
 /// # Errors
 ///
 /// Returns an error if the layer does not take the configuration.
-pub(crate) fn exchange(config: impl FnOnce(AopConfig) -> AopConfig) -> Result<(), AopConfigError> {
+pub(crate) fn exchange(
+    place: u64,
+    config: impl FnOnce(AopConfig) -> AopConfig,
+) -> Result<(), AopConfigError> {
     let Some(offer) = OFFER.take() else {
         return Ok(());
     };
-    let after = match offer.config {
-        None => None,
-        Some((before, rule)) => {
-            let after = config(before);
-            rule(&after)?;
-            Some(after)
-        }
-    };
+    let (before, rule) = offer.config;
+    let aop = config(before);
+    rule(&aop)?;
     OFFER.set(Some(Offer {
-        wish: Some(Wish::Own(after)),
+        wish: Some(Wish::Own { aop, place }),
         ..offer
     }));
     Ok(())
@@ -111,6 +108,15 @@ impl Purpose {
             () if name.starts_with("burn_core::store::") => Self::Record,
             () if name.starts_with("burn_store::") => Self::Exchange,
             () => Self::Other,
+        }
+    }
+
+    /// Whether a layer hides its state, so that what is visited are the tensors of Burn's layer.
+    pub(crate) fn hides_state(self, aop: &AopConfig) -> bool {
+        match self {
+            Self::Record => !aop.is_state_saved(),
+            Self::Exchange => true,
+            Self::Other => false,
         }
     }
 }

@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, Device, Distribution, Tensor, TensorData, activation},
 };
 use burn_memaop::{
-    OuterProducts, StoredInput,
+    AopConfig, OuterProducts, StoredInput,
     activation::{Gelu, relu},
     transformer::MemAopPositionWiseFeedForward,
 };
@@ -14,6 +14,11 @@ use crate::{
     packed::config,
     support::{Matrix, Random, bits},
 };
+
+/// A GELU that keeps its derivative in 8 bits.
+pub fn packed_gelu() -> Gelu {
+    Gelu::new().with_aop(AopConfig::new().with_stored_input(StoredInput::Int8))
+}
 
 pub fn activations_equal_burns(device: &Device) {
     let inner = device.clone().inner();
@@ -47,7 +52,7 @@ pub fn activations_equal_burns(device: &Device) {
         ours.1.into_data().assert_eq(&burns.1.into_data(), true);
 
         let (ours, burns) = (
-            gradient(|x| Gelu::new().forward(x)),
+            gradient(|x| packed_gelu().forward(x)),
             gradient(activation::gelu),
         );
         if inner == Device::flex() {
@@ -176,7 +181,7 @@ pub fn the_rounding_of_a_derivative_is_unbiased(device: &Device) {
             .unwrap()
     };
     let exact = derivative(&|x| activation::gelu(x));
-    let gelu = Gelu::new();
+    let gelu = packed_gelu();
     let mut sum = exact.zeros_like();
     let mut squares = exact.zeros_like();
     for _ in 0..PASSES {

@@ -108,6 +108,9 @@ macro_rules! suite {
                     attention_equals_burns,
                     feed_forward_equals_burns,
                     encoder_equals_burns,
+                    decoder_equals_burns,
+                    cross_attention_equals_burns,
+                    swiglu_equals_burns,
                 );
             }
 

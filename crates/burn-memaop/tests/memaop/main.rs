@@ -23,6 +23,7 @@ mod packed;
 mod record;
 mod selection;
 mod sharing;
+mod summary;
 mod support;
 mod threads;
 mod transformer;

@@ -9,10 +9,12 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopConv2d, MemAopLinear, Memory, Method, OuterProducts, StoredInput,
-    activation::Gelu,
 };
 
-use crate::support::{Random, bits, linear};
+use crate::{
+    activation::packed_gelu,
+    support::{Random, bits, linear},
+};
 
 /// The bits of some tensors.
 type Bits = Vec<Vec<u32>>;
@@ -116,7 +118,7 @@ fn linear_layers_do_not_depend_on_the_number_of_threads() {
         for aop in configs {
             assert_same(&format!("{m} {n} {p} {aop:?}"), || {
                 let layer = MemAopLinear::from_linear(linear.clone(), aop);
-                let gelu = Gelu::new();
+                let gelu = packed_gelu();
                 let input = Tensor::from_inner(x.clone()).require_grad();
                 let mut all = Vec::new();
                 for _ in 0..2 {

@@ -5,20 +5,28 @@ use std::collections::HashMap;
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     nn::{
-        Initializer,
+        Initializer, SwiGluConfig,
         activation::ActivationConfig,
-        attention::{self, MhaCache, MultiHeadAttentionConfig, generate_autoregressive_mask},
-        transformer::{self, PositionWiseFeedForwardConfig, TransformerEncoderConfig},
+        attention::{
+            self, CrossAttentionCache, CrossAttentionConfig, MhaCache, MultiHeadAttentionConfig,
+            generate_autoregressive_mask,
+        },
+        transformer::{
+            self, PositionWiseFeedForwardConfig, TransformerDecoderConfig, TransformerEncoderConfig,
+        },
     },
     store::ModuleRecord,
     tensor::{Bool, Device, Gradients, Tensor, TensorData},
 };
 use burn_memaop::{
     AopConfig, AopObserver, MemAopLinear, Memory, Method, OuterProducts,
+    activation::{self, SwiGlu},
     transformer::{
-        MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig, MemAopPositionWiseFeedForward,
-        MemAopPositionWiseFeedForwardConfig, MemAopTransformerEncoder,
-        MemAopTransformerEncoderConfig, MhaInput, TransformerEncoderInput,
+        MemAopCrossAttention, MemAopCrossAttentionConfig, MemAopMultiHeadAttention,
+        MemAopMultiHeadAttentionConfig, MemAopPositionWiseFeedForward,
+        MemAopPositionWiseFeedForwardConfig, MemAopTransformerDecoder,
+        MemAopTransformerDecoderConfig, MemAopTransformerEncoder, MemAopTransformerEncoderConfig,
+        MhaInput, TransformerDecoderInput, TransformerEncoderInput,
     },
 };
 
@@ -203,6 +211,94 @@ pub fn encoder_equals_burns(device: &Device) {
     }
 }
 
+pub fn decoder_equals_burns(device: &Device) {
+    let mut random = Random(91);
+    let (batch, length, encoded, width) = (3, 5, 7, 8);
+    for norm_first in [false, true] {
+        let config = TransformerDecoderConfig::new(width, 12, 2, 2)
+            .with_dropout(0.0)
+            .with_norm_first(norm_first);
+        let burns = config.init(device);
+        let ours = MemAopTransformerDecoder::from_decoder(burns.clone(), all_rows());
+        let target = tokens(&mut random, [batch, length, width], device);
+        let memory = tokens(&mut random, [batch, encoded, width], device);
+        let hidden: Vec<_> = (0..batch * length * encoded).map(|i| i % 4 == 1).collect();
+        let hidden = TensorData::new(hidden, [batch, length, encoded]);
+        let input = TransformerDecoderInput::new(target.clone(), memory.clone())
+            .target_mask_pad(padding(batch, length, device))
+            .target_mask_attn(generate_autoregressive_mask(batch, length, device))
+            .memory_mask_pad(padding(batch, encoded, device))
+            .memory_mask_attn(Tensor::from_data(hidden, device));
+        let expected = burns.forward(transformer::TransformerDecoderInput::from(input.clone()));
+        let found = ours.forward(input);
+        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
+        let inputs = [&target, &memory];
+        assert_equal(
+            backward(&ours, &inputs, found),
+            backward(&burns, &inputs, expected),
+        );
+    }
+}
+
+pub fn cross_attention_equals_burns(device: &Device) {
+    let mut random = Random(92);
+    let (batch, queries, keys) = (3, 5, 7);
+    for (heads_kv, quiet, masked) in [(4, false, false), (2, true, true), (1, false, true)] {
+        let burns = CrossAttentionConfig::new(6, 10, 4, heads_kv, 3)
+            .with_dropout(0.0)
+            .with_quiet_softmax(quiet);
+        let config = MemAopCrossAttentionConfig::new(6, 10, 4, heads_kv, 3)
+            .with_dropout(0.0)
+            .with_quiet_softmax(quiet)
+            .with_aop(all_rows());
+        let burns = burns.init(device);
+        let ours = MemAopCrossAttention::from_cross_attention(burns.clone(), &config, device);
+        let query = tokens(&mut random, [batch, queries, 6], device);
+        let context = tokens(&mut random, [batch, keys, 10], device);
+        let mask = masked.then(|| padding(batch, keys, device));
+        let expected = burns.forward(query.clone(), context.clone(), mask.clone());
+        let found = ours.forward(query.clone(), context.clone(), mask.clone());
+        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
+        let inputs = [&query, &context];
+        assert_equal(
+            backward(&ours, &inputs, found),
+            backward(&burns, &inputs, expected.clone()),
+        );
+        let mut cache = CrossAttentionCache::new();
+        let cached = ours.forward_cache(query.clone(), context.clone(), mask.clone(), &mut cache);
+        assert!(relative_error(&values(cached), &values(expected.clone())) < TOLERANCE);
+        let back = ours.into_cross_attention();
+        let again = back.forward(query, context, mask);
+        assert_eq!(values(again), values(expected));
+    }
+}
+
+pub fn swiglu_equals_burns(device: &Device) {
+    let mut random = Random(93);
+    for bias in [false, true] {
+        let burns = SwiGluConfig::new(6, 10).with_bias(bias).init(device);
+        let ours = SwiGlu::from_swiglu(burns.clone(), all_rows());
+        let input = tokens(&mut random, [2, 5, 6], device);
+        let (found, expected) = (ours.forward(input.clone()), burns.forward(input.clone()));
+        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
+        assert_equal(
+            backward(&ours, &[&input], found),
+            backward(&burns, &[&input], expected),
+        );
+    }
+}
+
+#[test]
+#[should_panic(
+    expected = "cross-attention: the parameters must have the shapes of the configuration"
+)]
+fn cross_attention_of_another_configuration_is_refused() {
+    let device = Device::flex();
+    let burns = CrossAttentionConfig::new(6, 10, 4, 2, 3).init(&device);
+    let config = MemAopCrossAttentionConfig::new(6, 10, 4, 1, 3);
+    MemAopCrossAttention::from_cross_attention(burns, &config, &device);
+}
+
 /// All else being Burn's, the gradients of the weights must be unbiased wherever the tokens of a
 /// transformer meet.
 #[test]
@@ -327,6 +423,18 @@ fn configurations_are_burns() {
             MemAopTransformerEncoderConfig::new(8, 12, 2, 3).to_string(),
             TransformerEncoderConfig::new(8, 12, 2, 3).to_string(),
         ),
+        (
+            MemAopTransformerDecoderConfig::new(8, 12, 2, 3).to_string(),
+            TransformerDecoderConfig::new(8, 12, 2, 3).to_string(),
+        ),
+        (
+            MemAopCrossAttentionConfig::new(8, 6, 4, 2, 3).to_string(),
+            CrossAttentionConfig::new(8, 6, 4, 2, 3).to_string(),
+        ),
+        (
+            activation::SwiGluConfig::new(8, 12).to_string(),
+            SwiGluConfig::new(8, 12).to_string(),
+        ),
     ];
     for (ours, burns) in pairs {
         let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
@@ -380,6 +488,13 @@ fn records_load_into_each_other() {
     let input = || TransformerEncoderInput::new(tokens.clone());
     let expected = values(burns.forward(input().into()));
 
+    // A layer without a memory saves what Burn's saves.
+    let exact = MemAopTransformerEncoder::from_encoder(config.init(&device), all_rows());
+    let exact = exact.load_record(bytes(burns.clone().into_record()));
+    assert!(relative_error(&values(exact.forward(input())), &expected) < TOLERANCE);
+    let back = config.init(&device).load_record(bytes(exact.into_record()));
+    assert!(relative_error(&values(back.forward(input().into())), &expected) < TOLERANCE);
+
     let record = bytes(burns.into_record()).allow_partial(true);
     let ours = memaop.init(&device).load_record(record);
     assert!(relative_error(&values(ours.forward(input())), &expected) < TOLERANCE);
@@ -408,6 +523,25 @@ fn inference_token_by_token_equals_the_whole_sequence() {
         // The cache gives the last token alone to each layer, and it may see all before it.
         let part = TransformerEncoderInput::new(part);
         let last = encoder.forward_autoregressive_inference(part, &mut cache);
+        let [_, cached, _] = last.dims();
+        let last = last.slice([0..2, cached - 1..cached, 0..width]);
+        let expected = whole.clone().slice([0..2, until - 1..until, 0..width]);
+        assert!(
+            relative_error(&values(last), &values(expected)) < TOLERANCE,
+            "{until}"
+        );
+    }
+
+    let memory = self::tokens(&mut Random(94), [2, 3, width], &device);
+    let decoder = MemAopTransformerDecoderConfig::new(width, 12, 2, 2).init(&device);
+    let whole = TransformerDecoderInput::new(tokens.clone(), memory.clone())
+        .target_mask_attn(causal(length));
+    let whole = decoder.forward(whole);
+    let mut cache = decoder.new_autoregressive_cache();
+    for until in 1..=length {
+        let part = tokens.clone().slice([0..2, 0..until, 0..width]);
+        let part = TransformerDecoderInput::new(part, memory.clone());
+        let last = decoder.forward_autoregressive_inference(part, &mut cache);
         let [_, cached, _] = last.dims();
         let last = last.slice([0..2, cached - 1..cached, 0..width]);
         let expected = whole.clone().slice([0..2, until - 1..until, 0..width]);

@@ -12,8 +12,11 @@ use burn::{
     },
 };
 
-use super::later;
-use crate::{backward::SharedInput, config::AopConfig, layers::linear::MemAopLinear};
+use crate::{
+    backward::SharedInput,
+    config::AopConfig,
+    layers::{later, linear::MemAopLinear},
+};
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer: all of
 /// [`MultiHeadAttentionConfig`], and [`AopConfig`].
@@ -136,8 +139,10 @@ pub struct MhaInput {
     query: Tensor<3>,
     key: Tensor<3>,
     value: Tensor<3>,
-    /// Whether query, key and value are one tensor.
+    /// Whether query and key are one tensor.
     is_self: bool,
+    /// Whether key and value are one tensor.
+    key_is_value: bool,
     pub(super) mask_pad: Option<Tensor<2, Bool>>,
     pub(super) mask_attn: Option<Tensor<3, Bool>>,
 }
@@ -151,7 +156,15 @@ impl MhaInput {
     pub fn self_attn(tensor: Tensor<3>) -> Self {
         Self {
             is_self: true,
-            ..Self::new(tensor.clone(), tensor.clone(), tensor)
+            ..Self::cross_attn(tensor.clone(), tensor)
+        }
+    }
+
+    /// Makes an input whose key and value are one tensor.
+    pub(super) fn cross_attn(query: Tensor<3>, memory: Tensor<3>) -> Self {
+        Self {
+            key_is_value: true,
+            ..Self::new(query, memory.clone(), memory)
         }
     }
 
@@ -167,6 +180,7 @@ impl MhaInput {
             key,
             value,
             is_self: false,
+            key_is_value: false,
             mask_pad: None,
             mask_attn: None,
         }
@@ -265,37 +279,24 @@ impl MemAopMultiHeadAttention {
         assert_shape!(input.key, [batch_size, _, self.d_model]);
         assert_shape!(input.value, [batch_size, seq_length_2, self.d_model]);
 
-        let shared = input.is_self.then(SharedInput::default);
-        let heads = |layer, input| self.heads(layer, input, shared.as_ref());
-        let query = heads(&self.query, input.query);
-        let key = heads(&self.key, input.key);
-        let value = heads(&self.value, input.value);
+        let shared = input.key_is_value.then(SharedInput::default);
+        let shared_by_query = shared.as_ref().filter(|_| input.is_self);
+        let project = |layer: &MemAopLinear, input, shared: Option<&SharedInput>| {
+            heads(layer.forward_shared(input, shared), self.n_heads, self.d_k)
+        };
+        let query = project(&self.query, input.query, shared_by_query);
+        let key = project(&self.key, input.key, shared.as_ref());
+        let value = project(&self.value, input.value, shared.as_ref());
 
-        let scores = query.matmul(key.transpose()) / (self.d_k as f32).sqrt();
-        let scores = match input.mask_pad {
-            None => scores,
-            Some(mask) => scores.mask_fill(
-                mask.reshape([batch_size, 1, 1, seq_length_2]),
-                self.min_float,
-            ),
+        let of_pairs =
+            |mask: Tensor<3, Bool>| mask.reshape([batch_size, 1, seq_length_1, seq_length_2]);
+        let masks = [input.mask_pad.map(of_keys), input.mask_attn.map(of_pairs)];
+        let scaling = Scaling {
+            d_head: self.d_k,
+            min_float: self.min_float,
+            quiet_softmax: self.quiet_softmax,
         };
-        let scores = match input.mask_attn {
-            None => scores,
-            Some(mask) => scores.mask_fill(
-                mask.reshape([batch_size, 1, seq_length_1, seq_length_2]),
-                self.min_float,
-            ),
-        };
-        let weights = match self.quiet_softmax {
-            true => quiet_softmax(scores, 3),
-            false => softmax(scores, 3),
-        };
-        let weights = self.dropout.forward(weights);
-
-        let context = weights.clone().matmul(value);
-        let context = context
-            .swap_dims(1, 2)
-            .reshape([batch_size, seq_length_1, self.d_model]);
+        let (weights, context) = attend(query, key, value, masks, scaling, &self.dropout);
         MhaOutput {
             weights,
             context: self.output.forward(context),
@@ -311,18 +312,52 @@ impl MemAopMultiHeadAttention {
     pub fn forward_cache(&self, input: MhaInput, cache: &mut MhaCache) -> MhaOutput {
         self.to_mha().forward_cache(input.into(), cache)
     }
+}
 
-    /// Applies a layer, and gives `[batch_size, n_heads, seq_length, d_k]`.
-    fn heads(
-        &self,
-        layer: &MemAopLinear,
-        input: Tensor<3>,
-        shared: Option<&SharedInput>,
-    ) -> Tensor<4> {
-        let [batch_size, seq_length, _] = input.dims();
-        layer
-            .forward_shared(input, shared)
-            .reshape([batch_size, seq_length, self.n_heads, self.d_k])
-            .swap_dims(1, 2)
-    }
+/// How scores become weights.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scaling {
+    pub(super) d_head: usize,
+    /// The value that masked scores get.
+    pub(super) min_float: f64,
+    pub(super) quiet_softmax: bool,
+}
+
+/// Scaled dot-product attention. Returns the weights, `[batch_size, n_heads, seq_length_1,
+/// seq_length_2]`, after dropout, and the heads' outputs side by side, `[batch_size, seq_length_1,
+/// n_heads * d_head]`. Masks broadcast to the shape of the weights.
+pub(super) fn attend(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    masks: [Option<Tensor<4, Bool>>; 2],
+    scaling: Scaling,
+    dropout: &Dropout,
+) -> (Tensor<4>, Tensor<3>) {
+    let [batch_size, n_heads, seq_length, d_head] = query.dims();
+    let scores = query.matmul(key.transpose()) / (scaling.d_head as f32).sqrt();
+    let masked = |scores: Tensor<4>, mask| scores.mask_fill(mask, scaling.min_float);
+    let scores = masks.into_iter().flatten().fold(scores, masked);
+    let weights = match scaling.quiet_softmax {
+        true => quiet_softmax(scores, 3),
+        false => softmax(scores, 3),
+    };
+    let weights = dropout.forward(weights);
+    let context = weights.clone().matmul(value).swap_dims(1, 2);
+    let context = context.reshape([batch_size, seq_length, n_heads * d_head]);
+    (weights, context)
+}
+
+/// The outputs of a layer for each head, `[batch_size, n_heads, seq_length, d_head]`.
+pub(super) fn heads(projected: Tensor<3>, n_heads: usize, d_head: usize) -> Tensor<4> {
+    let [batch_size, seq_length, _] = projected.dims();
+    projected
+        .reshape([batch_size, seq_length, n_heads, d_head])
+        .swap_dims(1, 2)
+}
+
+/// A mask of keys, `[batch_size, seq_length]`, that broadcasts to the weights.
+pub(super) fn of_keys(mask: Tensor<2, Bool>) -> Tensor<4, Bool> {
+    let [batch_size, seq_length] = mask.dims();
+    mask.reshape([batch_size, 1, 1, seq_length])
 }

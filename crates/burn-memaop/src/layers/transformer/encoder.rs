@@ -13,8 +13,8 @@ use burn::{
     tensor::{Bool, Device, Tensor},
 };
 
-use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, later};
-use crate::config::AopConfig;
+use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput};
+use crate::{config::AopConfig, layers::later};
 
 /// The number of linear layers of a block: four of the attention, two of the feed-forward network.
 const LAYERS: u64 = 6;

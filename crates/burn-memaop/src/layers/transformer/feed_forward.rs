@@ -9,11 +9,11 @@ use burn::{
     tensor::{Device, Tensor, assert_shape},
 };
 
-use super::later;
 use crate::{
     config::{AopConfig, StoredInput},
     layers::{
         activation::{exact_gelu, packed_gelu, relu},
+        later,
         linear::MemAopLinear,
     },
 };

@@ -2,8 +2,9 @@
 //! `Linear`.
 //!
 //! Each is configured like Burn's module, with an [`AopConfig`] besides, or made from it. It has
-//! the same fields, and its `forward` takes and gives the same. Only [`MhaInput`] and
-//! [`TransformerEncoderInput`] are types of this module, because the fields of Burn's are private:
+//! the same fields, and its `forward` takes and gives the same. [`MhaInput`],
+//! [`TransformerEncoderInput`] and [`TransformerDecoderInput`] are types of this module, because
+//! the fields of Burn's are private:
 //!
 //! ```
 //! use burn::prelude::*;
@@ -21,23 +22,23 @@
 //!
 //! The rows of a weight gradient are the tokens of all sequences, padding included. Methods that go
 //! by scores draw a padded token with a zero gradient last. Each layer gets its own seed, counted
-//! from that of the [`AopConfig`] in the order query, key, value, output, inner, outer, block after
-//! block.
+//! from that of the [`AopConfig`](crate::AopConfig) in the order query, key, value, output, inner,
+//! outer, block after block. In a decoder the cross-attention comes before the self-attention.
 
 mod attention;
+mod cross_attention;
+mod decoder;
 mod encoder;
 mod feed_forward;
 
 pub use attention::{MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig, MhaInput};
+pub use cross_attention::{MemAopCrossAttention, MemAopCrossAttentionConfig};
+pub use decoder::{
+    MemAopTransformerDecoder, MemAopTransformerDecoderConfig, MemAopTransformerDecoderLayer,
+    TransformerDecoderInput,
+};
 pub use encoder::{
     MemAopTransformerEncoder, MemAopTransformerEncoderConfig, MemAopTransformerEncoderLayer,
     TransformerEncoderInput,
 };
 pub use feed_forward::{MemAopPositionWiseFeedForward, MemAopPositionWiseFeedForwardConfig};
-
-use crate::config::AopConfig;
-
-/// The configuration of the layer that comes `count` layers after that of `aop`.
-fn later(aop: AopConfig, count: u64) -> AopConfig {
-    aop.with_seed(aop.seed.wrapping_add(count))
-}

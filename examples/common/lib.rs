@@ -1,6 +1,8 @@
-//! Code that the examples share: options of layers, backends, encoders, MNIST and charts.
+//! Code that the examples and benchmarks share: options of layers, backends, encoders, MNIST,
+//! charts and times.
 
 mod backend;
+pub mod bench;
 pub mod chart;
 pub mod check;
 mod encoder;

@@ -1,5 +1,6 @@
 //! A table of whole training steps, exact and approximate.
 
+use crate::{Backend, InputGradientOptions, KRatio, MemoryOption, PolicyOption};
 use anyhow::{Result, bail};
 use burn::{
     module::Module,
@@ -8,10 +9,9 @@ use burn::{
 };
 use burn_memaop::AopConfig;
 use clap::Args;
-use memaop_examples::{Backend, InputGradientOptions, KRatio, MemoryOption, PolicyOption};
 use serde::Serialize;
 
-use crate::{Common, Method, Precision, interleaved};
+use super::{Common, Method, Precision, interleaved};
 
 /// The approximations of a table.
 #[derive(Args, Debug)]

@@ -1,10 +1,10 @@
 use std::hint::black_box;
 
+use crate::Backend;
 use burn::tensor::{Device, Tensor};
-use memaop_examples::Backend;
 use rayon::prelude::*;
 
-use crate::Precision;
+use super::Precision;
 
 /// Values that are copied as fast as the machine can.
 pub enum Buffers {

@@ -9,8 +9,9 @@ use burn::{
 };
 use burn_memaop::{AopConfig, OuterProducts};
 use clap::{Args, ValueEnum};
-use memaop_examples::{Backend, MemoryOption, PolicyOption};
 use serde::Serialize;
+
+use crate::{Backend, MemoryOption, PolicyOption};
 
 mod buffers;
 mod observed;
