@@ -5,11 +5,7 @@
 //! cargo bench --bench memory -- --model transformer --width 512 --batch 64 --length 64 --blocks 4
 //! ```
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    fmt,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
-};
+use std::fmt;
 
 use anyhow::{Result, ensure};
 use burn::{
@@ -31,7 +27,7 @@ use burn_memaop::{
 };
 use clap::{Parser, ValueEnum};
 use memaop_examples::bench::{Common, interleaved, random};
-use memaop_examples::{Encoder, KRatio, check};
+use memaop_examples::{Encoder, KRatio, check, memory};
 use serde::Serialize;
 
 /// Measures the bytes that training steps with Adam keep between their passes, peaks and times
@@ -208,12 +204,12 @@ fn bytes(device: &Device, make: &dyn Fn() -> Box<dyn Run>) -> Result<[usize; 2]>
     side.step();
     side.step();
     let between = alive(device)?;
-    PEAK.store(ALIVE.load(Relaxed), Relaxed);
+    memory::watch_peak();
     side.forward();
     let kept = alive(device)?.saturating_sub(between);
     side.backward();
     device.sync()?;
-    Ok([kept, PEAK.load(Relaxed).saturating_sub(before)])
+    Ok([kept, memory::peak().saturating_sub(before)])
 }
 
 /// Measures what modules of a perceptron and a transformer keep of a batch of sequences.
@@ -492,44 +488,8 @@ fn alive(device: &Device) -> Result<usize> {
         let usage = device.client().memory_report(MemoryScope::Device).usage();
         return Ok(usage.bytes_in_use as usize);
     }
-    Ok(ALIVE.load(Relaxed))
-}
-
-/// The system's allocator, which counts the bytes that are allocated.
-struct Counting;
-
-static ALIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn count(more: usize, less: usize) {
-    let before = ALIVE.fetch_add(more, Relaxed);
-    PEAK.fetch_max(before + more, Relaxed);
-    ALIVE.fetch_sub(less, Relaxed);
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size(), 0);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size(), 0);
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // The old and the new block can both be there for a moment.
-        count(size, layout.size());
-        unsafe { System.realloc(block, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        count(0, layout.size());
-        unsafe { System.dealloc(block, layout) }
-    }
+    Ok(memory::alive())
 }
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: memory::Counting = memory::Counting;

@@ -23,7 +23,7 @@ fn run_on_cuda() {
 fn step(steps: usize) {
     let device = Device::cuda(0).autodiff();
     let aop = AopConfig::new().with_cost_rule(false);
-    let layer = MemAopLinearConfig::new(32, 16).with_aop(aop).init(&device);
+    let layer = MemAopLinearConfig::new(32, 16).init(&device).with_aop(aop);
     for _ in 0..steps {
         let input = Tensor::<2>::ones([64, 32], &device);
         layer.forward(input).sum().backward();

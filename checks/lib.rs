@@ -146,7 +146,7 @@ fn layers(device: &Device, dtype: DType) {
     let aop = AopConfig::new()
         .with_outer_products(OuterProducts::Count(20))
         .with_cost_rule(false);
-    let linear = Cast(dtype).of(MemAopLinearConfig::new(70, 12).with_aop(aop).init(device));
+    let linear = Cast(dtype).of(MemAopLinearConfig::new(70, 12).init(device).with_aop(aop));
     let hidden = linear.forward(random([300, 70], device, dtype).require_grad());
     let gelu = Gelu::new().with_aop(aop.with_stored_input(StoredInput::Int8));
     (relu(hidden.clone()) + gelu.forward(hidden))
@@ -160,8 +160,8 @@ fn layers(device: &Device, dtype: DType) {
     for (groups, outer_products) in [(1, OuterProducts::Count(20)), (2, OuterProducts::Auto)] {
         let conv = MemAopConv2dConfig::new([6, 4], [3, 3])
             .with_groups(groups)
-            .with_aop(aop.with_outer_products(outer_products))
-            .init(device);
+            .init(device)
+            .with_aop(aop.with_outer_products(outer_products));
         let conv = Cast(dtype).of(conv);
         let observer = AopObserver::new();
         for _ in 0..2 {

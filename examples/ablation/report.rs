@@ -3,7 +3,7 @@ use std::{fmt::Write, path::Path};
 use anyhow::Result;
 use memaop_examples::{
     KRatio,
-    chart::{self, Chart, Series},
+    chart::{self, Chart, Panel, Series},
     statistics::{confidence, mean_and_error},
 };
 
@@ -239,7 +239,7 @@ fn against_k(regime: &Regime, path: &Path) -> Result<()> {
         },
         series: &series,
     };
-    chart::save(&[chart], path)
+    chart::save(&[Panel::Lines(chart)], path)
 }
 
 /// Draws test accuracy by epoch: of exact training, of K that the layer chooses, and of each method
@@ -286,5 +286,5 @@ fn courses(regime: &Regime, path: &Path) -> Result<()> {
         x_label: chart::number,
         series: &series,
     };
-    chart::save(&[chart], path)
+    chart::save(&[Panel::Lines(chart)], path)
 }

@@ -7,7 +7,7 @@
 #[path = "../quickstart/data.rs"]
 mod data;
 #[allow(dead_code)]
-#[path = "../quickstart/model.rs"]
+#[path = "../quickstart/perceptron/model.rs"]
 mod model;
 
 use burn::{

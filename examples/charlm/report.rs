@@ -2,7 +2,7 @@ use std::{fmt::Write, path::Path};
 
 use anyhow::Result;
 use memaop_examples::{
-    chart::{self, Chart, Series},
+    chart::{self, Chart, Panel, Series},
     statistics::{confidence, mean_and_error},
 };
 use serde::Serialize;
@@ -145,8 +145,8 @@ pub fn figure(methods: &[Method], path: &Path) -> Result<()> {
         series,
     };
     let charts = [
-        chart("steps", &by_step[..]),
-        chart("seconds of training", &by_time[..]),
+        Panel::Lines(chart("steps", &by_step)),
+        Panel::Lines(chart("seconds of training", &by_time)),
     ];
     chart::save(&charts, path)
 }

@@ -1,4 +1,4 @@
-//! Line charts as SVG or PNG.
+//! Charts of lines and of bars, as SVG or PNG.
 
 use std::{iter, path::Path, sync::Once};
 
@@ -57,6 +57,24 @@ pub struct Chart<'a> {
     pub series: &'a [Series<'a>],
 }
 
+/// A chart of one bar for each of some names.
+pub struct Bars<'a> {
+    /// The title above the chart.
+    pub title: &'a str,
+    /// The unit of the values.
+    pub unit: &'a str,
+    /// The names and values. Their colors are those of lines with the same numbers.
+    pub bars: &'a [(&'a str, f64)],
+}
+
+/// One of the charts of a file.
+pub enum Panel<'a> {
+    /// A chart of lines.
+    Lines(Chart<'a>),
+    /// A chart of bars.
+    Bars(Bars<'a>),
+}
+
 /// A number with at most two decimals.
 pub fn number(value: f64) -> String {
     format!("{}", (value * 1e2).round() / 1e2)
@@ -70,17 +88,17 @@ const SIZE: (u32, u32) = (880, 540);
 /// # Errors
 ///
 /// Returns an error for another ending, a chart without values, and a file that cannot be written.
-pub fn save(charts: &[Chart<'_>], path: &Path) -> Result<()> {
+pub fn save(panels: &[Panel<'_>], path: &Path) -> Result<()> {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
         let font = dejavu::sans::regular();
         // The only error is a font that cannot be parsed, and this one is compiled in.
         let _ = register_font("sans-serif", FontStyle::Normal, font);
     });
-    let size = (SIZE.0 * charts.len() as u32, SIZE.1);
+    let size = (SIZE.0 * panels.len() as u32, SIZE.1);
     let drawn = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("svg") => draw(charts, &SVGBackend::new(path, size).into_drawing_area()),
-        Some("png") => draw(charts, &BitMapBackend::new(path, size).into_drawing_area()),
+        Some("svg") => draw(panels, &SVGBackend::new(path, size).into_drawing_area()),
+        Some("png") => draw(panels, &BitMapBackend::new(path, size).into_drawing_area()),
         _ => bail!(
             "a chart must be an .svg or a .png file, but got {}",
             path.display()
@@ -89,13 +107,51 @@ pub fn save(charts: &[Chart<'_>], path: &Path) -> Result<()> {
     drawn.with_context(|| format!("{}", path.display()))
 }
 
-fn draw<B: DrawingBackend>(charts: &[Chart<'_>], root: &DrawingArea<B, Shift>) -> Result<()> {
+fn draw<B: DrawingBackend>(panels: &[Panel<'_>], root: &DrawingArea<B, Shift>) -> Result<()> {
     let failed = |error: DrawingAreaErrorKind<B::ErrorType>| anyhow!("{error}");
     root.fill(&WHITE).map_err(failed)?;
-    for (chart, area) in charts.iter().zip(root.split_evenly((1, charts.len()))) {
-        chart.draw(&area)?;
+    for (panel, area) in panels.iter().zip(root.split_evenly((1, panels.len()))) {
+        match panel {
+            Panel::Lines(chart) => chart.draw(&area)?,
+            Panel::Bars(bars) => bars.draw(&area).map_err(failed)?,
+        }
     }
     root.present().map_err(failed)
+}
+
+impl Bars<'_> {
+    fn draw<B: DrawingBackend>(
+        &self,
+        area: &DrawingArea<B, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        let most = self.bars.iter().map(|bar| bar.1).fold(0.0, f64::max);
+        let most = most.max(f64::MIN_POSITIVE);
+        let mut chart = ChartBuilder::on(area)
+            .caption(self.title, ("sans-serif", 20))
+            .margin(12)
+            .x_label_area_size(44)
+            .y_label_area_size(72)
+            .build_cartesian_2d(0.0..self.bars.len() as f64, 0.0..1.2 * most)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(0)
+            .y_desc(self.unit)
+            .label_style(("sans-serif", 13))
+            .light_line_style(WHITE)
+            .draw()?;
+        for (index, &(name, value)) in self.bars.iter().enumerate() {
+            let (left, color) = (index as f64, Palette99::pick(index).filled());
+            let corners = [(left + 0.15, 0.0), (left + 0.85, value)];
+            chart.draw_series([Rectangle::new(corners, color)])?;
+            let texts = [(0.1, name.to_string()), (0.04, format!("{value:.1}"))];
+            chart.draw_series(texts.map(|(above, text)| {
+                let place = (left + 0.15, value + above * most);
+                Text::new(text, place, ("sans-serif", 15))
+            }))?;
+        }
+        Ok(())
+    }
 }
 
 impl Chart<'_> {
@@ -235,7 +291,16 @@ mod tests {
                 x_label: number,
                 series: &series,
             };
-            let charts = [chart(), chart()];
+            let bars = Bars {
+                title: "memory",
+                unit: "MiB",
+                bars: &[("one", 3.0), ("two", 0.0)],
+            };
+            let charts = [
+                Panel::Lines(chart()),
+                Panel::Lines(chart()),
+                Panel::Bars(bars),
+            ];
             for name in ["chart.svg", "chart.png"] {
                 let path = folder.path().join(name);
                 save(&charts, &path).unwrap();

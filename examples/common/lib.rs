@@ -6,6 +6,7 @@ pub mod bench;
 pub mod chart;
 pub mod check;
 mod encoder;
+pub mod memory;
 pub mod mnist;
 mod options;
 pub mod parallel;

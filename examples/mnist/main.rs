@@ -97,7 +97,9 @@ fn main() -> Result<()> {
         ("devices", options.devices),
     ])?;
     check::positive("lr", options.lr)?;
-    train(&options, options.mnist.aop.config(options.mnist.seed)?)
+    // A resumed training goes on with the state of the layers.
+    let aop = options.mnist.aop.config(options.mnist.seed)?;
+    train(&options, aop.with_saved_state(true))
 }
 
 fn train(options: &Options, aop: AopConfig) -> Result<()> {

@@ -27,8 +27,8 @@ impl Mlp {
     ) -> Self {
         let layer = |d_input, d_output| {
             MemAopLinearConfig::new(d_input, d_output)
-                .with_aop(aop)
                 .init(device)
+                .with_aop(aop)
         };
         Self {
             hidden1: layer(784, width),

@@ -86,6 +86,7 @@ impl MnistOptions {
         mut training: SupervisedTraining<M>,
         learner: Learner<M>,
     ) -> Result<()> {
+        println!("{}", burn_memaop::summary(&learner.model()));
         if self.plain {
             training = training.renderer(Box::new(PlainRenderer::default()));
         }

@@ -1,8 +1,8 @@
-use std::{collections::BTreeMap, fmt::Write, fs, path::Path, slice};
+use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
 
 use anyhow::{Context, Result};
 use memaop_examples::{
-    chart::{self, Chart},
+    chart::{self, Chart, Panel},
     statistics::mean_and_error,
 };
 use serde::Deserialize;
@@ -155,17 +155,17 @@ fn figure<'a>(
         },
         dataset.batch()
     );
-    let chart = Chart {
+    let charts = [Panel::Lines(Chart {
         title: &title,
         x: "epoch",
         y: "validation loss",
         logarithmic: dataset == Dataset::Energy,
         x_label: chart::number,
         series: &lines,
-    };
+    })];
     for format in ["svg", "png"] {
         let path = folder.join(format!("{}-k{k}.{format}", dataset.name()));
-        chart::save(slice::from_ref(&chart), &path)?;
+        chart::save(&charts, &path)?;
     }
     Ok(())
 }

@@ -4,6 +4,8 @@ use smartcore::dataset::digits;
 
 /// The number of pixels of an image.
 pub const PIXELS: usize = 64;
+/// The number of digits.
+pub const CLASSES: usize = 10;
 
 /// The 1,797 handwritten digits of the UCI repository (Alpaydin, Kaynak), 8 x 8 pixels each.
 pub struct Digits {

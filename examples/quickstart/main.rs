@@ -1,50 +1,91 @@
-//! Handwritten digits, learned twice from the same initial weights: with `burn::nn::Linear` and
-//! with `MemAopLinear`.
+//! Handwritten digits, learned by a small transformer from the same initial weights: with Burn's
+//! layers, with those of burn-memaop, and with these and inputs in 8 bits.
 //!
 //! ```text
 //! cargo quickstart
+//! cargo quickstart --perceptron
 //! ```
 
 mod data;
-mod model;
+mod perceptron;
 mod training;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, Result};
-use burn::tensor::Device;
-use burn_memaop::AopConfig;
+use anyhow::{Context, Result, ensure};
+use burn::{optim::AdamConfig, tensor::Device};
+use burn_memaop::{AopConfig, StoredInput, summary, with_aop};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use memaop_examples::{
     AopOptions, Backend,
-    chart::{self, Chart, Series},
+    chart::{self, Bars, Chart, Panel, Series},
+    check,
+    memory::Counting,
 };
 use serde::Serialize;
 
 use crate::{
     data::Digits,
-    model::Mlp,
-    training::{Run, Settings, Training},
+    training::{Bytes, Classifier, ClassifierTraining, Run, Training, bytes, train_in_turns},
 };
 
-/// Learns handwritten digits with Linear and with MemAopLinear, in turns
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The transformer with Burn's layers.
+mod burns {
+    use crate::{
+        Size,
+        data::{CLASSES, PIXELS},
+        training::Classifier,
+    };
+
+    include!("transformer.rs");
+}
+
+/// The same source, with burn-with-memaop under the name of Burn.
+mod swapped {
+    use swapped_burn as burn;
+
+    use crate::{
+        Size,
+        data::{CLASSES, PIXELS},
+        training::Classifier,
+    };
+
+    include!("transformer.rs");
+}
+
+/// Learns handwritten digits with Burn's layers and with those of burn-memaop, in turns
 #[derive(Parser, Debug)]
 struct Options {
     #[command(flatten)]
     aop: AopOptions,
-    /// Passes over the training images
-    #[arg(long, default_value_t = 100)]
-    epochs: usize,
-    /// Images in a batch
-    #[arg(long, default_value_t = 128)]
-    batch: usize,
-    /// Units in each of the two hidden layers
-    #[arg(long, default_value_t = 512)]
-    width: usize,
-    /// Learning rate of SGD
-    #[arg(long, default_value_t = 0.1)]
-    lr: f64,
+    /// Compares perceptrons, which are too small to gain much, in place of transformers
+    #[arg(long)]
+    perceptron: bool,
+    /// Passes over the training images [default: 9, perceptron 100]
+    #[arg(long)]
+    epochs: Option<usize>,
+    /// Images in a batch [default: 64, perceptron 128]
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Width of a token, or units in each of the two hidden layers of the perceptron
+    /// [default: 128, perceptron 512]
+    #[arg(long)]
+    width: Option<usize>,
+    /// Heads of the transformer's attention
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    /// Blocks of the transformer
+    #[arg(long, default_value_t = 2)]
+    blocks: usize,
+    /// Learning rate of Adam, or of SGD for the perceptron [default: 0.001, perceptron 0.1]
+    #[arg(long)]
+    lr: Option<f64>,
     /// Seed of the initial weights, of the order of the images and of the draws of rows
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -53,139 +94,261 @@ struct Options {
     /// File for the table, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// File for the loss curves, .svg or .png
+    /// File for the picture, .svg or .png
     #[arg(long, default_value = "quickstart.svg")]
     chart: PathBuf,
+}
+
+/// The settings of both kinds of models.
+pub struct Settings {
+    pub epochs: usize,
+    pub batch: usize,
+    pub width: usize,
+    pub lr: f64,
+    pub seed: u64,
+}
+
+impl Settings {
+    fn of(options: &Options) -> Result<Self> {
+        let (epochs, batch, width, lr) = match options.perceptron {
+            true => (100, 128, 512, 0.1),
+            false => (9, 64, 128, 1e-3),
+        };
+        let settings = Self {
+            epochs: options.epochs.unwrap_or(epochs),
+            batch: options.batch.unwrap_or(batch),
+            width: options.width.unwrap_or(width),
+            lr: options.lr.unwrap_or(lr),
+            seed: options.seed,
+        };
+        let train = Digits::load().train_len();
+        check::at_least_one(&[
+            ("epochs", settings.epochs),
+            ("width", settings.width),
+            ("blocks", options.blocks),
+        ])?;
+        check::heads(settings.width, options.heads)?;
+        ensure!(
+            (1..=train).contains(&settings.batch),
+            "--batch must be from 1 to {train}, but got {}",
+            settings.batch
+        );
+        check::positive("lr", settings.lr)?;
+        Ok(settings)
+    }
+}
+
+/// The size of a transformer.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    pub width: usize,
+    pub heads: usize,
+    pub blocks: usize,
 }
 
 #[derive(Serialize)]
 struct Report<'a> {
     runs: &'a [Run],
+    /// Empty for perceptrons and on GPUs.
+    bytes: &'a [Bytes],
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    let settings = Settings::of(&options)?;
     let device = options.backend.device()?;
     let aop = options.aop.config(options.seed)?;
-    let settings = Settings {
-        epochs: options.epochs,
-        batch: options.batch,
-        width: options.width,
-        lr: options.lr,
-        seed: options.seed,
+    let (runs, bytes) = match options.perceptron {
+        true => {
+            let runs = perceptron::compare(&settings, aop, &device)?;
+            perceptron::print_table(&runs);
+            (runs, Vec::new())
+        }
+        false => {
+            let size = Size {
+                width: settings.width,
+                heads: options.heads,
+                blocks: options.blocks,
+            };
+            let counts = options.backend.is_cpu();
+            let (runs, bytes) = compare(&settings, size, aop, counts, &device)?;
+            print_table(&runs, &bytes);
+            (runs, bytes)
+        }
     };
-    settings.validate()?;
-
-    let runs = compare(&settings, aop, &device)?;
-    print_table(&runs);
     if let Some(path) = &options.json {
-        let report = serde_json::to_string_pretty(&Report { runs: &runs })?;
+        let report = Report {
+            runs: &runs,
+            bytes: &bytes,
+        };
+        let report = serde_json::to_string_pretty(&report)?;
         fs::write(path, report).with_context(|| format!("--json {}", path.display()))?;
     }
-    draw(&runs, &options.chart)?;
-    println!("\nLoss curves: {}", options.chart.display());
+    draw(&runs, &bytes, &options.chart)?;
+    println!("\nPicture: {}", options.chart.display());
     Ok(())
 }
 
-/// Trains both models from the same weights and on the same batches. They take turns, a step each.
-fn compare(settings: &Settings, aop: AopConfig, device: &Device) -> Result<[Run; 2]> {
-    let digits = Digits::load();
-    device.seed(settings.seed);
-    let linear = Mlp::new(settings.width, &device.clone().autodiff());
-    let memaop = linear.clone().with_memaop(aop);
+type Make<'a> = Box<dyn Fn() -> Box<dyn Training> + 'a>;
 
+/// Trains transformers from the same weights and on the same batches, and counts their bytes.
+fn compare(
+    settings: &Settings,
+    size: Size,
+    aop: AopConfig,
+    counts: bool,
+    device: &Device,
+) -> Result<(Vec<Run>, Vec<Bytes>)> {
     let autodiff = device.clone().autodiff();
-    let mut linear = Training::new("linear", linear, settings.lr, &autodiff);
-    let mut memaop = Training::new("memaop", memaop, settings.lr, &autodiff);
+    let swapped = || {
+        device.seed(settings.seed);
+        swapped::Transformer::new(size, &autodiff)
+    };
+    let with = |aop: AopConfig| with_aop(swapped(), |_, own| aop.with_seed(aop.seed + own.seed));
+    let small = aop.with_stored_input(StoredInput::Int8);
+    println!("{}", summary(&with(aop)));
 
-    let steps = settings.epochs * digits.batches(settings.batch);
-    let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {eta:>4} left")?;
-    let bar = ProgressBar::new(steps as u64).with_style(style);
-    for epoch in 0..settings.epochs as u64 {
-        // Epochs of trainings with different seeds have different seeds too.
-        let seed = settings.seed << 32 | epoch;
-        for batch in digits.epoch(settings.batch, seed, &autodiff) {
-            linear.step(&batch)?;
-            memaop.step(&batch)?;
-            bar.inc(1);
-        }
-        linear.end_epoch();
-        memaop.end_epoch();
-    }
-    bar.finish();
-    let test = || digits.test(device);
-    Ok([linear.finish(test()), memaop.finish(test())])
+    let makes: [Make<'_>; 3] = [
+        Box::new(|| {
+            device.seed(settings.seed);
+            let model = burns::Transformer::new(size, &autodiff);
+            training("Burn's layers", model, settings, &autodiff)
+        }),
+        Box::new(|| training("burn-memaop", with(aop), settings, &autodiff)),
+        Box::new(|| training("burn-memaop, 8 bits", with(small), settings, &autodiff)),
+    ];
+    let digits = Digits::load();
+    let batch = digits.epoch(settings.batch, 0, &autodiff).swap_remove(0);
+    let bytes: Result<Vec<_>> = match counts {
+        true => makes.iter().map(|make| bytes(make, &batch)).collect(),
+        false => Ok(Vec::new()),
+    };
+    let runs = train_in_turns(
+        makes.iter().map(|make| make()).collect(),
+        &digits,
+        [settings.epochs, settings.batch],
+        settings.seed,
+        device,
+    )?;
+    Ok((runs, bytes?))
 }
 
-fn print_table(runs: &[Run]) {
+fn training<M: Classifier>(
+    name: &'static str,
+    model: M,
+    settings: &Settings,
+    device: &Device,
+) -> Box<dyn Training> {
+    // Weights are drawn when they are first read, and must be drawn alike.
+    drop(model.valid());
+    let adam = AdamConfig::new().init();
+    Box::new(ClassifierTraining::new(
+        name,
+        model,
+        adam,
+        settings.lr,
+        device,
+    ))
+}
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// Each figure is followed by its ratio to that of Burn's layers.
+fn print_table(runs: &[Run], bytes: &[Bytes]) {
     println!(
-        "{:<8} {:>15} {:>10} {:>16} {:>9}",
-        "layer", "test accuracy", "loss", "outer products", "ms/step"
+        "{:<20} {:>9} {:>5} {:>10} {:>5} {:>10} {:>5} {:>14} {:>8}",
+        "layers", "ms/step", "", "kept, MiB", "", "peak, MiB", "", "test accuracy", "loss"
     );
-    for run in runs {
+    for (index, run) in runs.iter().enumerate() {
+        let with_ratio = |figure: fn(&Bytes) -> usize| match bytes.get(index) {
+            None => format!("{:>10} {:>5}", "", ""),
+            Some(row) => {
+                let figure = |row| figure(row) as f64 / MIB;
+                let (value, first) = (figure(row), figure(&bytes[0]));
+                format!("{value:>10.1} {:>5.2}", value / first)
+            }
+        };
         println!(
-            "{:<8} {:>13.2} % {:>10.5} {:>16} {:>9.3}",
-            run.layer,
+            "{:<20} {:>9.1} {:>5.2} {} {} {:>12.2} % {:>8.4}",
+            run.name,
+            run.step_ms,
+            run.step_ms / runs[0].step_ms,
+            with_ratio(|row| row.kept),
+            with_ratio(|row| row.peak),
             100.0 * run.test_accuracy,
-            run.loss,
-            run.outer_products,
-            run.step_ms
+            run.loss
         );
     }
+    println!(
+        "\nkept: between the passes of a step. peak: of a step, with weights and Adam's moments."
+    );
 }
 
-/// Draws loss against epochs and against time. Times can be compared, because runs take turns.
-fn draw(runs: &[Run], path: &std::path::Path) -> Result<()> {
-    let series = |points: fn(&Run) -> Vec<(f64, f64)>| -> Vec<_> {
-        let runs = runs.iter().enumerate();
-        runs.map(|(color, run)| Series::new(run.layer, points(run), color))
-            .collect()
-    };
-    let by_epoch = series(|run| chart::numbered(&run.losses));
-    let by_time = series(|run| {
-        let losses = run.losses.iter().copied();
-        run.seconds.iter().copied().zip(losses).collect()
-    });
-    let chart = |x, series| Chart {
-        title: "Digits: training loss",
-        x,
+/// Draws the loss by time, and the bytes as bars. Times can be compared, because runs take turns.
+fn draw(runs: &[Run], bytes: &[Bytes], path: &Path) -> Result<()> {
+    let lines: Vec<_> = (runs.iter().enumerate())
+        .map(|(color, run)| {
+            let losses = run.losses.iter().copied();
+            let points = run.seconds.iter().copied().zip(losses).collect();
+            Series::new(run.name, points, color)
+        })
+        .collect();
+    let mut panels = vec![Panel::Lines(Chart {
+        title: "Digits: training loss by time",
+        x: "seconds of training",
         y: "loss",
         logarithmic: true,
         x_label: chart::number,
-        series,
+        series: &lines,
+    })];
+    let bars = |figure: fn(&Bytes) -> usize| -> Vec<_> {
+        let figures = bytes.iter().map(|row| figure(row) as f64 / MIB);
+        runs.iter().map(|run| run.name).zip(figures).collect()
     };
-    let charts = [
-        chart("epoch", &by_epoch[..]),
-        chart("seconds of training", &by_time[..]),
-    ];
-    chart::save(&charts, path).context("--chart")
+    let (kept, peak) = (bars(|row| row.kept), bars(|row| row.peak));
+    if !bytes.is_empty() {
+        for (title, bars) in [
+            ("Memory kept between the passes", &kept),
+            ("Peak memory of a step", &peak),
+        ] {
+            let unit = "MiB";
+            panels.push(Panel::Bars(Bars { title, unit, bars }));
+        }
+    }
+    chart::save(&panels, path).context("--chart")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Fewer rows are used, and at most 1.5 points of accuracy are lost.
+    /// The three trainings begin with the same loss and end near to each other, and the layers of
+    /// burn-memaop keep less.
     #[test]
-    fn fewer_outer_products_learn_as_well() {
+    fn transformers_learn_alike_and_keep_less() {
+        let settings = Settings {
+            epochs: 2,
+            batch: 64,
+            width: 32,
+            lr: 1e-3,
+            seed: 0,
+        };
+        let size = Size {
+            width: 32,
+            heads: 2,
+            blocks: 1,
+        };
         let device = Device::flex();
-        // The defaults, but every layer uses fewer rows.
-        let aop = AopConfig::new().with_cost_rule(false);
-        let mut difference = 0.0;
-        for seed in 0..3 {
-            let settings = Settings {
-                epochs: 40,
-                batch: 128,
-                width: 128,
-                lr: 0.1,
-                seed,
-            };
-            let [linear, memaop] = compare(&settings, aop, &device).unwrap();
-            assert!(linear.test_accuracy > 0.9, "{}", linear.test_accuracy);
-            let share = memaop.outer_products as f64 / linear.outer_products as f64;
-            assert!(share < 0.9, "{share}");
-            difference += (linear.test_accuracy - memaop.test_accuracy) / 3.0;
+        let (runs, bytes) = compare(&settings, size, AopConfig::new(), true, &device).unwrap();
+        for run in &runs[1..] {
+            for (ours, burns) in run.losses.iter().zip(&runs[0].losses) {
+                assert!(
+                    (ours - burns).abs() < 0.02 * burns,
+                    "{}: {ours} {burns}",
+                    run.name
+                );
+            }
         }
-        assert!(difference <= 0.015, "{difference}");
+        assert!(bytes[1].kept < bytes[0].kept && bytes[2].kept < bytes[1].kept);
     }
 }

@@ -1,45 +1,34 @@
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use burn::{
     module::Module,
     nn::loss::{CrossEntropyLoss, CrossEntropyLossConfig},
-    optim::{GradientsParams, ModuleOptimizer, SgdConfig},
+    optim::{GradientsParams, ModuleOptimizer},
     tensor::{Device, Tensor},
 };
-use memaop_examples::check;
+use indicatif::{ProgressBar, ProgressStyle};
+use memaop_examples::memory;
 use serde::Serialize;
 
-use crate::{
-    data::{Batch, Digits},
-    model::{Dense, Mlp},
-};
+use crate::data::{Batch, Digits};
 
-pub struct Settings {
-    pub epochs: usize,
-    pub batch: usize,
-    pub width: usize,
-    pub lr: f64,
-    pub seed: u64,
-}
+/// A model that gives each image a score for each digit.
+pub trait Classifier: Module + 'static {
+    fn scores(&self, images: Tensor<2>) -> Tensor<2>;
 
-impl Settings {
-    pub fn validate(&self) -> Result<()> {
-        let train = Digits::load().train_len();
-        check::at_least_one(&[("epochs", self.epochs), ("width", self.width)])?;
-        ensure!(
-            (1..=train).contains(&self.batch),
-            "--batch must be from 1 to {train}, but got {}",
-            self.batch
-        );
-        check::positive("lr", self.lr)
+    /// The number of outer products in the last weight gradients, for a batch of `rows` images. 0
+    /// if the model does not count them.
+    fn outer_products(&self, rows: usize) -> usize {
+        let _ = rows;
+        0
     }
 }
 
 /// The outcome of one training.
 #[derive(Serialize)]
 pub struct Run {
-    pub layer: &'static str,
+    pub name: &'static str,
     /// The share of test images that are recognised.
     pub test_accuracy: f64,
     /// The mean training loss of the last epoch.
@@ -55,12 +44,33 @@ pub struct Run {
     pub seconds: Vec<f64>,
 }
 
-/// A training in progress. Two of them can take turns, so that their times can be compared.
-pub struct Training<L: Dense> {
-    layer: &'static str,
+/// What a step allocates, in bytes.
+#[derive(Serialize, Clone, Copy)]
+pub struct Bytes {
+    /// What is kept between the forward and the backward pass.
+    pub kept: usize,
+    /// The most at once, with weights and the optimizer's state.
+    pub peak: usize,
+}
+
+/// A training in progress.
+pub trait Training {
+    /// Takes one step: forward, backward, optimizer.
+    fn step(&mut self, batch: &Batch) -> Result<()>;
+
+    /// Takes one step and returns what is allocated between its passes.
+    fn step_and_count(&mut self, batch: &Batch) -> Result<usize>;
+
+    fn end_epoch(&mut self);
+
+    fn finish(self: Box<Self>, test: Batch) -> Run;
+}
+
+pub struct ClassifierTraining<M> {
+    name: &'static str,
     /// Each step moves the model through the optimizer. With a clone beside it, the optimizer could
     /// not update the parameters in place.
-    model: Option<Mlp<L>>,
+    model: Option<M>,
     lr: f64,
     optimizer: ModuleOptimizer,
     loss: CrossEntropyLoss,
@@ -72,13 +82,19 @@ pub struct Training<L: Dense> {
     outer_products: u64,
 }
 
-impl<L: Dense> Training<L> {
-    pub fn new(layer: &'static str, model: Mlp<L>, lr: f64, device: &Device) -> Self {
+impl<M: Classifier> ClassifierTraining<M> {
+    pub fn new(
+        name: &'static str,
+        model: M,
+        optimizer: ModuleOptimizer,
+        lr: f64,
+        device: &Device,
+    ) -> Self {
         Self {
-            layer,
+            name,
             model: Some(model),
             lr,
-            optimizer: SgdConfig::new().init(),
+            optimizer,
             loss: CrossEntropyLossConfig::new().init(device),
             epoch: Vec::new(),
             losses: Vec::new(),
@@ -88,38 +104,49 @@ impl<L: Dense> Training<L> {
         }
     }
 
-    /// Takes one step: forward, backward, optimizer.
-    pub fn step(&mut self, batch: &Batch) -> Result<()> {
-        let rows = batch.images.dims()[0];
+    fn passes(&mut self, batch: &Batch, between: impl FnOnce()) -> Tensor<1> {
         let model = self.model.take().expect("put back by every step");
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
-        let device = images.device();
+        let loss = self.loss.forward(model.scores(images), labels);
+        between();
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        self.model = Some(self.optimizer.step(self.lr, model, grads));
+        loss.inner()
+    }
+}
 
+impl<M: Classifier> Training for ClassifierTraining<M> {
+    fn step(&mut self, batch: &Batch) -> Result<()> {
+        let device = batch.images.device();
         device.sync()?;
         let start = Instant::now();
-        let loss = self.loss.forward(model.forward(images), labels);
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        let model = self.optimizer.step(self.lr, model, grads);
+        let loss = self.passes(batch, || {});
         device.sync()?;
         self.times.push(start.elapsed().as_secs_f64() * 1e3);
-        self.outer_products += model.outer_products(rows) as u64;
-        self.model = Some(model);
-
-        self.epoch.push(loss.inner());
+        let model = self.model.as_ref().expect("put back by every step");
+        self.outer_products += model.outer_products(batch.images.dims()[0]) as u64;
+        self.epoch.push(loss);
         Ok(())
     }
 
-    pub fn end_epoch(&mut self) {
+    fn step_and_count(&mut self, batch: &Batch) -> Result<usize> {
+        let before = memory::alive();
+        let mut kept = 0;
+        self.passes(batch, || kept = memory::alive().saturating_sub(before));
+        Ok(kept)
+    }
+
+    fn end_epoch(&mut self) {
         let losses = Tensor::cat(std::mem::take(&mut self.epoch), 0);
         self.losses.push(losses.mean().into_scalar());
         self.seconds.push(1e-3 * self.times.iter().sum::<f64>());
     }
 
-    pub fn finish(mut self, test: Batch) -> Run {
+    fn finish(mut self: Box<Self>, test: Batch) -> Run {
         let model = self.model.expect("put back by every step");
         self.times.sort_by(f64::total_cmp);
         Run {
-            layer: self.layer,
+            name: self.name,
             test_accuracy: accuracy(&model, test),
             loss: *self.losses.last().expect("at least one epoch"),
             outer_products: self.outer_products,
@@ -130,9 +157,51 @@ impl<L: Dense> Training<L> {
     }
 }
 
-fn accuracy<L: Dense>(model: &Mlp<L>, test: Batch) -> f64 {
-    let found = model.valid().forward(test.images).argmax(1).squeeze_dim(1);
+fn accuracy<M: Classifier>(model: &M, test: Batch) -> f64 {
+    let found = model.valid().scores(test.images).argmax(1).squeeze_dim(1);
     let count = test.labels.dims()[0] as f64;
     let right = found.equal(test.labels).int().sum();
     right.into_scalar::<i64>() as f64 / count
+}
+
+/// The bytes of the third step of a training, which nothing else runs beside.
+pub fn bytes(make: impl FnOnce() -> Box<dyn Training>, batch: &Batch) -> Result<Bytes> {
+    let before = memory::alive();
+    let mut training = make();
+    for _ in 0..2 {
+        training.step_and_count(batch)?;
+    }
+    memory::watch_peak();
+    let kept = training.step_and_count(batch)?;
+    let peak = memory::peak().saturating_sub(before);
+    Ok(Bytes { kept, peak })
+}
+
+/// Trains on the same batches in turns, a step each, so that the times can be compared.
+pub fn train_in_turns(
+    mut trainings: Vec<Box<dyn Training>>,
+    digits: &Digits,
+    [epochs, batch]: [usize; 2],
+    seed: u64,
+    device: &Device,
+) -> Result<Vec<Run>> {
+    let autodiff = device.clone().autodiff();
+    let steps = epochs * digits.batches(batch);
+    let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {eta:>4} left")?;
+    let bar = ProgressBar::new(steps as u64).with_style(style);
+    for epoch in 0..epochs as u64 {
+        // Epochs of trainings with different seeds have different seeds too.
+        for batch in digits.epoch(batch, seed << 32 | epoch, &autodiff) {
+            for training in &mut trainings {
+                training.step(&batch)?;
+            }
+            bar.inc(1);
+        }
+        for training in &mut trainings {
+            training.end_epoch();
+        }
+    }
+    bar.finish();
+    let finish = |training: Box<dyn Training>| training.finish(digits.test(device));
+    Ok(trainings.into_iter().map(finish).collect())
 }

@@ -91,14 +91,11 @@ fn read_configs(bytes: &[u8]) {
         let _rule = config.validate();
         config.outer_products.k(100);
     }
-    if let Ok(config) = MemAopLinearConfig::load_binary(bytes) {
-        let _rule = config.aop.validate();
-    }
 }
 
 static CONFIG: LazyLock<String> = LazyLock::new(|| {
     let aop = AopConfig::new().with_method(Method::TopK(Memory::Balanced { decay: 0.9 }));
-    serde_json::to_string(&MemAopLinearConfig::new(3, 2).with_aop(aop)).unwrap()
+    serde_json::to_string(&aop).unwrap()
 });
 
 fn layer() -> MemAopLinear {
@@ -107,13 +104,14 @@ fn layer() -> MemAopLinear {
         .with_method(Method::TopK(Memory::Balanced { decay: 0.9 }))
         .with_cost_rule(false);
     MemAopLinearConfig::new(3, 2)
-        .with_aop(aop)
         .init(&Device::flex().autodiff())
+        .with_aop(aop)
 }
 
 fn auto() -> AopConfig {
     AopConfig::new()
         .with_input_gradient(OuterProducts::Auto)
+        .with_saved_state(true)
         .with_cost_rule(false)
 }
 

@@ -269,7 +269,7 @@ fn packed(device: &Device) {
         .with_outer_products(OuterProducts::Count(9))
         .with_cost_rule(false)
         .with_stored_input(StoredInput::Int8);
-    let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+    let layer = MemAopLinearConfig::new(20, 12).init(&device).with_aop(aop);
     let input = random([70, 20], &device, DType::F32).require_grad();
     let (kernels, reads) = observe(&device, || {
         let gelu = Gelu::new().with_aop(aop);
@@ -306,7 +306,7 @@ fn host_selection_is_reported(device: &Device) {
 fn choosing_layer(device: &Device) {
     let device = device.clone().autodiff();
     let aop = AopConfig::new().with_cost_rule(false);
-    let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+    let layer = MemAopLinearConfig::new(20, 12).init(&device).with_aop(aop);
     let input = Tensor::<2>::ones([64, 20], &device);
     let reads = |steps: usize| {
         let (_, reads) = observe(&device, || {
@@ -334,7 +334,7 @@ fn layer(device: &Device) {
             .with_outer_products(OuterProducts::Count(9))
             .with_cost_rule(false)
             .with_method(method);
-        let layer = MemAopLinearConfig::new(20, 12).with_aop(aop).init(&device);
+        let layer = MemAopLinearConfig::new(20, 12).init(&device).with_aop(aop);
         let input = random([70, 20], &device, DType::F32);
         let observer = AopObserver::new().with_error(2);
         let mut reports = vec![observer.observe(&layer)];
@@ -359,8 +359,8 @@ fn convolution(device: &Device) {
     let images = Tensor::<4>::random([4, 6, 9, 8], Distribution::Normal(0.0, 1.0), &device);
     let layer = |aop: AopConfig| {
         MemAopConv2dConfig::new([6, 5], [3, 3])
-            .with_aop(aop.with_cost_rule(false))
             .init(&device)
+            .with_aop(aop.with_cost_rule(false))
     };
     let some = layer(AopConfig::new().with_outer_products(OuterProducts::Count(20)));
     let (forward, _) = observe(&device, || drop(some.forward(images.clone())));

@@ -257,8 +257,8 @@ impl From<Gelu> for Activation {
     }
 }
 
-/// Configuration to create a [`SwiGlu`] layer: all of [`SwiGluConfig`](nn::SwiGluConfig), and
-/// [`AopConfig`].
+/// Configuration to create a [`SwiGlu`] layer, with the fields of Burn's
+/// [`SwiGluConfig`](nn::SwiGluConfig). To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct SwiGluConfig {
     /// The size of the input features.
@@ -276,21 +276,14 @@ pub struct SwiGluConfig {
     /// The layout in which the linear parameters are stored.
     #[config(default = "LinearLayout::Row")]
     pub layout: LinearLayout,
-    /// How the weight gradients of both linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl SwiGluConfig {
     /// Creates a [`SwiGlu`] with the parameters that Burn's configuration gives from the same random
     /// state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> SwiGlu {
         let burns = nn::SwiGluConfig::from(self.clone());
-        SwiGlu::from_swiglu(burns.init(device), self.aop)
+        SwiGlu::from_swiglu(burns.init(device), AopConfig::new())
     }
 }
 

@@ -26,7 +26,8 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopConv2d`] layer: all of [`Conv2dConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopConv2d`] layer, with the fields of Burn's
+/// [`Conv2dConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopConv2dConfig {
     /// The numbers of channels of input and output.
@@ -53,9 +54,6 @@ pub struct MemAopConv2dConfig {
         default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
     )]
     pub initializer: Initializer,
-    /// How the weight gradient is approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopConv2dConfig {
@@ -64,8 +62,7 @@ impl MemAopConv2dConfig {
     ///
     /// # Panics
     ///
-    /// Panics if [`AopConfig::validate_convolution`] rejects `aop`, or if `groups` does not divide
-    /// both numbers of channels.
+    /// Panics if `groups` does not divide both numbers of channels.
     pub fn init(&self, device: &Device) -> MemAopConv2d {
         let conv2d = Conv2dConfig::new(self.channels, self.kernel_size)
             .with_stride(self.stride)
@@ -75,7 +72,7 @@ impl MemAopConv2dConfig {
             .with_bias(self.bias)
             .with_initializer(self.initializer.clone())
             .init(device);
-        MemAopConv2d::from_conv2d(conv2d, self.aop)
+        MemAopConv2d::from_conv2d(conv2d, AopConfig::new())
     }
 }
 

@@ -21,7 +21,8 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopLinear`] layer: all of [`LinearConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopLinear`] layer, with the fields of Burn's
+/// [`LinearConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopLinearConfig {
     /// The size of the input features.
@@ -39,25 +40,18 @@ pub struct MemAopLinearConfig {
     /// The layout in which the linear parameters are stored.
     #[config(default = "LinearLayout::Row")]
     pub layout: LinearLayout,
-    /// How the weight gradient is approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopLinearConfig {
     /// Creates a [`MemAopLinear`] with the parameters that [`LinearConfig::init`] gives from the
     /// same random state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopLinear {
         let linear = LinearConfig::new(self.d_input, self.d_output)
             .with_bias(self.bias)
             .with_initializer(self.initializer.clone())
             .with_layout(self.layout)
             .init(device);
-        MemAopLinear::from_linear(linear, self.aop)
+        MemAopLinear::from_linear(linear, AopConfig::new())
     }
 }
 

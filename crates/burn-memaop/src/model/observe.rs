@@ -12,7 +12,7 @@ use crate::state::{offer::Shown, reading::Reading};
 /// # use burn_memaop::{AopConfig, AopObserver, MemAopLinearConfig};
 /// # let device = Device::flex().autodiff();
 /// # let aop = AopConfig::new().with_cost_rule(false);
-/// # let model = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
+/// # let model = MemAopLinearConfig::new(3, 2).init(&device).with_aop(aop);
 /// let observer = AopObserver::new();
 /// for _ in 0..2 {
 ///     let grads = model.forward(Tensor::<2>::ones([8, 3], &device)).sum().backward();

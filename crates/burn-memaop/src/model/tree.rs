@@ -121,7 +121,7 @@ fn place(layer: &str) -> u64 {
 /// # use burn_memaop::{AopConfig, MemAopLinearConfig};
 /// # let device = Device::flex().autodiff();
 /// # let aop = AopConfig::new().with_cost_rule(false);
-/// # let trained = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
+/// # let trained = MemAopLinearConfig::new(3, 2).init(&device).with_aop(aop);
 /// # trained.forward(Tensor::<2>::ones([8, 3], &device)).sum().backward();
 /// let model = burn_memaop::reset(trained.clone());
 /// assert_eq!((trained.memory_stats().step, model.memory_stats().step), (1, 0));

@@ -276,7 +276,9 @@ fn a_training_goes_on_with_the_k_that_it_had() {
     };
     let linear = LinearConfig::new(N, P).init(&device);
     for input_gradient in [OuterProducts::All, OuterProducts::Auto] {
-        let aop = auto().with_input_gradient(input_gradient);
+        let aop = auto()
+            .with_input_gradient(input_gradient)
+            .with_saved_state(true);
         let new = || MemAopLinear::from_linear(linear.clone(), aop);
         let steps = 240;
         let whole = new();

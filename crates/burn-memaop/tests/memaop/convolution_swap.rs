@@ -38,9 +38,10 @@ fn models(device: &Device) -> (Ours, Burns) {
         first: conv([1, 3]),
         second: conv([3, 2]),
     };
+    let aop = count(5).with_saved_state(true);
     let ours = Ours {
-        first: MemAopConv2d::from_conv2d(burns.first.clone(), count(5)),
-        second: MemAopConv2d::from_conv2d(burns.second.clone(), count(5)),
+        first: MemAopConv2d::from_conv2d(burns.first.clone(), aop),
+        second: MemAopConv2d::from_conv2d(burns.second.clone(), aop),
     };
     (ours, burns)
 }
@@ -144,8 +145,8 @@ fn what_a_convolution_cannot_do_is_refused() {
 fn a_memory_is_refused_at_once() {
     let aop = AopConfig::new().with_method(Method::TopK(Memory::Published { decay: 1.0 }));
     MemAopConv2dConfig::new([1, 2], [3, 3])
-        .with_aop(aop)
-        .init(&Device::flex());
+        .init(&Device::flex())
+        .with_aop(aop);
 }
 
 #[test]
@@ -249,8 +250,8 @@ fn small_convolutions_are_exact_and_large_ones_are_not() {
         let aop = AopConfig::new().with_outer_products(OuterProducts::Ratio(0.125));
         let layer = MemAopConv2dConfig::new(channels, [kernel; 2])
             .with_groups(groups)
-            .with_aop(aop)
-            .init(&device);
+            .init(&device)
+            .with_aop(aop);
         layer.is_exact([64, channels[0], size[0], size[1]], &device)
     };
     assert!(exact([1, 32], 3, 1, [28, 28]));
@@ -265,8 +266,8 @@ fn convolutions_do_not_choose_their_rows() {
     let device = Device::flex();
     for aop in [AopConfig::new(), AopConfig::new().with_cost_rule(false)] {
         let layer = MemAopConv2dConfig::new([64, 64], [3, 3])
-            .with_aop(aop)
-            .init(&device);
+            .init(&device)
+            .with_aop(aop);
         assert!(layer.is_exact([64, 64, 32, 32], &device));
     }
 }

@@ -25,6 +25,7 @@ fn exact_steps_are_those_of_linear() {
     let aop = published()
         .with_outer_products(OuterProducts::Ratio(0.1))
         .with_method(method)
+        .with_saved_state(true)
         .with_exact_steps(4);
     let layer = MemAopLinear::from_linear(linear.clone(), aop);
     let mut random = Random(50);

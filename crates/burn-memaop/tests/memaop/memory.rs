@@ -30,8 +30,8 @@ fn aop() -> AopConfig {
 
 pub fn layer() -> MemAopLinear {
     MemAopLinearConfig::new(N, P)
-        .with_aop(aop())
         .init(&device())
+        .with_aop(aop())
 }
 
 pub fn oracle() -> Oracle {
@@ -78,8 +78,8 @@ fn stats_describe_the_memory() {
 fn without_a_memory_nothing_is_kept() {
     let mut random = Random(21);
     let layer = MemAopLinearConfig::new(N, P)
-        .with_aop(aop().with_method(Method::TopK(Memory::None)))
-        .init(&device());
+        .init(&device())
+        .with_aop(aop().with_method(Method::TopK(Memory::None)));
     let (x, g) = batch(&mut random, 10);
     step(&layer, &x, &g);
     let stats = layer.memory_stats();
@@ -285,8 +285,8 @@ fn column_layout_trains() {
     let mut random = Random(34);
     let layer = MemAopLinearConfig::new(N, P)
         .with_layout(burn::nn::LinearLayout::Col)
-        .with_aop(aop())
-        .init(&device());
+        .init(&device())
+        .with_aop(aop());
     let mut oracle = oracle();
     for _ in 0..2 {
         let (x, g) = batch(&mut random, 9);
@@ -298,12 +298,11 @@ fn column_layout_trains() {
 /// Widths are those of the weight, however it is stored.
 #[test]
 fn column_layout_has_its_widths_in_order() {
-    let config = MemAopLinearConfig::new(N, P)
-        .with_layout(burn::nn::LinearLayout::Col)
-        .with_aop(aop());
-    assert!(format!("{}", config.init(&device())).contains("d_input: 6, d_output: 4"));
+    let config = MemAopLinearConfig::new(N, P).with_layout(burn::nn::LinearLayout::Col);
+    let new = || config.init(&device()).with_aop(aop());
+    assert!(format!("{}", new()).contains("d_input: 6, d_output: 4"));
 
-    let layer = config.init(&device());
+    let layer = new();
     let observer = AopObserver::new();
     observer.observe(&layer);
     let mut random = Random(39);
@@ -313,7 +312,7 @@ fn column_layout_has_its_widths_in_order() {
     assert_eq!((report.d_input, report.d_output), (N, P));
 
     let record = layer.clone().into_record();
-    let loaded = config.init(&device()).load_record(record);
+    let loaded = new().load_record(record);
     assert_eq!(loaded.memory_stats(), layer.memory_stats());
     let (x, g) = batch(&mut random, 10);
     assert_eq!(step(&loaded, &x, &g), step(&layer, &x, &g));

@@ -29,7 +29,7 @@ struct Model {
 
 impl Model {
     fn new(aop: AopConfig, device: &Device) -> Self {
-        let layer = |p, aop| MemAopLinearConfig::new(6, p).with_aop(aop).init(device);
+        let layer = |p, aop| MemAopLinearConfig::new(6, p).init(device).with_aop(aop);
         let block = |_| Block {
             linear: layer(6, aop),
             plain: LinearConfig::new(6, 6).init(device),
@@ -164,7 +164,7 @@ pub fn errors_equal_their_definition(device: &Device) {
             .with_outer_products(OuterProducts::Count(k))
             .with_method(policy.method(memory))
             .with_seed(9);
-        let layer = MemAopLinearConfig::new(n, p).with_aop(aop).init(device);
+        let layer = MemAopLinearConfig::new(n, p).init(device).with_aop(aop);
         let mut oracle = Oracle::new(policy, memory, 9, n, p);
         let observer = AopObserver::new().with_error(2);
         observer.observe(&layer);
@@ -196,7 +196,7 @@ pub fn errors_equal_their_definition(device: &Device) {
 fn a_batch_of_zeros_or_of_no_numbers_has_no_error() {
     let device = Device::flex().autodiff();
     let aop = published().with_outer_products(OuterProducts::Count(2));
-    let layer = MemAopLinearConfig::new(3, 2).with_aop(aop).init(&device);
+    let layer = MemAopLinearConfig::new(3, 2).init(&device).with_aop(aop);
     let observer = AopObserver::new().with_error(1);
     observer.observe(&layer);
     for value in [0.0, f32::NAN] {

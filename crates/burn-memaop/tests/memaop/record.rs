@@ -36,8 +36,8 @@ fn layer(d_input: usize, d_output: usize) -> MemAopLinear {
             decay: 0.9,
         })));
     MemAopLinearConfig::new(d_input, d_output)
-        .with_aop(aop)
         .init(&device())
+        .with_aop(aop)
 }
 
 fn model() -> Mlp {
@@ -194,6 +194,51 @@ fn records_of_linear_load_and_ours_load_into_linear() {
         .init(&device())
         .load_record(record.allow_unused(true));
     assert_eq!(bits(linear.weight.val()), weight);
+}
+
+/// Without a memory, and unless it is asked for, a record has nothing that Burn's has not.
+#[test]
+fn a_layer_saves_its_state_where_it_is_asked_to() {
+    let linear = LinearConfig::new(6, 8).init(&device());
+    let of = |aop| MemAopLinear::from_linear(linear.clone(), aop);
+    let drawn = AopConfig::new()
+        .with_outer_products(OuterProducts::Count(3))
+        .with_cost_rule(false);
+    let input = Random(49).matrix(10, 6).tensor(&device(), DType::F32);
+    let trained = |aop| {
+        let layer = of(aop);
+        layer.forward(input.clone()).square().sum().backward();
+        assert_eq!(layer.memory_stats().step, 1);
+        layer
+    };
+    let plain = || bytes(trained(drawn).into_record());
+    assert_eq!(plain().len(), linear.clone().into_record().len());
+    LinearConfig::new(6, 8).init(&device()).load_record(plain());
+    // The weight was loaded, so the state of the old one goes.
+    assert_eq!(trained(drawn).load_record(plain()).memory_stats().step, 0);
+
+    let saving = drawn.with_saved_state(true);
+    let whole = || bytes(trained(saving).into_record());
+    assert_eq!(of(saving).load_record(whole()).memory_stats().step, 1);
+    let error = of(drawn).try_load_record(whole()).unwrap_err().to_string();
+    assert!(
+        error.contains("Unused tensors: [\"memory.content\", \"memory.header\"]"),
+        "{error}"
+    );
+    let without = of(drawn).load_record(whole().allow_unused(true));
+    assert_eq!(without.memory_stats().step, 0);
+    let error = of(saving).try_load_record(plain()).unwrap_err().to_string();
+    assert!(
+        error.contains("Missing tensors: [\"memory.header\"]"),
+        "{error}"
+    );
+    assert_eq!(
+        of(saving)
+            .load_record(plain().allow_partial(true))
+            .memory_stats()
+            .step,
+        0
+    );
 }
 
 #[test]
@@ -394,8 +439,9 @@ fn measurements_that_cannot_be_are_left_out() {
     for (first, rows) in [(0.5, 16), (-1.0, 64)] {
         let aop = AopConfig::new()
             .with_input_gradient(OuterProducts::Auto)
+            .with_saved_state(true)
             .with_cost_rule(false);
-        let layer = MemAopLinearConfig::new(6, 8).with_aop(aop).init(&device());
+        let layer = MemAopLinearConfig::new(6, 8).init(&device()).with_aop(aop);
         let layer = layer.load_record(written(2, of_input(first)));
         let observer = AopObserver::new();
         observer.observe(&layer);

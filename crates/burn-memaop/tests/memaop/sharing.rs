@@ -269,7 +269,7 @@ fn each_device_has_its_own_state(devices: [Device; 2]) {
         AopConfig::new(),
     ];
     let linear = LinearConfig::new(N, 4).init(&devices[0].clone().autodiff());
-    for config in configs.map(|config| config.with_cost_rule(false)) {
+    for config in configs.map(|config| config.with_cost_rule(false).with_saved_state(true)) {
         let new = || MemAopLinear::from_linear(linear.clone(), config);
         // The passes of each device are the same whatever the order in which the devices take theirs.
         let pass = |model: &MemAopLinear, device: usize, number: u64| {

@@ -119,7 +119,9 @@ fn by_hand(device: &Device) -> Net {
 /// Two devices, stopped after the first of two epochs and resumed: exact steps, the choice of K, random bits and the
 /// memory of each device go on where they were.
 fn workers_resume_where_they_stopped(devices: &[Device]) {
-    let auto = AopConfig::new().with_cost_rule(false);
+    let auto = AopConfig::new()
+        .with_cost_rule(false)
+        .with_saved_state(true);
     for (aop, steps) in [
         (aop().with_exact_steps(STEPS - 2), STEPS),
         // Stopped with a measurement that has not been read.

@@ -18,8 +18,8 @@ use crate::{
     layers::{later, linear::MemAopLinear},
 };
 
-/// Configuration to create a [`MemAopMultiHeadAttention`] layer: all of
-/// [`MultiHeadAttentionConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopMultiHeadAttention`] layer, with the fields of Burn's
+/// [`MultiHeadAttentionConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopMultiHeadAttentionConfig {
     /// The size of each linear layer.
@@ -52,18 +52,11 @@ pub struct MemAopMultiHeadAttentionConfig {
     /// Whether the output layer has a bias.
     #[config(default = true)]
     pub output_bias: bool,
-    /// How the weight gradients of the four linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopMultiHeadAttentionConfig {
     /// Creates a [`MemAopMultiHeadAttention`] with the parameters that
     /// [`MultiHeadAttentionConfig::init`] gives from the same random state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopMultiHeadAttention {
         let mha = MultiHeadAttentionConfig {
             d_model: self.d_model,
@@ -77,7 +70,7 @@ impl MemAopMultiHeadAttentionConfig {
             query_bias: self.query_bias,
             output_bias: self.output_bias,
         };
-        MemAopMultiHeadAttention::from_mha(mha.init(device), self.aop)
+        MemAopMultiHeadAttention::from_mha(mha.init(device), AopConfig::new())
     }
 }
 

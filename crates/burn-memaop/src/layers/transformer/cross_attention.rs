@@ -17,8 +17,8 @@ use crate::{
     layers::{later, linear::MemAopLinear},
 };
 
-/// Configuration to create a [`MemAopCrossAttention`] layer: all of
-/// [`CrossAttentionConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopCrossAttention`] layer, with the fields of Burn's
+/// [`CrossAttentionConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopCrossAttentionConfig {
     /// The size of the query's features.
@@ -40,9 +40,6 @@ pub struct MemAopCrossAttentionConfig {
     /// Use "quiet softmax" instead of regular softmax.
     #[config(default = false)]
     pub quiet_softmax: bool,
-    /// How the weight gradients of the four linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopCrossAttentionConfig {
@@ -52,9 +49,12 @@ impl MemAopCrossAttentionConfig {
     ///
     /// # Panics
     ///
-    /// Panics if `n_heads_kv` does not divide `n_heads`, or if [`AopConfig::validate`] rejects
-    /// `aop`.
+    /// Panics if `n_heads_kv` does not divide `n_heads`.
     pub fn init(&self, device: &Device) -> MemAopCrossAttention {
+        self.init_with(AopConfig::new(), device)
+    }
+
+    fn init_with(&self, aop: AopConfig, device: &Device) -> MemAopCrossAttention {
         let (heads, of_keys) = (self.n_heads, self.n_heads_kv);
         assert!(
             of_keys > 0 && heads.is_multiple_of(of_keys),
@@ -69,7 +69,7 @@ impl MemAopCrossAttentionConfig {
             let linear = LinearConfig::new(d_input, d_output)
                 .with_initializer(initializer.clone())
                 .init(device);
-            MemAopLinear::from_linear(linear, later(self.aop, number))
+            MemAopLinear::from_linear(linear, later(aop, number))
         };
         MemAopCrossAttention {
             query: layer(self.d_model, heads * self.d_head, 0),
@@ -110,14 +110,15 @@ impl MemAopCrossAttention {
     ///
     /// # Panics
     ///
-    /// Panics if parameters have other shapes than the configuration says, or where
-    /// [`MemAopCrossAttentionConfig::init`] does.
+    /// Panics if parameters have other shapes than the configuration says, if
+    /// [`AopConfig::validate`] rejects `aop`, and where [`MemAopCrossAttentionConfig::init`] does.
     pub fn from_cross_attention(
         attention: CrossAttention,
         config: &MemAopCrossAttentionConfig,
-        device: &Device,
+        aop: AopConfig,
     ) -> Self {
-        with_parameters_of(&attention, config.init(device))
+        let device = attention.devices().swap_remove(0);
+        with_parameters_of(&attention, config.init_with(aop, &device))
     }
 
     /// Gives the parameters back, with their ids, and drops the memories.

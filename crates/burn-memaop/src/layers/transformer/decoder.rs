@@ -18,8 +18,8 @@ use crate::{config::AopConfig, layers::later};
 /// The number of linear layers of a block: four of each attention, two of the feed-forward network.
 const LAYERS: u64 = 10;
 
-/// Configuration to create a [`MemAopTransformerDecoder`] layer: all of
-/// [`TransformerDecoderConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopTransformerDecoder`] layer, with the fields of Burn's
+/// [`TransformerDecoderConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopTransformerDecoderConfig {
     /// The size of the model.
@@ -50,23 +50,16 @@ pub struct MemAopTransformerDecoderConfig {
     /// The epsilon value for layer normalization.
     #[config(default = 1e-5)]
     pub layer_norm_eps: f64,
-    /// How the weight gradients of all linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopTransformerDecoderConfig {
     /// Creates a [`MemAopTransformerDecoder`] with the parameters that
     /// [`TransformerDecoderConfig::init`] gives from the same random state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopTransformerDecoder {
-        MemAopTransformerDecoder::from_decoder(self.burns().init(device), self.aop)
+        MemAopTransformerDecoder::from_decoder(self.burns().init(device), AopConfig::new())
     }
 
-    /// Burn's own configuration, without `aop`.
+    /// Burn's own configuration.
     fn burns(&self) -> TransformerDecoderConfig {
         TransformerDecoderConfig {
             d_model: self.d_model,
@@ -310,13 +303,9 @@ pub struct MemAopTransformerDecoderLayer {
 
 impl MemAopTransformerDecoderLayer {
     /// Creates a transformer decoder layer from a configuration.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn new(config: &MemAopTransformerDecoderConfig, device: &Device) -> Self {
         let layer = TransformerDecoderLayer::new(&config.burns(), device);
-        Self::from_layer(layer, config.aop)
+        Self::from_layer(layer, AopConfig::new())
     }
 
     /// Takes the parameters of a [`TransformerDecoderLayer`], with their ids. Memories are empty.

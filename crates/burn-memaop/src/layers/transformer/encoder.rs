@@ -19,8 +19,8 @@ use crate::{config::AopConfig, layers::later};
 /// The number of linear layers of a block: four of the attention, two of the feed-forward network.
 const LAYERS: u64 = 6;
 
-/// Configuration to create a [`MemAopTransformerEncoder`] layer: all of
-/// [`TransformerEncoderConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopTransformerEncoder`] layer, with the fields of Burn's
+/// [`TransformerEncoderConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopTransformerEncoderConfig {
     /// The size of the model.
@@ -51,23 +51,16 @@ pub struct MemAopTransformerEncoderConfig {
     /// The epsilon value for layer normalization.
     #[config(default = 1e-5)]
     pub layer_norm_eps: f64,
-    /// How the weight gradients of all linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopTransformerEncoderConfig {
     /// Creates a [`MemAopTransformerEncoder`] with the parameters that
     /// [`TransformerEncoderConfig::init`] gives from the same random state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopTransformerEncoder {
-        MemAopTransformerEncoder::from_encoder(self.burns().init(device), self.aop)
+        MemAopTransformerEncoder::from_encoder(self.burns().init(device), AopConfig::new())
     }
 
-    /// Burn's own configuration, without `aop`.
+    /// Burn's own configuration.
     fn burns(&self) -> TransformerEncoderConfig {
         TransformerEncoderConfig {
             d_model: self.d_model,
@@ -280,13 +273,9 @@ pub struct MemAopTransformerEncoderLayer {
 
 impl MemAopTransformerEncoderLayer {
     /// Creates a transformer encoder layer from a configuration.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn new(config: &MemAopTransformerEncoderConfig, device: &Device) -> Self {
         let layer = TransformerEncoderLayer::new(&config.burns(), device);
-        Self::from_layer(layer, config.aop)
+        Self::from_layer(layer, AopConfig::new())
     }
 
     /// Takes the parameters of a [`TransformerEncoderLayer`], with their ids. Memories are empty.

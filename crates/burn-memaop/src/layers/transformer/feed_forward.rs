@@ -18,8 +18,8 @@ use crate::{
     },
 };
 
-/// Configuration to create a [`MemAopPositionWiseFeedForward`] layer: all of
-/// [`PositionWiseFeedForwardConfig`], and [`AopConfig`].
+/// Configuration to create a [`MemAopPositionWiseFeedForward`] layer, with the fields of Burn's
+/// [`PositionWiseFeedForwardConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
 #[derive(Config, Debug)]
 pub struct MemAopPositionWiseFeedForwardConfig {
     /// The size of the input and output features.
@@ -37,18 +37,11 @@ pub struct MemAopPositionWiseFeedForwardConfig {
     /// The activation function used between the two linear layers.
     #[config(default = "ActivationConfig::Gelu")]
     pub activation: ActivationConfig,
-    /// How the weight gradients of the two linear layers are approximated.
-    #[config(default = "AopConfig::new()")]
-    pub aop: AopConfig,
 }
 
 impl MemAopPositionWiseFeedForwardConfig {
     /// Creates a [`MemAopPositionWiseFeedForward`] with the parameters that
     /// [`PositionWiseFeedForwardConfig::init`] gives from the same random state.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
     pub fn init(&self, device: &Device) -> MemAopPositionWiseFeedForward {
         let pwff = PositionWiseFeedForwardConfig {
             d_model: self.d_model,
@@ -57,7 +50,7 @@ impl MemAopPositionWiseFeedForwardConfig {
             initializer: self.initializer.clone(),
             activation: self.activation.clone(),
         };
-        MemAopPositionWiseFeedForward::from_pwff(pwff.init(device), self.aop)
+        MemAopPositionWiseFeedForward::from_pwff(pwff.init(device), AopConfig::new())
     }
 }
 

@@ -5,10 +5,10 @@ use burn::{
 };
 use burn_memaop::{AopConfig, MemAopLinear};
 
-use crate::data::PIXELS;
+use crate::data::{CLASSES, PIXELS};
 
 /// What the model needs of a dense layer.
-pub trait Dense: Module + ModuleDisplay {
+pub trait Dense: Module + ModuleDisplay + 'static {
     fn apply(&self, input: Tensor<2>) -> Tensor<2>;
 
     /// The number of outer products in the last weight gradient, for a batch of `rows` rows.
@@ -47,7 +47,7 @@ pub struct Mlp<L: Dense> {
 
 impl Mlp<Linear> {
     pub fn new(width: usize, device: &Device) -> Self {
-        let widths = [(PIXELS, width), (width, width), (width, 10)];
+        let widths = [(PIXELS, width), (width, width), (width, CLASSES)];
         Self {
             layers: widths.map(|(input, output)| LinearConfig::new(input, output).init(device)),
             activation: Relu::new(),
