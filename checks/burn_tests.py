@@ -24,6 +24,7 @@ EXCUSED = {
         "mha::tests::display",
         "pwff::tests::display",
         "encoder::tests::display",
+        "decoder::tests::display",
     ]
 }
 
@@ -55,6 +56,20 @@ SOURCES = [
         "encoder", "burn-nn", "src/modules/transformer/encoder.rs",
         "use crate::nn::transformer::*; use burn::tensor::Tensor;", "crate::nn", [],
     ),
+    (
+        "decoder", "burn-nn", "src/modules/transformer/decoder.rs",
+        "use crate::nn::transformer::*; use burn::tensor::{Device, Tensor};", "crate::nn", [],
+    ),
+    (
+        "cross_attention", "burn-nn", "src/modules/attention/cross_attention.rs",
+        "use crate::nn::attention::*; use burn::tensor::{Bool, Device, Tensor};", "crate::nn", [],
+    ),
+    (
+        "swiglu", "burn-nn", "src/activation/swiglu.rs",
+        "use crate::nn::*; use burn::tensor::{Device, Tensor};", "crate::nn", [],
+    ),
+    ("gelu", "burn-nn", "src/activation/gelu.rs", "use crate::nn::*; use burn::tensor::Tensor;", "crate::nn", []),
+    ("relu", "burn-nn", "src/activation/relu.rs", "use crate::nn::*;", "crate::nn", []),
     ("quantize", "burn-nn", "tests/quantize.rs", "", "crate", []),
     ("adam", "burn-optim", "src/optim/adam.rs", OPTIMIZERS, "crate::optimizers", []),
     ("adamw", "burn-optim", "src/optim/adamw.rs", OPTIMIZERS, "crate::optimizers", []),
@@ -100,9 +115,9 @@ macro_rules! linear {
 
 def sources(cargo, arguments):
     """The folders of Burn's crates."""
-    features = [a for a in arguments if a.startswith("--features")]
+    features = [a for a in arguments if a.startswith("--features=") or a == "--no-default-features"]
     if "--features" in arguments:
-        features = ["--features", arguments[arguments.index("--features") + 1]]
+        features += ["--features", arguments[arguments.index("--features") + 1]]
     command = [cargo, "metadata", "--format-version", "1", *features]
     packages = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["packages"]
     return {p["name"]: pathlib.Path(p["manifest_path"]).parent for p in packages if p["name"].startswith("burn-")}

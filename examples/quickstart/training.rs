@@ -31,17 +31,16 @@ pub struct Run {
     pub name: &'static str,
     /// The share of test images that are recognised.
     pub test_accuracy: f64,
-    /// The mean training loss of the last epoch.
+    /// The mean training loss of the last part.
     pub loss: f64,
     /// The number of outer products in all weight gradients.
     pub outer_products: u64,
     /// The median time of a step: forward, backward, optimizer.
     pub step_ms: f64,
-    /// The mean loss of each epoch; `seconds` has the time of all steps until its end.
+    /// The loss before the first step and the mean loss of each part, each with the time of all
+    /// steps until then, in seconds.
     #[serde(skip)]
-    pub losses: Vec<f64>,
-    #[serde(skip)]
-    pub seconds: Vec<f64>,
+    pub losses: Vec<(f64, f64)>,
 }
 
 /// What a step allocates, in bytes.
@@ -61,7 +60,8 @@ pub trait Training {
     /// Takes one step and returns what is allocated between its passes.
     fn step_and_count(&mut self, batch: &Batch) -> Result<usize>;
 
-    fn end_epoch(&mut self);
+    /// Ends one of the parts of the training, for each of which there is a mean loss.
+    fn end_part(&mut self);
 
     fn finish(self: Box<Self>, test: Batch) -> Run;
 }
@@ -74,10 +74,9 @@ pub struct ClassifierTraining<M> {
     lr: f64,
     optimizer: ModuleOptimizer,
     loss: CrossEntropyLoss,
-    /// The losses of the present epoch, on the device.
-    epoch: Vec<Tensor<1>>,
-    losses: Vec<f64>,
-    seconds: Vec<f64>,
+    /// The losses of the present part, on the device.
+    part: Vec<Tensor<1>>,
+    losses: Vec<(f64, f64)>,
     times: Vec<f64>,
     outer_products: u64,
 }
@@ -96,9 +95,8 @@ impl<M: Classifier> ClassifierTraining<M> {
             lr,
             optimizer,
             loss: CrossEntropyLossConfig::new().init(device),
-            epoch: Vec::new(),
+            part: Vec::new(),
             losses: Vec::new(),
-            seconds: Vec::new(),
             times: Vec::new(),
             outer_products: 0,
         }
@@ -125,7 +123,10 @@ impl<M: Classifier> Training for ClassifierTraining<M> {
         self.times.push(start.elapsed().as_secs_f64() * 1e3);
         let model = self.model.as_ref().expect("put back by every step");
         self.outer_products += model.outer_products(batch.images.dims()[0]) as u64;
-        self.epoch.push(loss);
+        if self.losses.is_empty() {
+            self.losses.push((0.0, loss.clone().into_scalar()));
+        }
+        self.part.push(loss);
         Ok(())
     }
 
@@ -136,10 +137,13 @@ impl<M: Classifier> Training for ClassifierTraining<M> {
         Ok(kept)
     }
 
-    fn end_epoch(&mut self) {
-        let losses = Tensor::cat(std::mem::take(&mut self.epoch), 0);
-        self.losses.push(losses.mean().into_scalar());
-        self.seconds.push(1e-3 * self.times.iter().sum::<f64>());
+    fn end_part(&mut self) {
+        if self.part.is_empty() {
+            return;
+        }
+        let losses = Tensor::cat(std::mem::take(&mut self.part), 0);
+        let seconds = 1e-3 * self.times.iter().sum::<f64>();
+        self.losses.push((seconds, losses.mean().into_scalar()));
     }
 
     fn finish(mut self: Box<Self>, test: Batch) -> Run {
@@ -148,11 +152,10 @@ impl<M: Classifier> Training for ClassifierTraining<M> {
         Run {
             name: self.name,
             test_accuracy: accuracy(&model, test),
-            loss: *self.losses.last().expect("at least one epoch"),
+            loss: self.losses.last().expect("at least one part").1,
             outer_products: self.outer_products,
             step_ms: self.times[self.times.len() / 2],
             losses: self.losses,
-            seconds: self.seconds,
         }
     }
 }
@@ -177,6 +180,9 @@ pub fn bytes(make: impl FnOnce() -> Box<dyn Training>, batch: &Batch) -> Result<
     Ok(Bytes { kept, peak })
 }
 
+/// The number of parts of a training.
+const PARTS: usize = 25;
+
 /// Trains on the same batches in turns, a step each, so that the times can be compared.
 pub fn train_in_turns(
     mut trainings: Vec<Box<dyn Training>>,
@@ -196,11 +202,16 @@ pub fn train_in_turns(
                 training.step(&batch)?;
             }
             bar.inc(1);
-        }
-        for training in &mut trainings {
-            training.end_epoch();
+            if bar.position().is_multiple_of(steps.div_ceil(PARTS) as u64) {
+                trainings
+                    .iter_mut()
+                    .for_each(|training| training.end_part());
+            }
         }
     }
+    trainings
+        .iter_mut()
+        .for_each(|training| training.end_part());
     bar.finish();
     let finish = |training: Box<dyn Training>| training.finish(digits.test(device));
     Ok(trainings.into_iter().map(finish).collect())

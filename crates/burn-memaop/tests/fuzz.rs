@@ -245,7 +245,7 @@ proptest! {
 
 #[test]
 fn what_is_damaged_is_whole_before() {
-    MemAopLinearConfig::load_binary(CONFIG.as_bytes()).unwrap();
+    AopConfig::load_binary(CONFIG.as_bytes()).unwrap();
     let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(RECORD.clone())).unwrap();
     let loaded = layer().try_load_record(record).unwrap();
     assert_eq!(loaded.memory_stats().pending, 3);
