@@ -79,7 +79,7 @@ def run(command):
 
 def built(features):
     """The binaries of the benches, by their names."""
-    command = ["cargo", "bench", "-p", "memaop-benches", "--no-run", "--message-format", "json", *features]
+    command = ["cargo", "bench", "--no-run", "--message-format", "json", *features]
     artifacts = (json.loads(line) for line in run(command).splitlines())
     return {a["target"]["name"]: a["executable"] for a in artifacts if a.get("executable")}
 

@@ -27,7 +27,7 @@ repeats=${repeats:-15}
 bin=${BENCHES:-target/gpu}
 if [ -z "${BENCHES:-}" ]; then
     mkdir -p "$bin"
-    cargo bench -p memaop-benches --features "$backend,autotune,fusion" --profile "${PROFILE:-bench}" --no-run \
+    cargo bench --features "$backend,autotune,fusion" --profile "${PROFILE:-bench}" --no-run \
         --message-format json | python3 -c '
 import json, shutil, sys
 for line in sys.stdin:

@@ -1,12 +1,11 @@
-//! Charts of lines and of bars, as SVG or PNG.
+//! Charts of lines and of bars, as SVG.
 
-use std::{iter, path::Path, sync::Once};
+use std::{iter, path::Path};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use plotters::{
     coord::{Shift, ranged1d::ValueFormatter, types::RangedCoordf64},
     prelude::*,
-    style::register_font,
 };
 
 /// A line of a chart.
@@ -83,27 +82,20 @@ pub fn number(value: f64) -> String {
 /// The width and height of one chart, in pixels.
 const SIZE: (u32, u32) = (880, 540);
 
-/// Writes charts side by side to a file that ends in `.svg` or `.png`.
+/// Writes charts side by side to an SVG file.
 ///
 /// # Errors
 ///
-/// Returns an error for another ending, a chart without values, and a file that cannot be written.
+/// Returns an error for another ending than `.svg`, a chart without values, and a file that cannot
+/// be written.
 pub fn save(panels: &[Panel<'_>], path: &Path) -> Result<()> {
-    static FONT: Once = Once::new();
-    FONT.call_once(|| {
-        let font = dejavu::sans::regular();
-        // The only error is a font that cannot be parsed, and this one is compiled in.
-        let _ = register_font("sans-serif", FontStyle::Normal, font);
-    });
+    ensure!(
+        path.extension().is_some_and(|extension| extension == "svg"),
+        "a chart must be an .svg file, but got {}",
+        path.display()
+    );
     let size = (SIZE.0 * panels.len() as u32, SIZE.1);
-    let drawn = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("svg") => draw(panels, &SVGBackend::new(path, size).into_drawing_area()),
-        Some("png") => draw(panels, &BitMapBackend::new(path, size).into_drawing_area()),
-        _ => bail!(
-            "a chart must be an .svg or a .png file, but got {}",
-            path.display()
-        ),
-    };
+    let drawn = draw(panels, &SVGBackend::new(path, size).into_drawing_area());
     drawn.with_context(|| format!("{}", path.display()))
 }
 
@@ -268,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn charts_are_written_in_both_formats() {
+    fn charts_are_written() {
         let folder = tempfile::tempdir().unwrap();
         let line = Series::new("loss", numbered(&[3.0, 1.0, 0.1]), 0);
         let series = [
@@ -301,13 +293,15 @@ mod tests {
                 Panel::Lines(chart()),
                 Panel::Bars(bars),
             ];
-            for name in ["chart.svg", "chart.png"] {
-                let path = folder.path().join(name);
-                save(&charts, &path).unwrap();
-                assert!(std::fs::metadata(&path).unwrap().len() > 1000);
-            }
+            let path = folder.path().join("chart.svg");
+            save(&charts, &path).unwrap();
+            assert!(std::fs::metadata(&path).unwrap().len() > 1000);
             let error = save(&charts, &folder.path().join("chart.gif")).unwrap_err();
-            assert!(error.to_string().starts_with("a chart must be an .svg"));
+            assert!(
+                error
+                    .to_string()
+                    .starts_with("a chart must be an .svg file")
+            );
         }
     }
 }

@@ -163,11 +163,8 @@ fn figure<'a>(
         x_label: chart::number,
         series: &lines,
     })];
-    for format in ["svg", "png"] {
-        let path = folder.join(format!("{}-k{k}.{format}", dataset.name()));
-        chart::save(&charts, &path)?;
-    }
-    Ok(())
+    let path = folder.join(format!("{}-k{k}.svg", dataset.name()));
+    chart::save(&charts, &path)
 }
 
 fn mean_curve(runs: &[Vec<f64>]) -> Vec<f64> {

@@ -94,7 +94,7 @@ struct Options {
     /// File for the table, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// File for the picture, .svg or .png
+    /// File for the picture, .svg
     #[arg(long, default_value = "quickstart.svg")]
     chart: PathBuf,
 }
