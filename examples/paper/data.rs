@@ -74,8 +74,7 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads `energy/energy_efficiency.csv` or `mnist/*` in `folder`. Without a folder MNIST is
-    /// downloaded.
+    /// Reads `energy/energy_efficiency.csv` or `mnist/*` in `folder`.
     ///
     /// # Errors
     ///

@@ -14,7 +14,7 @@ use crate::{
 };
 
 fn folder() -> Option<PathBuf> {
-    let beside = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data"));
+    let beside = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data"));
     let folder = env::var_os("MEMAOP_DATA").map_or_else(beside, PathBuf::from);
     let found = folder.join("energy/energy_efficiency.csv").exists()
         && folder.join("mnist").exists()

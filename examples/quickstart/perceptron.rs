@@ -84,6 +84,8 @@ mod tests {
     /// Fewer rows are used, and at most 1.5 points of accuracy are lost.
     #[test]
     fn fewer_outer_products_learn_as_well() {
+        let alone = crate::tests::ALONE.lock();
+        let _alone = alone.unwrap_or_else(|broken| broken.into_inner());
         let device = Device::flex();
         // The defaults, but every layer uses fewer rows.
         let aop = AopConfig::new().with_cost_rule(false);

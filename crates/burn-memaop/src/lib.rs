@@ -133,6 +133,11 @@ pub mod nn {
         activation::{Gelu, Relu, SwiGlu, SwiGluConfig},
     };
 
+    /// The same as [`nn`](crate::nn), as [`burn::nn::modules`] is.
+    pub mod modules {
+        pub use super::*;
+    }
+
     /// [`burn::nn::activation`] with the activations of this crate in the places of Burn's.
     ///
     /// The variants of [`Activation`](activation::Activation) hold Burn's modules. `.into()` makes

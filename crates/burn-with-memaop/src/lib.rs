@@ -34,9 +34,20 @@
 //! # assert!(memaop::summary(&model).burns().is_empty());
 //! ```
 //!
-//! Records of a project load before and after the swap. The only code that does not compile is a
-//! literal of a layer, `Linear { weight, bias }`. Write
-//! `Linear::from_linear(memaop::burn::nn::Linear { weight, bias }, memaop::AopConfig::new())`.
+//! Records and configuration files of a project load before and after the swap.
+//!
+//! # What does not compile any more
+//!
+//! | What a source has | What to write instead |
+//! |---|---|
+//! | `Linear { weight, bias }` | `Linear::from_linear(memaop::burn::nn::Linear { weight, bias }, AopConfig::new())` |
+//! | `Gelu { approximate: true }` | `Gelu::new_approximate()` |
+//! | `Activation::Gelu(Gelu::new())`, also of `Relu`, `SwiGlu` and in `ActivationConfig` | `Gelu::new().into()` |
+//! | a `Linear` for code outside of the project that takes Burn's | `linear.into_linear()` |
+//! | a decoder's layer that infers with a cache | the decoder |
+//!
+//! [`memaop::burn`] is Burn itself, with its own layers. The standard library is always used. Models
+//! print the names of burn-memaop's layers.
 
 pub use burn_memaop as memaop;
 pub use burns::*;

@@ -60,6 +60,7 @@ fn programs_train_alike_both_ways() {
 /// The names of Burn lead to the layers of burn-memaop.
 #[test]
 fn names_lead_to_the_swapped_layers() {
+    let _turn = programs::turn();
     let device = Device::flex().autodiff();
     let layer: memaop::MemAopLinear = nn::LinearConfig::new(3, 4).init(&device);
     let same: &Linear = &layer;
@@ -74,6 +75,7 @@ fn names_lead_to_the_swapped_layers() {
 /// What is documented for literals.
 #[test]
 fn literals_have_a_substitute() {
+    let _turn = programs::turn();
     let device = Device::flex();
     let burns = memaop::burn::nn::LinearConfig::new(3, 4).init(&device);
     let (weight, bias) = (burns.weight, burns.bias);
@@ -90,6 +92,7 @@ fn literals_have_a_substitute() {
 /// A record of Burn's layers loads as it is, and one of the swapped layers loads into Burn's.
 #[test]
 fn records_load_both_ways() {
+    let _turn = programs::turn();
     let device = Device::flex().autodiff();
     let burns = memaop::burn::nn::LinearConfig::new(3, 4);
     let ours = nn::LinearConfig::new(3, 4);

@@ -121,7 +121,8 @@ pub(crate) fn is_supported(device: &DispatchDevice) -> bool {
             WARNING.call_once(|| {
                 log::warn!(
                     "burn-memaop: on the device {device:?} layers are Burn's own. If it is the device of a backend \
-                     on this machine, enable the feature of burn-memaop that has the name of the backend."
+                     on this machine, enable the feature of burn-memaop that has the name of the backend, and \
+                     its feature autodiff."
                 );
             });
             false

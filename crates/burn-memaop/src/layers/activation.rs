@@ -166,13 +166,15 @@ impl From<Relu> for Activation {
 /// By default it is exact. On Flex in single precision it takes less time than Burn's, and its
 /// values are Burn's to 1e-6.
 ///
-/// With a [`StoredInput`] of few bits, which [`with_aop`](crate::with_aop) sets for it as for the
-/// layers beside it, its backward pass keeps the derivative in 8 bits, with a scale for each 64
-/// values. The derivative is at most 0.009 off. It is rounded up or down at random, with the
-/// distances as odds, by new random bits in each pass, so the
-/// expected gradient of one `Gelu` is exact. In a stack each needs bits of its own, which
-/// [`with_aop`](crate::with_aop) draws by the names of the fields, and seeds give. A derivative that is not finite makes its 64 NaN. Nothing is packed
-/// where [`relu`] is Burn's own, or in the tanh approximation.
+/// With a [`StoredInput`] of few bits its backward pass keeps the derivative in 8 bits, with a scale
+/// for each 64 values, at most 0.009 off. [`with_aop`](crate::with_aop) sets this for the `Gelu` of
+/// a model as for its layers. The derivative is rounded up or down at random, with the distances as
+/// odds, by new random bits in each pass, so the expected gradient is exact. For this, one `Gelu`
+/// above another must round by other bits. [`with_aop`](crate::with_aop) of a whole model sees to
+/// it by the names of the fields that lead to each. Otherwise give them different seeds.
+///
+/// A derivative that is not finite makes its 64 NaN. Nothing is packed where [`relu`] is Burn's own,
+/// or in the tanh approximation.
 ///
 /// The number of passes is [state](crate::MemAopLinear#state): each device has one, clones share
 /// it, and records hold it with [`AopConfig::saved_state`].
@@ -237,7 +239,8 @@ impl Gelu {
         match self.passes.aop.stored_input {
             StoredInput::Full => exact_gelu(input),
             StoredInput::Int8 | StoredInput::Int4 => {
-                packed_gelu(input, |device| self.passes.pass_random(device))
+                let Stateful { aop, state } = &self.passes;
+                packed_gelu(input, |device| state.pass_random(aop.seed, device))
             }
         }
     }

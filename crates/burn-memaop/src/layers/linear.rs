@@ -271,12 +271,9 @@ impl MemAopLinear {
         self.state.present().stats()
     }
 
-    /// The seed and the number of a forward pass, for an activation beside this layer.
-    pub(in crate::layers) fn pass_random(&self) -> Random {
-        Random {
-            seed: self.aop.seed,
-            step: self.state.here().lock().count_pass(),
-        }
+    /// The random bits of a forward pass, for an activation beside this layer.
+    pub(in crate::layers) fn pass_random(&self, device: &Device) -> Random {
+        self.state.pass_random(self.aop.seed, device)
     }
 }
 

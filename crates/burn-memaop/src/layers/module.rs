@@ -44,7 +44,13 @@ macro_rules! layer_module {
                 let layer = Self { state, ..self };
                 match wish {
                     None => layer,
-                    Some(Wish::Own { aop, .. }) => layer.with_aop(aop),
+                    Some(Wish::Own { aop, place }) => {
+                        let layer = layer.with_aop(aop);
+                        Self {
+                            state: layer.state.at_place(place),
+                            ..layer
+                        }
+                    }
                     Some(Wish::Reset) => Self {
                         state: layer.state.renewed(),
                         ..layer

@@ -27,7 +27,11 @@ const PRODUCTS: [&str; 8] = [
 
 /// Lists all modules of a model that have weights: those whose gradient is computed from some of
 /// the rows, and those whose gradient is exact, with the reason. Print it to see what a swap of
-/// layers has reached. It names the modules that stayed Burn's.
+/// layers has reached. It names the modules that stayed Burn's, by the names of their types.
+///
+/// No weight is drawn for it. A weight that has not been drawn counts as trained and as single
+/// precision. What a module leaves out of its records, such as a `SwiGlu` in Burn's
+/// `PositionWiseFeedForward`, is not seen.
 ///
 /// ```
 /// use burn::prelude::*;
@@ -163,12 +167,17 @@ struct Weight {
 }
 
 impl Lister {
-    /// The fields that lead to the module of the present tensor, separated by dots, and its type.
+    /// The fields that lead to a module, separated by dots, and its type. `depth` is their number.
     fn module(&self, depth: usize) -> (String, String) {
         let fields = self.path[..depth].iter().map(|(field, _)| field.as_str());
         let kind = self.path.get(depth).map_or("", |(_, kind)| kind);
         let kind = kind.strip_prefix("Struct:").unwrap_or(kind);
         (fields.collect::<Vec<_>>().join("."), kind.to_string())
+    }
+
+    /// The row of a module, which its later parameters may come back to.
+    fn row(&mut self, name: &str) -> Option<&mut Listed> {
+        self.modules.iter_mut().rev().find(|row| row.name == name)
     }
 }
 
@@ -183,20 +192,31 @@ impl ModuleVisitor for Lister {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let (name, kind) = self.module(self.path.len().saturating_sub(1));
-        let value = param.val();
-        if D > 1 {
-            let device = value.device();
-            self.weight = Some(Weight {
-                dims: D,
-                dtype: value.dtype(),
-                trained: !device.is_autodiff() || value.is_require_grad(),
-                device,
-            });
+        // An adapter of a weight (LoRA) lies below the weight.
+        let adapter = self.path.iter().position(|it| it.1 == "Reparameterization");
+        let depth = adapter.unwrap_or(self.path.len()).saturating_sub(1);
+        let (name, kind) = self.module(depth);
+        let drawn = param.is_initialized().then(|| param.val());
+        match (adapter, &mut self.weight) {
+            // Its gradient comes from that of the weight, which may be frozen.
+            (Some(_), Some(weight)) => weight.trained = true,
+            _ if D > 1 => {
+                let device = param.lazy_device();
+                let frozen = drawn
+                    .as_ref()
+                    .is_some_and(|value| device.is_autodiff() && !value.is_require_grad());
+                self.weight = Some(Weight {
+                    dims: D,
+                    dtype: drawn.map_or(DType::F32, |value| value.dtype()),
+                    trained: !frozen,
+                    device,
+                });
+            }
+            _ => {}
         }
-        let parameters = value.shape().num_elements();
-        match self.modules.last_mut().filter(|last| last.name == name) {
-            Some(last) => last.parameters += parameters,
+        let parameters = param.lazy_shape().num_elements();
+        match self.row(&name) {
+            Some(row) => row.parameters += parameters,
             None => self.modules.push(Listed {
                 name,
                 kind,
@@ -212,10 +232,10 @@ impl ModuleVisitor for Lister {
             return;
         };
         let (name, kind) = self.module(self.path.len().saturating_sub(2));
-        let last = self.modules.last_mut().filter(|last| last.name == name);
-        if let (Some(last), Some(weight)) = (last, self.weight.take()) {
-            last.kind = kind;
-            last.ours = Some(ours(&shown, &weight));
+        let weight = self.weight.take();
+        if let (Some(row), Some(weight)) = (self.row(&name), weight) {
+            row.kind = kind;
+            row.ours = Some(ours(&shown, &weight));
         }
     }
 }

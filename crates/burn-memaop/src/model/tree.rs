@@ -113,8 +113,8 @@ fn place(layer: &str) -> u64 {
 /// Gives each layer of a model a new [state](crate::MemAopLinear#state): steps are counted from 0,
 /// the memory is empty, and K is yet to be chosen. Clones and forks of the given model keep theirs.
 ///
-/// Use it to begin a new task with the weights of a record, which also holds the state of the old
-/// task, and for two trainings from one model, because plain clones share the state of layers.
+/// Use it to begin a new task with the weights of a record that also holds the state of the old
+/// task. Use it for two trainings from one model too, because plain clones share the state of layers.
 ///
 /// ```
 /// # use burn::tensor::{Device, Tensor};

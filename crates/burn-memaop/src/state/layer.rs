@@ -35,6 +35,9 @@ pub(crate) struct LayerState {
     /// The device of this clone, without autodiff. None in a module without weights.
     device: Option<Device>,
     origin: Option<Origin>,
+    /// A number that belongs to the layer's place in its model. Random bits of forward passes
+    /// depend on it, because what they round is part of the gradients of the layers below.
+    place: u64,
     /// How often this clone has been mapped, counted from 1. An optimizer maps it at each step.
     maps: u64,
     record: StateRecord,
@@ -68,6 +71,7 @@ impl LayerState {
             devices: Arc::default(),
             device: None,
             origin: None,
+            place: 0,
             maps: 1,
             record: StateRecord::new(),
         }
@@ -84,6 +88,20 @@ impl LayerState {
     /// The state on a device, for a forward pass, which takes no state along from another device.
     pub(crate) fn on(&self, device: &Device) -> StateHandle {
         self.at(id(device))
+    }
+
+    /// The same state for a layer at another place of its model.
+    pub(crate) fn at_place(self, place: u64) -> Self {
+        Self { place, ..self }
+    }
+
+    /// The random bits by which a forward pass on a device rounds an activation. The pass is
+    /// counted.
+    pub(crate) fn pass_random(&self, seed: u64, device: &Device) -> Random {
+        Random {
+            seed: stream(seed, self.place),
+            step: self.on(device).lock().count_pass(),
+        }
     }
 
     /// The state on the device of this clone, for a forward pass.
@@ -396,8 +414,6 @@ fn find_or_blank(devices: &[OnDevice], device: Option<DeviceId>) -> DeviceState 
 #[derive(Debug, Clone)]
 pub(crate) struct Stateful {
     pub(crate) aop: AopConfig,
-    /// A number that belongs to the module's place in the model. Random bits depend on it.
-    place: u64,
     pub(crate) state: LayerState,
 }
 
@@ -405,16 +421,7 @@ impl Stateful {
     pub(crate) fn new() -> Self {
         Self {
             aop: AopConfig::new(),
-            place: 0,
             state: LayerState::without_device(),
-        }
-    }
-
-    /// The random bits of a forward pass on a device, which is counted.
-    pub(crate) fn pass_random(&self, device: &Device) -> Random {
-        Random {
-            seed: stream(self.aop.seed, self.place),
-            step: self.state.on(device).lock().count_pass(),
         }
     }
 
@@ -423,7 +430,6 @@ impl Stateful {
         Self {
             state: self.state.reconfigured(&self.aop, &aop),
             aop,
-            ..self
         }
     }
 }
@@ -438,13 +444,16 @@ impl Module for Stateful {
         let (wish, state) = offer::offer((aop, AopConfig::validate), || {
             self.state.map_by(&aop, [0, 0], false, mapper)
         });
-        let module = Self { state, ..self };
+        let module = Self { state, aop };
         match wish {
             None => module,
-            Some(Wish::Own { aop, place }) => Self {
-                place,
-                ..module.with_aop(aop)
-            },
+            Some(Wish::Own { aop, place }) => {
+                let module = module.with_aop(aop);
+                Self {
+                    state: module.state.at_place(place),
+                    ..module
+                }
+            }
             Some(Wish::Reset) => Self {
                 state: module.state.renewed(),
                 ..module

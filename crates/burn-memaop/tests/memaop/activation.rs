@@ -1,13 +1,16 @@
 //! Activations whose backward pass keeps little, against Burn's own.
 
 use burn::{
+    module::Module,
     nn::{activation::ActivationConfig, transformer::PositionWiseFeedForwardConfig},
     tensor::{DType, Device, Distribution, Tensor, TensorData, activation},
 };
 use burn_memaop::{
     AopConfig, OuterProducts, StoredInput,
     activation::{Gelu, relu},
+    reset,
     transformer::MemAopPositionWiseFeedForward,
+    with_aop,
 };
 
 use crate::{
@@ -51,10 +54,20 @@ pub fn activations_equal_burns(device: &Device) {
         // A zero has a sign where Burn multiplies.
         ours.1.into_data().assert_eq(&burns.1.into_data(), true);
 
-        let (ours, burns) = (
-            gradient(|x| packed_gelu().forward(x)),
-            gradient(activation::gelu),
-        );
+        let burns = gradient(activation::gelu);
+        let exact = gradient(|x| Gelu::new().forward(x));
+        let approximate = gradient(|x| Gelu::new_approximate().forward(x));
+        let expected = gradient(activation::gelu_approximate);
+        for (found, expected) in [(exact, burns.clone()), (approximate, expected)] {
+            let distance = |a: Tensor<3>, b: Tensor<3>| (a - b).abs().max().into_scalar::<f32>();
+            let output = distance(found.0, expected.0);
+            let input = distance(found.1, expected.1);
+            assert!(
+                output < 1e-5 && input < 1e-5,
+                "{shape:?}: {output:e} {input:e}"
+            );
+        }
+        let ours = gradient(|x| packed_gelu().forward(x));
         if inner == Device::flex() {
             // Both round 1 + erf, which cancels where the input is far below zero. An error is
             // therefore relative to the input, not to the output.
@@ -124,6 +137,42 @@ fn a_feed_forward_network_in_few_bits_is_close_to_burns() {
         let of_weight = found[1].relative_error(&exact[1]);
         assert!(of_weight > 1e-4 && of_weight < 0.03, "{of_weight}");
     }
+}
+
+/// `with_aop` sets the GELUs of a model, and each draws its own bits. Otherwise one above another
+/// would round as that does.
+#[test]
+fn gelus_of_a_model_round_by_different_bits() {
+    #[derive(Module, Debug)]
+    struct Model {
+        below: Gelu,
+        above: Gelu,
+        relu: burn_memaop::nn::Relu,
+    }
+    let device = Device::flex().autodiff();
+    let model = Model {
+        below: Gelu::new(),
+        above: Gelu::new(),
+        relu: burn_memaop::nn::Relu::new(),
+    };
+    let mut names = Vec::new();
+    let model = with_aop(model, |name, aop| {
+        names.push(name.to_string());
+        aop.with_stored_input(StoredInput::Int8).with_seed(3)
+    });
+    assert_eq!(names, ["below", "above"]);
+    let x = Random(54).matrix(4, 128).tensor(&device, DType::F32);
+    let gradient = |gelu: &Gelu| {
+        let x = x.clone().require_grad();
+        bits(x.grad(&gelu.forward(x.clone()).sum().backward()).unwrap())
+    };
+    let (below, above) = (gradient(&model.below), gradient(&model.above));
+    assert_ne!(below, above);
+    // With the same seed, the first pass of a model that is set alike rounds alike.
+    let again = with_aop(reset(model.clone()), |_, aop| aop);
+    assert_eq!(gradient(&again.below), below);
+    assert_eq!(model.below.to_string(), burn::nn::Gelu::new().to_string());
+    assert_eq!(model.relu.to_string(), "Relu");
 }
 
 /// Each pass of the network rounds anew, and the mean of many is nearer to the exact gradient than one by as much as

@@ -1,7 +1,7 @@
 //! The table of a model's weights.
 
 use burn::{
-    module::{Module, Param},
+    module::{Lora, Module, Param},
     nn::{
         EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, Lstm, LstmConfig,
         conv::{Conv1d, Conv1dConfig},
@@ -63,7 +63,10 @@ fn row(table: &str, module: &str) -> String {
 fn every_module_with_weights_has_its_row_and_its_reason() {
     let device = Device::flex().autodiff();
     let mut model = model(&device);
-    model.blocks[1].wide.weight = model.blocks[1].wide.weight.clone().set_require_grad(false);
+    let wide = &mut model.blocks[1].wide;
+    // A weight that is not drawn counts as trained.
+    wide.weight.val();
+    wide.weight = wide.weight.clone().set_require_grad(false);
     let text = summary(&model).to_string();
     let exact = "exact: a module of Burn's";
     assert_eq!(
@@ -116,6 +119,39 @@ fn the_least_batch_is_that_of_the_layer() {
         assert!(layer.is_exact(least - 1, &device), "{aop:?} {least}");
         assert!(!layer.is_exact(least, &device), "{aop:?} {least}");
     }
+}
+
+/// The gradients of an adapter come from that of the frozen weight below it.
+#[test]
+fn a_layer_with_an_adapter_is_one_row() {
+    let device = Device::flex().autodiff();
+    for bias in [false, true] {
+        let layer = MemAopLinearConfig::new(256, 512)
+            .with_bias(bias)
+            .init(&device);
+        let layer = layer.apply_lora(Lora::new(4, 1.0));
+        let found = summary(&layer);
+        assert!(found.burns().is_empty(), "{found}");
+        let text = found.to_string();
+        assert_eq!(text.lines().count(), 3, "{text}");
+        assert!(text.contains("K of the M rows"), "{text}");
+        assert_eq!(
+            row(&text, "all"),
+            format!(
+                "all {}",
+                256 * 512 + 4 * (256 + 512) + 512 * usize::from(bias)
+            )
+        );
+    }
+}
+
+/// A summary before a seeded training must not change its weights.
+#[test]
+fn no_weight_is_drawn_for_a_summary() {
+    let device = Device::flex().autodiff();
+    let layer = MemAopLinearConfig::new(3, 4).init(&device);
+    assert!(summary(&layer).to_string().contains("MemAopLinear"));
+    assert!(!layer.weight.is_initialized());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use burn::{
-    module::{Module, ModuleVisitor, Param, ParamId},
+    module::{Lora, Module, ModuleVisitor, Param, ParamId},
     nn::{
         Initializer, SwiGluConfig,
         activation::ActivationConfig,
@@ -168,6 +168,34 @@ pub fn attention_equals_burns(device: &Device) {
     }
 }
 
+/// One mask for all sequences of a batch, as Burn's takes it.
+#[test]
+fn a_mask_is_broadcast() {
+    let device = Device::flex();
+    let burns = MultiHeadAttentionConfig::new(8, 2).init(&device);
+    let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
+    let input = MhaInput::self_attn(tokens(&mut Random(95), [3, 5, 8], &device));
+    let input = input.mask_attn(generate_autoregressive_mask(1, 5, &device));
+    let expected = burns.forward(input.clone().into()).context;
+    let found = ours.forward(input).context;
+    assert!(relative_error(&values(found), &values(expected)) < TOLERANCE);
+}
+
+/// A cross-attention whose layers have adapters infers as before.
+#[test]
+fn adapters_of_a_cross_attention_come_along() {
+    let device = Device::flex();
+    let attention = MemAopCrossAttentionConfig::new(6, 6, 2, 2, 3).init(&device);
+    let attention = attention.apply_lora(Lora::new(2, 1.0));
+    let burns = attention.clone().into_cross_attention();
+    assert_eq!(burns.num_params(), attention.num_params());
+    let [query, context] = [4, 5].map(|length| tokens(&mut Random(96), [2, length, 6], &device));
+    let expected = attention.forward(query.clone(), context.clone(), None);
+    let mut cache = CrossAttentionCache::new();
+    let found = attention.forward_cache(query, context, None, &mut cache);
+    assert!(relative_error(&values(found), &values(expected)) < TOLERANCE);
+}
+
 pub fn feed_forward_equals_burns(device: &Device) {
     let mut random = Random(82);
     for activation in [ActivationConfig::Gelu, ActivationConfig::Relu] {
@@ -289,7 +317,7 @@ pub fn swiglu_equals_burns(device: &Device) {
 
 #[test]
 #[should_panic(
-    expected = "cross-attention: the parameters must have the shapes of the configuration"
+    expected = "cross-attention: the parameters must have the shapes of the configuration, and no adapters"
 )]
 fn cross_attention_of_another_configuration_is_refused() {
     let device = Device::flex();
@@ -378,6 +406,23 @@ fn conversions_keep_parameters_and_count_the_seeds() {
     };
     assert_eq!(of_block(0), [40, 41, 42, 43, 44, 45]);
     assert_eq!(of_block(1), [46, 47, 48, 49, 50, 51]);
+    let decoder = TransformerDecoderConfig::new(8, 12, 2, 2).init(&device);
+    let decoder = MemAopTransformerDecoder::from_decoder(decoder, aop);
+    let block = &decoder.layers[1];
+    let first = seeds([
+        &block.cross_attn.query,
+        &block.cross_attn.output,
+        &block.self_attn.query,
+        &block.self_attn.output,
+        &block.pwff.linear_inner,
+        &block.pwff.linear_outer,
+    ]);
+    assert_eq!(first, [50, 53, 54, 57, 58, 59]);
+    let back = decoder.clone().into_decoder();
+    assert_eq!(
+        back.layers[1].cross_attn.key.weight.id,
+        block.cross_attn.key.weight.id
+    );
     let display = format!("{}", ours.layers[0].mha);
     assert!(display.contains("n_heads: 2"), "{display}");
     assert!(display.contains("Ratio(0.5)"), "{display}");

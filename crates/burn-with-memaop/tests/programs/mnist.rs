@@ -174,7 +174,7 @@ mod tests {
         let record = trained.clone().into_record();
         let expected = trained.forward(images.clone()).into_data();
 
-        let fresh = Model::new(&device).valid();
+        let fresh = untrained(SEED + 1, &device, Model::new).valid();
         let before = fresh.forward(images.clone()).into_data();
         assert_ne!(before, expected);
         let loaded = fresh.load_record(record);

@@ -10,11 +10,16 @@ pub mod text_generation;
 
 use burn::{module::Module, tensor::Device};
 
-/// A model whose weights depend on the seed alone. Burn draws a weight when it is first read, from
-/// a generator that all threads share. The lock of the standard input gives each thread its turn,
-/// also where the programs are built twice in one process.
+/// The turn of a thread to draw weights. Burn draws a weight when it is first read, from a generator
+/// that all threads share. The lock of the standard input is one for the whole process, also where
+/// the programs are built twice in it.
+pub fn turn() -> std::io::StdinLock<'static> {
+    std::io::stdin().lock()
+}
+
+/// A model whose weights depend on the seed alone.
 fn untrained<M: Module>(seed: u64, device: &Device, new: impl FnOnce(&Device) -> M) -> M {
-    let _turn = std::io::stdin().lock();
+    let _turn = turn();
     device.seed(seed);
     let model = new(device);
     drop(model.valid());

@@ -266,7 +266,7 @@ impl MemAopMultiHeadAttention {
     /// Panics where [`MultiHeadAttention::forward`] does (if `query`, `key` and `value` do not fit
     /// each other or `d_model`), and where [`MemAopLinear::forward`] does.
     pub fn forward(&self, input: MhaInput) -> MhaOutput {
-        let [batch_size, seq_length_1, _] = input.query.dims();
+        let [batch_size, ..] = input.query.dims();
         let [_, seq_length_2, _] = input.key.dims();
         assert_shape!(input.query, [_, _, self.d_model]);
         assert_shape!(input.key, [batch_size, _, self.d_model]);
@@ -281,8 +281,7 @@ impl MemAopMultiHeadAttention {
         let key = project(&self.key, input.key, shared.as_ref());
         let value = project(&self.value, input.value, shared.as_ref());
 
-        let of_pairs =
-            |mask: Tensor<3, Bool>| mask.reshape([batch_size, 1, seq_length_1, seq_length_2]);
+        let of_pairs = |mask: Tensor<3, Bool>| mask.unsqueeze_dim(1);
         let masks = [input.mask_pad.map(of_keys), input.mask_attn.map(of_pairs)];
         let scaling = Scaling {
             d_head: self.d_k,

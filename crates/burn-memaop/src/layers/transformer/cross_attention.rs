@@ -4,7 +4,7 @@ use burn::{
     config::Config,
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     nn::{
-        Dropout, DropoutConfig, Initializer, LinearConfig,
+        Dropout, DropoutConfig, Initializer, Linear, LinearConfig,
         attention::{CrossAttention, CrossAttentionCache, CrossAttentionConfig},
     },
     tensor::{Bool, Device, Tensor, assert_shape},
@@ -106,7 +106,7 @@ pub struct MemAopCrossAttention {
 
 impl MemAopCrossAttention {
     /// Takes the parameters of a [`CrossAttention`] that was made by an equal configuration, with
-    /// their ids.
+    /// their ids. It must not have adapters (LoRA), which cannot be told from other parameters.
     ///
     /// # Panics
     ///
@@ -118,7 +118,9 @@ impl MemAopCrossAttention {
         aop: AopConfig,
     ) -> Self {
         let device = attention.devices().swap_remove(0);
-        with_parameters_of(&attention, config.init_with(aop, &device))
+        let mut parameters = Parameters(VecDeque::new());
+        attention.visit(&mut parameters);
+        config.init_with(aop, &device).map(&mut parameters)
     }
 
     /// Gives the parameters back, with their ids, and drops the memories.
@@ -137,7 +139,13 @@ impl MemAopCrossAttention {
         };
         // The weights of this module are never made.
         let burns = config.init(&self.query.weight.lazy_device());
-        with_parameters_of(&self, burns)
+        let mut parameters = Parameters(VecDeque::new());
+        for layer in [self.query, self.key, self.value, self.output] {
+            let Linear { weight, bias } = layer.into_linear();
+            parameters.0.push_back(Box::new(weight));
+            parameters.0.extend(bias.map(|bias| Box::new(bias) as _));
+        }
+        burns.map(&mut parameters)
     }
 
     /// Attends from each token of the query to the tokens of the context that the mask leaves.
@@ -211,14 +219,8 @@ impl MemAopCrossAttention {
     }
 }
 
-/// The second module with the float parameters of the first, which has them in the same order. The
-/// fields of Burn's cross-attention are private, so this is the only way to them.
-fn with_parameters_of<A: Module, B: Module>(from: &A, to: B) -> B {
-    let mut parameters = Parameters(VecDeque::new());
-    from.visit(&mut parameters);
-    to.map(&mut parameters)
-}
-
+/// The float parameters of a cross-attention in the order of its fields. Those of Burn's module are
+/// private, so a visitor and a mapper are the only way to them.
 struct Parameters(VecDeque<Box<dyn Any>>);
 
 impl ModuleVisitor for Parameters {
@@ -232,6 +234,6 @@ impl ModuleMapper for Parameters {
         let taken = self.0.pop_front();
         let taken = taken.and_then(|param| param.downcast::<Param<Tensor<D>>>().ok());
         let taken = taken.filter(|taken| taken.lazy_shape() == before.lazy_shape());
-        *taken.expect("cross-attention: the parameters must have the shapes of the configuration")
+        *taken.expect("cross-attention: the parameters must have the shapes of the configuration, and no adapters")
     }
 }

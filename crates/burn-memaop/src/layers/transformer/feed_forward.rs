@@ -146,7 +146,7 @@ impl MemAopPositionWiseFeedForward {
         match (&self.activation, self.linear_outer.aop().stored_input) {
             (Activation::Relu(_), Int8 | Int4) => relu(input),
             (Activation::Gelu(Gelu { approximate: false }), Int8 | Int4) => {
-                packed_gelu(input, |_| self.linear_inner.pass_random())
+                packed_gelu(input, |device| self.linear_inner.pass_random(device))
             }
             (Activation::Gelu(Gelu { approximate: false }), Full) => exact_gelu(input),
             _ => self.activation.forward(input),

@@ -1,10 +1,9 @@
 //! Counterparts of Burn's transformer modules with [`MemAopLinear`](crate::MemAopLinear) for
 //! `Linear`.
 //!
-//! Each is configured like Burn's module, with an [`AopConfig`] besides, or made from it. It has
-//! the same fields, and its `forward` takes and gives the same. [`MhaInput`],
-//! [`TransformerEncoderInput`] and [`TransformerDecoderInput`] are types of this module, because
-//! the fields of Burn's are private:
+//! Each is configured like Burn's module, or made from it. It has the same fields, and its
+//! `forward` takes and gives the same. [`MhaInput`], [`TransformerEncoderInput`] and
+//! [`TransformerDecoderInput`] are types of this module, because the fields of Burn's are private:
 //!
 //! ```
 //! use burn::prelude::*;
