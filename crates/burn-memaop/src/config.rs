@@ -57,8 +57,8 @@ pub struct AopConfig {
     /// The seed of all random bits.
     ///
     /// The bits of a row depend on the seed, the number of the layer's pass and the row's position.
-    /// So all backends draw the same rows, and trainings can be repeated. ([`OuterProducts::Auto`]
-    /// goes by times and repeats on the same kind of machine.)
+    /// So all backends draw the same rows, and trainings can be repeated. [`OuterProducts::Auto`]
+    /// goes by fixed costs for each kind of processor, so it repeats on the same kind of machine.
     ///
     /// Layers with equal seeds draw alike, which biases no gradient of a weight.
     /// [`transformer`](crate::transformer) gives each layer its own. Draws for the [gradient of the
@@ -92,9 +92,9 @@ pub enum OuterProducts {
     /// halves K. If the noise is above four times its average, K rises at once to what this asks
     /// for, M for instance.
     ///
-    /// This is for [`Method::Systematic`] in linear layers, from 16 rows on. Smaller batches take
-    /// the last share. Other methods, whose noise follows other laws, take M/8, and a
-    /// [convolution](crate::MemAopConv2d) takes M.
+    /// This is for [`Method::Systematic`] in linear layers, from 16 rows on. A smaller batch takes
+    /// the share of the rows that the layer chose last. Other methods, whose noise follows other
+    /// laws, take M/8, and a [convolution](crate::MemAopConv2d) takes M.
     Auto,
     /// K itself, at least 1.
     Count(usize),
@@ -234,12 +234,12 @@ impl Memory {
 /// memory and in convolutions. [Errors](crate::AopObserver::with_error) are relative to the rounded
 /// input's gradient.
 ///
-/// What something else keeps is not saved. [`activation`](crate::activation) has functions that
-/// keep little; the feed-forward network of [`transformer`](crate::transformer) takes them by
-/// itself, GELU with a derivative in 8 bits. A memory or a gradient of all rows widens all for a
-/// moment. By the [cost rule](AopConfig::cost_rule) inputs are kept in full where only the host
-/// could pack them, and with gradient checkpointing, where they would be kept instead of computed
-/// again.
+/// Bytes are saved only if nothing else keeps the same tensor. [`activation`](crate::activation)
+/// has functions that keep little; the feed-forward network of [`transformer`](crate::transformer)
+/// takes them by itself, GELU with a derivative in 8 bits. With a memory, or if all rows are used,
+/// the backward pass holds the whole input in full for a moment. By the [cost
+/// rule](AopConfig::cost_rule) inputs are kept in full where only the host could pack them, and
+/// with gradient checkpointing, where they would be kept instead of computed again.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum StoredInput {
     /// A reference to the tensor.

@@ -5,9 +5,10 @@
 
 //! Drop-in layers for [Burn](https://burn.dev) that train in less time and memory.
 //!
-//! [`nn`] is [`burn::nn`] with the layers of this crate in their places: [`MemAopLinear`] for
-//! `Linear`, [`MemAopConv2d`] for `Conv2d`, and the counterparts in [`transformer`]. A model that
-//! takes its layers from there is the swap.
+//! [`nn`] has all items of [`burn::nn`]. `Linear`, `Conv2d`, `Relu`, `Gelu`, `SwiGlu`, and the
+//! modules of attention and transformers in it are those of this crate. To swap layers, import them
+//! from there. The crate burn-with-memaop swaps those of a whole project. [`summary`] shows which
+//! layers were reached.
 //!
 //! ```
 //! use burn::prelude::*;
@@ -44,11 +45,12 @@
 //!
 //! - **Exact layers** are faster than Burn's on CPUs: [`OuterProducts::All`].
 //! - **Inputs in 8 bits** between the passes save memory: [`StoredInput::Int8`].
-//! - **Gradients from some of the rows**: the gradient of a weight, `dW = X^T G`, is a sum of M outer
-//!   products, one for each row of the batch. By default a linear layer draws K of them without
-//!   bias, and chooses K while it trains ([`OuterProducts::Auto`]). The paper's method, Mem-AOP-GD
-//!   (Hernandez, Rini, Duman, 2021, [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)), keeps the
-//!   rows that were left out in a [`Memory`].
+//! - **Gradients from some of the rows**: the gradient of a weight, `dW = X^T G`, is a sum of M
+//!   outer products, one for each row of the batch. By default a linear layer draws K of them
+//!   without bias, and chooses K while it trains ([`OuterProducts::Auto`]). The paper's method,
+//!   Mem-AOP-GD (Hernandez, Rini, Duman, 2021,
+//!   [arXiv:2110.09164](https://arxiv.org/abs/2110.09164)), keeps the rows that were left out in a
+//!   [`Memory`].
 //!
 //! [`with_aop`] sets the [`AopConfig`] of all layers of a model.
 //!
@@ -176,8 +178,8 @@ pub mod nn {
         };
     }
 
-    /// [`burn::nn::transformer`] with this crate's encoder, decoder and feed-forward network in place
-    /// of its own.
+    /// [`burn::nn::transformer`] with this crate's encoder, decoder and feed-forward network in
+    /// place of its own.
     ///
     /// ```
     /// use burn::prelude::*;

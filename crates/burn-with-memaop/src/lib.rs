@@ -13,7 +13,11 @@
 //!
 //! The crate has all features and all items of burn. [`nn`] is [`memaop::nn`], where `Linear`,
 //! `Conv2d`, `Relu`, `Gelu`, `SwiGlu` and the modules of attention and transformers are those of
-//! burn-memaop. So is `nn` in the [`prelude`]. [`memaop`] has what only burn-memaop has:
+//! burn-memaop. So is `nn` in the [`prelude`]. [`memaop`] has what only burn-memaop has.
+//!
+//! By default a linear layer computes the gradient of its weight from some rows of the batch. It
+//! draws these rows at random, and the expected gradient is the exact one. For exact gradients, set
+//! [`OuterProducts::All`](memaop::OuterProducts::All):
 //!
 //! ```
 //! use burn::{memaop, prelude::*};
@@ -29,12 +33,16 @@
 //!     hidden: nn::LinearConfig::new(784, 512).init(&device),
 //!     output: nn::LinearConfig::new(512, 512).init(&device),
 //! };
-//! let model = memaop::with_aop(model, |_, aop| aop.with_stored_input(memaop::StoredInput::Int8));
-//! println!("{}", memaop::summary(&model)); // what the swap has reached
+//! let model = memaop::with_aop(model, |_, aop| {
+//!     aop.with_outer_products(memaop::OuterProducts::All) // exact gradients
+//!         .with_stored_input(memaop::StoredInput::Int8) // inputs in 8 bits
+//! });
+//! println!("{}", memaop::summary(&model)); // all modules with weights
 //! # assert!(memaop::summary(&model).burns().is_empty());
 //! ```
 //!
-//! Records and configuration files of a project load before and after the swap.
+//! Configuration files load before and after the swap. So do records, unless a model saves the
+//! [state](memaop::AopConfig::saved_state) of its layers.
 //!
 //! # What does not compile any more
 //!
@@ -42,12 +50,13 @@
 //! |---|---|
 //! | `Linear { weight, bias }` | `Linear::from_linear(memaop::burn::nn::Linear { weight, bias }, AopConfig::new())` |
 //! | `Gelu { approximate: true }` | `Gelu::new_approximate()` |
-//! | `Activation::Gelu(Gelu::new())`, also of `Relu`, `SwiGlu` and in `ActivationConfig` | `Gelu::new().into()` |
-//! | a `Linear` for code outside of the project that takes Burn's | `linear.into_linear()` |
-//! | a decoder's layer that infers with a cache | the decoder |
+//! | `Activation::Gelu(Gelu::new())`, and likewise `Relu` and `SwiGlu` | `Gelu::new().into()`, which is Burn's module |
+//! | `ActivationConfig::SwiGlu(config)` | `config.into()`, which is Burn's configuration |
+//! | a `Linear` for code of others that takes Burn's | `linear.into_linear()` |
+//! | `forward_autoregressive_inference` of one layer of a decoder | the same of the decoder |
 //!
-//! [`memaop::burn`] is Burn itself, with its own layers. The standard library is always used. Models
-//! print the names of burn-memaop's layers.
+//! [`memaop::burn`] is Burn itself, with its own layers. The feature `std` is always on. A printed
+//! model shows names such as `MemAopLinear`.
 
 pub use burn_memaop as memaop;
 pub use burns::*;

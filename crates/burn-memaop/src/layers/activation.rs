@@ -133,7 +133,8 @@ fn as_matrix<const D: usize>(
     output.slice(0..values).reshape(shape)
 }
 
-/// Applies [`relu`], as [`burn::nn::Relu`] does.
+/// Applies [`relu`], as [`burn::nn::Relu`] does. It keeps one bit a value, where Burn's keeps its
+/// input.
 #[derive(Module, Debug, Default)]
 pub struct Relu;
 
@@ -163,18 +164,19 @@ impl From<Relu> for Activation {
 
 /// Applies [`burn::tensor::activation::gelu`], as [`burn::nn::Gelu`] does.
 ///
-/// By default it is exact. On Flex in single precision it takes less time than Burn's, and its
-/// values are Burn's to 1e-6.
+/// By default its values differ from Burn's by at most 1e-6, and on Flex in single precision it
+/// takes less time.
 ///
-/// With a [`StoredInput`] of few bits its backward pass keeps the derivative in 8 bits, with a scale
-/// for each 64 values, at most 0.009 off. [`with_aop`](crate::with_aop) sets this for the `Gelu` of
-/// a model as for its layers. The derivative is rounded up or down at random, with the distances as
-/// odds, by new random bits in each pass, so the expected gradient is exact. For this, one `Gelu`
-/// above another must round by other bits. [`with_aop`](crate::with_aop) of a whole model sees to
-/// it by the names of the fields that lead to each. Otherwise give them different seeds.
+/// With a [`StoredInput`] of few bits its backward pass keeps the derivative in 8 bits, with a
+/// scale for each 64 values, at most 0.009 off. [`with_aop`](crate::with_aop) sets this for the
+/// `Gelu` of a model as for its layers. The derivative is rounded up or down at random, with the
+/// distances as odds, by new random bits in each pass, so the expected gradient is exact. If one
+/// `Gelu` is above another, both must round by different bits. [`with_aop`](crate::with_aop) of the
+/// whole model arranges this by the names of their fields. If you configure them one by one, set
+/// two seeds.
 ///
-/// A derivative that is not finite makes its 64 NaN. Nothing is packed where [`relu`] is Burn's own,
-/// or in the tanh approximation.
+/// A derivative that is not finite makes its 64 NaN. Nothing is packed where [`relu`] is Burn's
+/// own, or in the tanh approximation.
 ///
 /// The number of passes is [state](crate::MemAopLinear#state): each device has one, clones share
 /// it, and records hold it with [`AopConfig::saved_state`].
@@ -209,7 +211,8 @@ impl Gelu {
         }
     }
 
-    /// The same with another configuration, of which `stored_input`, `seed` and `saved_state` count.
+    /// The same with another configuration, of which `stored_input`, `seed` and `saved_state`
+    /// count.
     ///
     /// # Panics
     ///
@@ -282,8 +285,8 @@ pub struct SwiGluConfig {
 }
 
 impl SwiGluConfig {
-    /// Creates a [`SwiGlu`] with the parameters that Burn's configuration gives from the same random
-    /// state.
+    /// Creates a [`SwiGlu`] with the parameters that Burn's configuration gives from the same
+    /// random state.
     pub fn init(&self, device: &Device) -> SwiGlu {
         let burns = nn::SwiGluConfig::from(self.clone());
         SwiGlu::from_swiglu(burns.init(device), AopConfig::new())

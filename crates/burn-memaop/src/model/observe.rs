@@ -50,8 +50,8 @@ impl AopObserver {
     }
 
     /// Reports what each layer did at its last step. Call it after each backward pass. It does not
-    /// wait for the device. A layer that is exact at every step only reports the steps that it takes
-    /// after it was first observed.
+    /// wait for the device. A layer that is exact at every step only reports the steps that it
+    /// takes after it was first observed.
     pub fn observe<M: Module>(&self, module: &M) -> AopReport {
         let report = |(name, layer): (String, Shown)| {
             let seen = layer.state.watched(self.error_interval)?;

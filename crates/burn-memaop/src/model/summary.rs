@@ -27,7 +27,8 @@ const PRODUCTS: [&str; 8] = [
 
 /// Lists all modules of a model that have weights: those whose gradient is computed from some of
 /// the rows, and those whose gradient is exact, with the reason. Print it to see what a swap of
-/// layers has reached. It names the modules that stayed Burn's, by the names of their types.
+/// layers has reached. It names the modules that stayed Burn's, by the names of their types. It
+/// does not show activations, which have no weights, nor how inputs are stored.
 ///
 /// No weight is drawn for it. A weight that has not been drawn counts as trained and as single
 /// precision. What a module leaves out of its records, such as a `SwiGlu` in Burn's

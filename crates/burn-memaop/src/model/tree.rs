@@ -114,7 +114,8 @@ fn place(layer: &str) -> u64 {
 /// the memory is empty, and K is yet to be chosen. Clones and forks of the given model keep theirs.
 ///
 /// Use it to begin a new task with the weights of a record that also holds the state of the old
-/// task. Use it for two trainings from one model too, because plain clones share the state of layers.
+/// task. Use it for two trainings from one model too, because plain clones share the state of
+/// layers.
 ///
 /// ```
 /// # use burn::tensor::{Device, Tensor};

@@ -1,8 +1,8 @@
 //! The state in a module's record.
 //!
 //! A module loads tensors of the shapes that it expects, but a memory has as many rows as its
-//! batches. So a state is saved as two tensors of integers. `header` has a fixed shape and tells the
-//! length of `content`, which holds the states of all devices as CBOR. Both are made when their
+//! batches. So a state is saved as two tensors of integers. `header` has a fixed shape and tells
+//! the length of `content`, which holds the states of all devices as CBOR. Both are made when their
 //! values are first used, so a record of other parameters does not wait for the device. The tensors
 //! are integers because LoRA, casts and quantization map the float parameters of a model, and must
 //! not touch a state. Fields can be added to the CBOR, because a reader skips names that it does
