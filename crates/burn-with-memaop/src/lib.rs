@@ -66,7 +66,7 @@ pub mod nn {
     pub use burn_memaop::nn::*;
 }
 
-/// [`burn::prelude`](burns::prelude), whose [`nn`](crate::nn) has the layers of burn-memaop.
+/// [`burn::prelude`](burns::prelude), whose [`nn`] has the layers of burn-memaop.
 pub mod prelude {
     pub use burns::prelude::*;
 

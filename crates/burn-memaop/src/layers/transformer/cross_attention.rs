@@ -167,8 +167,8 @@ impl MemAopCrossAttention {
         context: Tensor<3>,
         mask: Option<Tensor<2, Bool>>,
     ) -> Tensor<3> {
-        let [batch_size, ..] = query.dims();
-        assert_shape!(context, [batch_size, _, _]);
+        let [batch, ..] = query.dims();
+        assert_shape!(context, [batch, _, _]);
 
         let shared = SharedInput::default();
         let query = heads(self.query.forward(query), self.n_heads, self.d_head);
