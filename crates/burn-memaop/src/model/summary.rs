@@ -247,7 +247,7 @@ fn ours(shown: &Shown, weight: &Weight) -> Ours {
     let k = match shown.aop.outer_products {
         // Only linear layers choose K.
         OuterProducts::Auto if linear && shown.aop.chooses_k() => match state.progress.chosen {
-            Some(share) => format!("auto (M/{:.0})", 1.0 / share),
+            Some(chosen) => format!("auto ({})", share(chosen)),
             None => "auto".to_string(),
         },
         OuterProducts::Auto if linear => share(OuterProducts::UNCHOSEN),
@@ -272,11 +272,13 @@ fn ours(shown: &Shown, weight: &Weight) -> Ours {
     Ours { k, gradient }
 }
 
+/// A share of the M rows.
 fn share(ratio: f64) -> String {
     let inverse = 1.0 / ratio;
-    match inverse.fract() == 0.0 {
-        true => format!("M/{inverse}"),
-        false => format!("{ratio} M"),
+    match (ratio == 1.0, inverse.fract() == 0.0) {
+        (true, _) => "M".to_string(),
+        (false, true) => format!("M/{inverse}"),
+        (false, false) => format!("{ratio} M"),
     }
 }
 
