@@ -356,6 +356,8 @@ mod tests {
                 );
             }
         }
-        assert!(bytes[1].kept < bytes[0].kept && bytes[2].kept < bytes[1].kept);
+        let [burns, ours, small] = [0, 1, 2].map(|side| bytes[side].kept as f64);
+        assert!(ours < 1.01 * burns, "{ours} {burns}");
+        assert!(small < 0.8 * burns, "{small} {burns}");
     }
 }
