@@ -233,7 +233,7 @@ fn parts(options: &Options, device: &Device) -> Result<()> {
     let [mha_full, mha_int8, mha_int4] =
         [StoredInput::Full, StoredInput::Int8, StoredInput::Int4].map(attention);
     let ours = |mha: MemAopMultiHeadAttention| {
-        move |x: Tensor<3>| mha.forward(MhaInput::self_attn(x)).context
+        move |x: Tensor<3>| mha.forward_context(MhaInput::self_attn(x))
     };
     type Forward = Box<dyn Fn(Tensor<3>) -> Tensor<3>>;
     let linear_forward = move |x| linear.forward(x);
@@ -455,7 +455,7 @@ fn sides(options: &Options, device: &Device, model: ModelKind) -> Result<Vec<Sid
 /// The output of a block that normalises first, with Burn's GELU.
 fn burns_gelu(tokens: Tensor<3>, block: &MemAopTransformerEncoderLayer) -> Tensor<3> {
     let attended = MhaInput::self_attn(block.norm_2.forward(tokens.clone()));
-    let tokens = tokens + block.mha.forward(attended).context;
+    let tokens = tokens + block.mha.forward_context(attended);
     let inner = block
         .pwff
         .linear_inner

@@ -167,6 +167,17 @@ fn inputs_are_kept_in_as_many_bytes_as_are_asked_for() {
     // Of the input, and of that of the last layer.
     assert!((2.0 * 0.73..2.0 * 0.74).contains(&saved), "{saved}");
 
+    // Of the weights of attention nothing is kept: long sequences keep as much for each token.
+    let [short, long] = [32, 256].map(|length| {
+        let mha = MemAopMultiHeadAttention::from_mha(mha.clone(), aop);
+        kept(|input| {
+            let sequences = input.reshape([M / length, length, WIDE]);
+            mha.forward_context(MhaInput::self_attn(sequences))
+                .flatten(0, 1)
+        })
+    });
+    assert!((short - long).abs() < 0.1, "{short} {long}");
+
     // Beyond the output, which the layer above keeps anyway.
     let gelu = activation::Gelu::new().with_aop(aop);
     let (relu, gelu) = (kept(activation::relu), kept(|x| gelu.forward(x)));

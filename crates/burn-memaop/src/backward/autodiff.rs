@@ -13,14 +13,15 @@ use burn_autodiff::{
 };
 
 use super::{
-    AopLayer, LayerOps, activation,
+    AopLayer, LayerOps, activation, attention,
     plan::{LayerStep, Outcome, Plan},
     recipe,
 };
 use crate::{
     config::Method,
     rows::{
-        Bias, Candidates, Draw, ExactOps, Factor, Memory, Packed, RowOps, bias_of_channels,
+        Attention, Bias, Candidates, Draw, ExactOps, Factor, Mask, Memory, Packed, RowOps,
+        bias_of_channels,
         packing::{Bits, Packing},
         random::{Random, stream},
         transfer::CopyOut,
@@ -66,6 +67,16 @@ where
 
     fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         activation::relu::<B, C>(input)
+    }
+
+    fn memaop_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        mask: Mask<Self>,
+        attention: Attention,
+    ) -> FloatTensor<Self> {
+        attention::attention::<B, C>([query, key, value], mask, attention)
     }
 
     fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {

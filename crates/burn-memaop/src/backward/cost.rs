@@ -98,6 +98,15 @@ pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
     }
 }
 
+/// The bytes of attention's scores that are computed at a time. On CPUs they stay in the cache. On
+/// other devices a block must be large enough for all of its units.
+pub(crate) fn attention_block(device: &DispatchDevice) -> usize {
+    match device_class(device) {
+        Class::Cpu => 1 << 20,
+        Class::Cube | Class::Cuda | Class::Other => 1 << 26,
+    }
+}
+
 fn exact_weight(config: &mut AopConfig) {
     config.outer_products = OuterProducts::All;
 }

@@ -4,6 +4,8 @@
 #[cfg(feature = "autodiff")]
 mod activation;
 #[cfg(feature = "autodiff")]
+mod attention;
+#[cfg(feature = "autodiff")]
 mod autodiff;
 pub(crate) mod cost;
 #[cfg(feature = "autodiff")]
@@ -12,11 +14,13 @@ pub(crate) mod recipe;
 
 use std::sync::{Arc, Once, OnceLock};
 
-use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::FloatTensor};
+use burn::backend::{
+    Dispatch, DispatchDevice, TensorMetadata, backend_extension, tensor::FloatTensor,
+};
 
 use crate::{
     config::AopConfig,
-    rows::{Bias, ExactOps, Packed, RowOps, random::Random, window::Window},
+    rows::{Attention, Bias, ExactOps, Mask, Packed, RowOps, random::Random, window::Window},
     state::{LayerState, choice::StepTime},
 };
 
@@ -71,6 +75,26 @@ pub(crate) trait LayerOps: RowOps + ExactOps {
     /// Burn's `relu` of a matrix. The backward pass keeps one bit of each value.
     fn memaop_relu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::relu(input)
+    }
+
+    /// Scaled dot-product attention of `[batch, heads, length, d_head]`, whose queries are scaled
+    /// already.
+    fn memaop_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        #[extension_type] mask: Mask<Self>,
+        attention: Attention,
+    ) -> FloatTensor<Self> {
+        let scores = Self::float_matmul(query, Self::float_swap_dims(key, 2, 3));
+        let scores = match mask.into_option() {
+            None => scores,
+            Some(mask) => {
+                let mask = Self::bool_expand(mask, scores.shape());
+                Self::float_mask_fill(scores, mask, attention.min_float.into())
+            }
+        };
+        Self::float_matmul(Self::memaop_softmax(scores, attention.quiet).weights, value)
     }
 
     /// Burn's `gelu` of a matrix.

@@ -7,6 +7,7 @@ use burn::backend::{
 };
 use burn::tensor::{DType, FloatDType, IntDType, Shape, TensorData};
 
+mod attention;
 mod backends;
 mod convolution;
 mod gelu;
@@ -21,7 +22,8 @@ use self::{
     passes::{Clear, FoldIn, Gather, PutBack, Rows, RowsMut, Score, are_finite, in_parallel},
 };
 use super::{
-    Bias, ExactOps, exact,
+    Bias, ExactOps,
+    exact::{self, Softmax},
     packing::Packing,
     portable,
     random::Random,
@@ -311,6 +313,30 @@ impl<B: HostTensors> ExactOps for B {
         match is_single::<Self>(&grad) {
             true => convolution::exact_weight_gradient::<Self>(input, grad, window),
             false => portable::exact_gradient_of_patches::<Self>(input, grad, window),
+        }
+    }
+
+    fn memaop_softmax(scores: FloatTensor<Self>, quiet: bool) -> Softmax<Self> {
+        match is_single::<Self>(&scores) {
+            true => attention::softmax::<Self>(scores, quiet),
+            false => portable::softmax::<Self>(scores, quiet),
+        }
+    }
+
+    fn memaop_weights(scores: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
+        match is_single::<Self>(&scores) {
+            true => attention::weights::<Self>(scores, rows),
+            false => portable::weights::<Self>(scores, rows),
+        }
+    }
+
+    fn memaop_softmax_backward(
+        weights: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        match is_single::<Self>(&weights) {
+            true => attention::softmax_backward::<Self>(weights, grad),
+            false => portable::softmax_backward::<Self>(weights, grad),
         }
     }
 

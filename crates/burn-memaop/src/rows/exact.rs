@@ -1,7 +1,8 @@
 //! Exact operations, which draw no rows, where a backend can be faster than Burn's own.
 
 use burn::backend::{
-    Backend, ExtensionType, TensorMetadata, backend_extension, tensor::FloatTensor,
+    Backend, ExtensionType, TensorMetadata, backend_extension,
+    tensor::{BoolTensor, FloatTensor},
 };
 
 use super::{
@@ -29,6 +30,43 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for Bias<B> {
     fn from(bias: Option<FloatTensor<B>>) -> Self {
         bias.map_or(Self::None, Self::Some)
     }
+}
+
+/// A mask of attention, or none.
+#[derive(ExtensionType, Debug)]
+pub(crate) enum Mask<B: Backend> {
+    /// True where a query does not attend to a key. It broadcasts to `[batch, heads, queries, keys]`.
+    Some(BoolTensor<B>),
+    None,
+}
+
+impl<B: Backend> Mask<B> {
+    pub(crate) fn into_option(self) -> Option<BoolTensor<B>> {
+        match self {
+            Self::Some(mask) => Some(mask),
+            Self::None => None,
+        }
+    }
+}
+
+/// How the scores of attention become weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attention {
+    /// The value that masked scores get.
+    pub(crate) min_float: f64,
+    /// Whether 1 is added to the sum of the exponentials.
+    pub(crate) quiet: bool,
+}
+
+/// The softmax of each row of scores.
+#[derive(ExtensionType, Debug)]
+pub(crate) struct Softmax<B: Backend> {
+    /// The shape is that of the scores.
+    pub(crate) weights: FloatTensor<B>,
+    /// The largest score of each row, and the inverse of its sum of exponentials: shape `[..., 2]`,
+    /// in single precision at least. One number, the logarithm of the sum, would be too coarse where
+    /// all scores are masked and so large.
+    pub(crate) rows: FloatTensor<B>,
 }
 
 /// Each default body is Burn's own operation. Fusion takes the default bodies too.
@@ -75,6 +113,24 @@ pub(crate) trait ExactOps: RowOps {
         window: Window,
     ) -> FloatTensor<Self> {
         portable::exact_gradient_of_patches::<Self>(input, grad, window)
+    }
+
+    /// The softmax of each row of `scores`, shape `[batch, heads, queries, keys]`.
+    fn memaop_softmax(scores: FloatTensor<Self>, quiet: bool) -> Softmax<Self> {
+        portable::softmax::<Self>(scores, quiet)
+    }
+
+    /// The weights of a softmax, computed again from the numbers of its rows.
+    fn memaop_weights(scores: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::weights::<Self>(scores, rows)
+    }
+
+    /// The gradient of the scores of a softmax from that of its weights, `w (g - sum(w g))`.
+    fn memaop_softmax_backward(
+        weights: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        portable::softmax_backward::<Self>(weights, grad)
     }
 
     /// Burn's `gelu` of a matrix.

@@ -21,7 +21,7 @@ pub(crate) mod window;
 pub(crate) const MOST_ROWS: usize = 1 << 24;
 
 pub(crate) use self::{
-    exact::{Bias, ExactOps},
+    exact::{Attention, Bias, ExactOps, Mask},
     portable::{bias_of_channels, cast, norm, working_dtype},
     tensors::{Candidates, Draw, Factor, Fold, Memory, Packed},
     verbs::RowOps,

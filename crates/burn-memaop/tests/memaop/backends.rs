@@ -106,6 +106,7 @@ macro_rules! suite {
                 );
                 checks!($device.map(Device::autodiff); transformer:
                     attention_equals_burns,
+                    context_equals_burns,
                     feed_forward_equals_burns,
                     encoder_equals_burns,
                     decoder_equals_burns,
@@ -121,6 +122,10 @@ macro_rules! suite {
                     layer_equals_the_oracle,
                     k_equal_to_m_is_the_exact_gradient,
                     recomputation_takes_no_step_of_its_own,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); transformer:
+                    context_equals_burns,
+                    encoder_equals_burns,
                 );
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); convolution:
                     images_in_other_orders_are_handled,

@@ -1,4 +1,5 @@
 use burn::{
+    backend::Dispatch,
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
@@ -13,9 +14,13 @@ use burn::{
 };
 
 use crate::{
-    backward::SharedInput,
+    backward::{LayerOps, SharedInput, is_supported},
     config::AopConfig,
-    layers::{later, linear::MemAopLinear},
+    layers::{
+        later,
+        linear::{MemAopLinear, is_tracked},
+    },
+    rows::{Attention, Mask},
 };
 
 /// Configuration to create a [`MemAopMultiHeadAttention`] layer, with the fields of Burn's
@@ -266,6 +271,36 @@ impl MemAopMultiHeadAttention {
     /// Panics where [`MultiHeadAttention::forward`] does (if `query`, `key` and `value` do not fit
     /// each other or `d_model`), and where [`MemAopLinear::forward`] does.
     pub fn forward(&self, input: MhaInput) -> MhaOutput {
+        let (query, key, value, masks) = self.projected(input);
+        let (weights, context) = attend(query, key, value, masks, self.scaling(), &self.dropout);
+        MhaOutput {
+            weights,
+            context: self.output.forward(context),
+        }
+    }
+
+    /// The field `context` of [`forward`](Self::forward), which keeps no weights for the backward
+    /// pass. It computes them again, unless there is a dropout, which keeps them.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_context(&self, input: MhaInput) -> Tensor<3> {
+        let (query, key, value, masks) = self.projected(input);
+        let attended = attended(query, key, value, masks, self.scaling(), &self.dropout);
+        self.output.forward(attended)
+    }
+
+    fn scaling(&self) -> Scaling {
+        Scaling {
+            d_head: self.d_k,
+            min_float: self.min_float,
+            quiet_softmax: self.quiet_softmax,
+        }
+    }
+
+    /// Queries, keys and values of each head, and the masks.
+    fn projected(&self, input: MhaInput) -> (Tensor<4>, Tensor<4>, Tensor<4>, Masks) {
         let [batch_size, ..] = input.query.dims();
         let [_, seq_length_2, _] = input.key.dims();
         assert_shape!(input.query, [_, _, self.d_model]);
@@ -283,16 +318,7 @@ impl MemAopMultiHeadAttention {
 
         let of_pairs = |mask: Tensor<3, Bool>| mask.unsqueeze_dim(1);
         let masks = [input.mask_pad.map(of_keys), input.mask_attn.map(of_pairs)];
-        let scaling = Scaling {
-            d_head: self.d_k,
-            min_float: self.min_float,
-            quiet_softmax: self.quiet_softmax,
-        };
-        let (weights, context) = attend(query, key, value, masks, scaling, &self.dropout);
-        MhaOutput {
-            weights,
-            context: self.output.forward(context),
-        }
+        (query, key, value, masks)
     }
 
     /// Infers token by token, by [`MultiHeadAttention::forward_cache`] on the same parameters. A
@@ -315,6 +341,48 @@ pub(super) struct Scaling {
     pub(super) quiet_softmax: bool,
 }
 
+/// Masks that broadcast to the weights. They are true where a query does not attend to a key.
+pub(super) type Masks = [Option<Tensor<4, Bool>>; 2];
+
+/// The heads' outputs of [`attend`] side by side. Without a dropout nothing is kept of the weights.
+pub(super) fn attended(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    masks: Masks,
+    scaling: Scaling,
+    dropout: &Dropout,
+) -> Tensor<3> {
+    let device = query.device();
+    let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
+    if !tracked || dropout.prob > 0.0 || !is_supported(device.as_dispatch()) {
+        return attend(query, key, value, masks, scaling, dropout).1;
+    }
+    let query = query / (scaling.d_head as f32).sqrt();
+    let mask = match masks {
+        [Some(first), Some(second)] => Some(first.bool_or(second)),
+        [first, second] => first.or(second),
+    };
+    let mask = match mask {
+        None => Mask::<Dispatch>::None,
+        Some(mask) => Mask::Some(mask.into_dispatch()),
+    };
+    let attention = Attention {
+        min_float: scaling.min_float,
+        quiet: scaling.quiet_softmax,
+    };
+    let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
+    let context = Dispatch::memaop_attention(query, key, value, mask, attention);
+    side_by_side(Tensor::from_dispatch(context))
+}
+
+fn side_by_side(context: Tensor<4>) -> Tensor<3> {
+    let [batch_size, n_heads, seq_length, d_head] = context.dims();
+    context
+        .swap_dims(1, 2)
+        .reshape([batch_size, seq_length, n_heads * d_head])
+}
+
 /// Scaled dot-product attention. Returns the weights, `[batch_size, n_heads, seq_length_1,
 /// seq_length_2]`, after dropout, and the heads' outputs side by side, `[batch_size, seq_length_1,
 /// n_heads * d_head]`. Masks broadcast to the shape of the weights.
@@ -322,11 +390,10 @@ pub(super) fn attend(
     query: Tensor<4>,
     key: Tensor<4>,
     value: Tensor<4>,
-    masks: [Option<Tensor<4, Bool>>; 2],
+    masks: Masks,
     scaling: Scaling,
     dropout: &Dropout,
 ) -> (Tensor<4>, Tensor<3>) {
-    let [batch_size, n_heads, seq_length, d_head] = query.dims();
     let scores = query.matmul(key.transpose()) / (scaling.d_head as f32).sqrt();
     let masked = |scores: Tensor<4>, mask| scores.mask_fill(mask, scaling.min_float);
     let scores = masks.into_iter().flatten().fold(scores, masked);
@@ -335,8 +402,7 @@ pub(super) fn attend(
         false => softmax(scores, 3),
     };
     let weights = dropout.forward(weights);
-    let context = weights.clone().matmul(value).swap_dims(1, 2);
-    let context = context.reshape([batch_size, seq_length, n_heads * d_head]);
+    let context = side_by_side(weights.clone().matmul(value));
     (weights, context)
 }
 

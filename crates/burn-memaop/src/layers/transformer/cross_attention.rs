@@ -10,7 +10,7 @@ use burn::{
     tensor::{Bool, Device, Tensor, assert_shape},
 };
 
-use super::attention::{Scaling, attend, heads, of_keys};
+use super::attention::{Scaling, attended, heads, of_keys};
 use crate::{
     backward::SharedInput,
     config::AopConfig,
@@ -182,8 +182,8 @@ impl MemAopCrossAttention {
             quiet_softmax: self.quiet_softmax,
         };
         let masks = [mask.map(of_keys), None];
-        let (_, context) = attend(query, key, value, masks, scaling, &self.dropout);
-        self.output.forward(context)
+        let attended = attended(query, key, value, masks, scaling, &self.dropout);
+        self.output.forward(attended)
     }
 
     /// Infers with the keys and values of the first call, which the cache keeps, by

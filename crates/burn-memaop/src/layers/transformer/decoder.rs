@@ -360,14 +360,14 @@ impl MemAopTransformerDecoderLayer {
             attended.mask_pad = input.target_mask_pad.clone();
             attended.mask_attn = input.target_mask_attn.clone();
             self.dropout
-                .forward(self.self_attn.forward(attended).context)
+                .forward(self.self_attn.forward_context(attended))
         };
         let attend_to_memory = |tokens| {
             let mut attended = MhaInput::cross_attn(tokens, input.memory.clone());
             attended.mask_pad = input.memory_mask_pad.clone();
             attended.mask_attn = input.memory_mask_attn.clone();
             self.dropout
-                .forward(self.cross_attn.forward(attended).context)
+                .forward(self.cross_attn.forward_context(attended))
         };
         let feed = |tokens| self.dropout.forward(self.pwff.forward(tokens));
 

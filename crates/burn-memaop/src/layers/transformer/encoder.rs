@@ -331,7 +331,7 @@ impl MemAopTransformerEncoderLayer {
             let mut input = MhaInput::self_attn(tokens);
             input.mask_pad = mask_pad;
             input.mask_attn = mask_attn;
-            self.dropout.forward(self.mha.forward(input).context)
+            self.dropout.forward(self.mha.forward_context(input))
         };
         let feed = |tokens| self.dropout.forward(self.pwff.forward(tokens));
 

@@ -111,7 +111,7 @@ fn normal(x: f32) -> (f32, f32) {
 
 /// `e^-s` for s from 0, to a part of 1e-7 near 1, or of 1e-5 where it is tiny, or 0 below that.
 #[inline(always)]
-fn exp_of_minus(s: f32) -> f32 {
+pub(super) fn exp_of_minus(s: f32) -> f32 {
     let y = (-s * LOG2_E).max(-127.0);
     let whole = (y + 0.5).floor();
     // The rest comes from s itself, which the rounding of y has not touched.

@@ -1,0 +1,224 @@
+//! Attention under autodiff. The weights of attention are as many values as all else that it keeps,
+//! times the length of a sequence. So they are not kept, and the backward pass computes them again,
+//! for as many heads at a time as stay in the cache.
+
+use std::ops::Range;
+
+use burn::{
+    backend::{
+        Autodiff, BackendTensor, Dispatch, DispatchKindConversion, DispatchTensor,
+        tensor::{BoolTensor, FloatTensor},
+    },
+    tensor::{Bool, Tensor},
+};
+use burn_autodiff::{
+    NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+
+use super::{LayerOps, cost};
+use crate::rows::{Attention, ExactOps, Mask};
+
+/// Queries, keys and values, shape `[batch, heads, length, d_head]`.
+type Inputs = [Tensor<4>; 3];
+/// True where a query does not attend to a key. It broadcasts to `[batch, heads, queries, keys]`.
+type Masked = Option<Tensor<4, Bool>>;
+
+pub(super) fn attention<B, C>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    mask: Mask<Autodiff<B, C>>,
+    attention: Attention,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    B: LayerOps,
+    C: CheckpointStrategy,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let mask: Option<BoolTensor<B>> = mask.into_option();
+    let mask = mask
+        .map(|mask| Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Bool(mask))));
+    let nodes = inputs.each_ref().map(|input| input.node());
+    let prep = AttentionBackward.prepare::<C>(nodes).compute_bound();
+    match prep.stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
+            let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
+            let (context, rows) = forward(inputs, &mask, attention);
+            let state = State {
+                inputs: kept,
+                mask,
+                rows,
+                attention,
+            };
+            prep.finish(state, primitive::<B>(context))
+        }
+        OpsKind::UnTracked(prep) => {
+            let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
+            prep.finish(primitive::<B>(forward(inputs, &mask, attention).0))
+        }
+    }
+}
+
+#[derive(Debug)]
+struct AttentionBackward;
+
+#[derive(Debug, Clone)]
+struct State {
+    inputs: [NodeId; 3],
+    mask: Masked,
+    /// Two numbers for each query, shape `[batch, heads, queries, 2]`.
+    rows: Tensor<4>,
+    attention: Attention,
+}
+
+impl<B> Backward<B, 3> for AttentionBackward
+where
+    B: LayerOps,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, stored: &mut Checkpointer) {
+        let state = ops.state;
+        let retrieved = state
+            .inputs
+            .map(|id| tensor::<B>(stored.retrieve_node_output::<FloatTensor<B>>(id)));
+        let grad = tensor::<B>(grads.consume::<B>(&ops.node));
+        let gradients = backward(retrieved, &state.mask, state.rows, grad, state.attention);
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let Some(node) = parent {
+                grads.register::<B>(node.id, primitive::<B>(gradient));
+            }
+        }
+    }
+}
+
+/// The output of each head, and what the backward pass needs to compute its weights again.
+fn forward(inputs: Inputs, mask: &Masked, attention: Attention) -> (Tensor<4>, Tensor<4>) {
+    let parts = in_blocks(&inputs, mask, |[query, key, value], mask, _| {
+        let scores = scores(query, key, &mask, attention);
+        let softmax = Dispatch::memaop_softmax(scores.into_dispatch(), attention.quiet);
+        let weights = Tensor::<4>::from_dispatch(softmax.weights);
+        [weights.matmul(value), Tensor::from_dispatch(softmax.rows)]
+    });
+    let [context, rows] = parts;
+    (context, rows)
+}
+
+/// The gradients of queries, keys and values, from that of the output.
+fn backward(
+    inputs: Inputs,
+    mask: &Masked,
+    rows: Tensor<4>,
+    grad: Tensor<4>,
+    attention: Attention,
+) -> [Tensor<4>; 3] {
+    in_blocks(&inputs, mask, |[query, key, value], mask, block| {
+        let scores = scores(query.clone(), key.clone(), &mask, attention);
+        let [rows, grad] = [&rows, &grad].map(|all| of_block(all, &block));
+        let weights = Dispatch::memaop_weights(scores.into_dispatch(), rows.into_dispatch());
+        let weights = Tensor::<4>::from_dispatch(weights);
+        let of_value = weights.clone().transpose().matmul(grad.clone());
+        let of_weights = grad.matmul(value.transpose());
+        let of_scores = Tensor::<4>::from_dispatch(Dispatch::memaop_softmax_backward(
+            weights.into_dispatch(),
+            of_weights.into_dispatch(),
+        ));
+        // A masked score is a constant, also where all scores of a query are masked.
+        let of_scores = match mask {
+            None => of_scores,
+            Some(mask) => of_scores.mask_fill(mask, 0.0),
+        };
+        let of_key = of_scores.clone().transpose().matmul(query);
+        [of_scores.matmul(key), of_key, of_value]
+    })
+}
+
+fn scores(query: Tensor<4>, key: Tensor<4>, mask: &Masked, attention: Attention) -> Tensor<4> {
+    let scores = query.matmul(key.transpose());
+    match mask {
+        None => scores,
+        Some(mask) => scores.mask_fill(mask.clone(), attention.min_float),
+    }
+}
+
+/// Some sequences, and some heads of them.
+type Block = [Range<usize>; 2];
+
+/// Computes blocks of all heads of some sequences, or of some heads of one, one after the other, and
+/// puts the results together.
+fn in_blocks<const N: usize>(
+    inputs: &Inputs,
+    mask: &Masked,
+    compute: impl Fn(Inputs, Masked, Block) -> [Tensor<4>; N],
+) -> [Tensor<4>; N] {
+    let [query, key, _] = inputs;
+    let [batch, heads, queries, _] = query.dims();
+    let of_head = queries * key.dims()[2] * query.dtype().size();
+    let most = (cost::attention_block(query.device().as_dispatch()) / of_head.max(1)).max(1);
+    let (sequences, at_once) = match most >= heads {
+        true => ((most / heads.max(1)).clamp(1, batch.max(1)), heads),
+        false => (1, most),
+    };
+    let part = |sequence: usize, head: usize| {
+        let block = [
+            sequence..batch.min(sequence + sequences),
+            head..heads.min(head + at_once),
+        ];
+        let inputs = inputs.each_ref().map(|input| of_block(input, &block));
+        let mask = mask.as_ref().map(|mask| {
+            let [masks, ..] = mask.dims();
+            match masks == 1 {
+                true => mask.clone(),
+                false => mask.clone().slice([block[0].clone()]),
+            }
+        });
+        compute(inputs, mask, block)
+    };
+    if sequences == batch && at_once == heads {
+        return part(0, 0);
+    }
+    let rows = (0..batch).step_by(sequences).map(|sequence| {
+        let parts = (0..heads).step_by(at_once).map(|head| part(sequence, head));
+        joined(parts.collect(), 1)
+    });
+    joined(rows.collect(), 0)
+}
+
+fn of_block(tensor: &Tensor<4>, [sequences, heads]: &Block) -> Tensor<4> {
+    let dims = tensor.dims();
+    match sequences.len() == dims[0] && heads.len() == dims[1] {
+        true => tensor.clone(),
+        false => tensor.clone().slice([sequences.clone(), heads.clone()]),
+    }
+}
+
+fn joined<const N: usize>(mut parts: Vec<[Tensor<4>; N]>, axis: usize) -> [Tensor<4>; N] {
+    if parts.len() == 1 {
+        return parts.swap_remove(0);
+    }
+    std::array::from_fn(|part| {
+        Tensor::cat(
+            parts.iter().map(|parts| parts[part].clone()).collect(),
+            axis,
+        )
+    })
+}
+
+fn tensor<B: LayerOps>(tensor: FloatTensor<B>) -> Tensor<4>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Float(tensor)))
+}
+
+fn primitive<B: LayerOps>(tensor: Tensor<4>) -> FloatTensor<B>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    DispatchTensor::try_into_backend(tensor.into_dispatch())
+        .expect("all tensors of an attention are on one device")
+        .float()
+}
