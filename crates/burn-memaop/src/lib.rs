@@ -135,9 +135,11 @@ pub mod nn {
         activation::{Gelu, Relu, SwiGlu, SwiGluConfig},
     };
 
-    /// The same as [`nn`](crate::nn), as [`burn::nn::modules`] is.
+    /// [`burn::nn::modules`] with this crate's layers in place of its own.
     pub mod modules {
-        pub use super::*;
+        pub use burn::nn::modules::*;
+
+        pub use super::{Linear, LinearConfig, attention, conv, transformer};
     }
 
     /// [`burn::nn::activation`] with the activations of this crate in the places of Burn's.

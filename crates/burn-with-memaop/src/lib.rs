@@ -48,7 +48,9 @@
 //!
 //! | What a source has | What to write instead |
 //! |---|---|
-//! | `Linear { weight, bias }` | `Linear::from_linear(memaop::burn::nn::Linear { weight, bias }, AopConfig::new())` |
+//! | `Linear { weight, bias }` | `Linear::from_linear(memaop::burn::nn::Linear { weight, bias }, memaop::AopConfig::new())` |
+//! | a literal of a `Conv2d` | the same with `Conv2d::from_conv2d` |
+//! | a literal of a module of transformers | the same with `from_mha`, `from_pwff`, `from_layer`, `from_encoder` |
 //! | `Gelu { approximate: true }` | `Gelu::new_approximate()` |
 //! | `Activation::Gelu(Gelu::new())`, and likewise `Relu` and `SwiGlu` | `Gelu::new().into()`, which is Burn's module |
 //! | `ActivationConfig::SwiGlu(config)` | `config.into()`, which is Burn's configuration |

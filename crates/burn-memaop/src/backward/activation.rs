@@ -17,7 +17,7 @@ use super::LayerOps;
 use crate::rows::{
     Packed,
     packing::{Bits, Packing},
-    random::{Random, stream},
+    random::Random,
 };
 
 /// The backward pass keeps one bit of each output: whether it is above zero.
@@ -41,11 +41,6 @@ pub(super) fn packed_gelu<B: LayerOps, C: CheckpointStrategy>(
     if !input.is_tracked() {
         return gelu::<B, C>(input);
     }
-    // The layer beside the activation rounds its input by the bits of the seed itself.
-    let random = Random {
-        seed: stream(random.seed, 0),
-        ..random
-    };
     times::<B, C>(input, Bits::Eight, move |input, packing| {
         let derivative = B::memaop_gelu_derivative(input.clone(), packing, random);
         (derivative, B::memaop_exact_gelu(input))

@@ -45,11 +45,8 @@ macro_rules! layer_module {
                 match wish {
                     None => layer,
                     Some(Wish::Own { aop, place }) => {
-                        let layer = layer.with_aop(aop);
-                        Self {
-                            state: layer.state.at_place(place),
-                            ..layer
-                        }
+                        let state = layer.state.at_place(place);
+                        Self { state, ..layer }.with_aop(aop)
                     }
                     Some(Wish::Reset) => Self {
                         state: layer.state.renewed(),

@@ -9,7 +9,7 @@ use burn::{
 
 use crate::{
     backward::{cost, is_supported},
-    config::{AopConfig, OuterProducts},
+    config::{AopConfig, OuterProducts, StoredInput},
     state::offer::{self, Shown},
 };
 
@@ -27,11 +27,11 @@ const PRODUCTS: [&str; 8] = [
 
 /// Lists all modules of a model that have weights: those whose gradient is computed from some of
 /// the rows, and those whose gradient is exact, with the reason. Print it to see what a swap of
-/// layers has reached. It names the modules that stayed Burn's, by the names of their types. It
-/// does not show activations, which have no weights, nor how inputs are stored.
+/// layers has reached. It names the modules that stayed Burn's, by the names of their types. It does
+/// not show activations, which have no weights.
 ///
 /// No weight is drawn for it. A weight that has not been drawn counts as trained and as single
-/// precision. What a module leaves out of its records, such as a `SwiGlu` in Burn's
+/// precision. What a module leaves out of its records, such as a `SwiGlu` in a
 /// `PositionWiseFeedForward`, is not seen.
 ///
 /// ```
@@ -199,8 +199,11 @@ impl ModuleVisitor for Lister {
         let (name, kind) = self.module(depth);
         let drawn = param.is_initialized().then(|| param.val());
         match (adapter, &mut self.weight) {
-            // Its gradient comes from that of the weight, which may be frozen.
-            (Some(_), Some(weight)) => weight.trained = true,
+            // Its gradient comes from that of the weight, which may be frozen and quantized.
+            (Some(_), Some(weight)) => {
+                weight.trained = true;
+                weight.dtype = drawn.map_or(weight.dtype, |value| value.dtype());
+            }
             _ if D > 1 => {
                 let device = param.lazy_device();
                 let frozen = drawn
@@ -260,14 +263,22 @@ fn ours(shown: &Shown, weight: &Weight) -> Ours {
     } else if !is_supported(weight.device.as_dispatch()) {
         "exact: no code for this device".to_string()
     } else if k == "M" {
-        "exact: all rows".to_string()
+        "all rows".to_string()
     } else if !linear {
         "K of the M positions, unless the cost rule makes it exact".to_string()
     } else {
         match least_rows(&shown.aop, shown.widths, weight) {
-            None => "exact: by the cost rule".to_string(),
+            None => "all rows, by the cost rule".to_string(),
             Some(rows) => format!("K of the M rows, if M is at least {rows}"),
         }
+    };
+    // A gradient of all rows is exact but for an input in few bits.
+    let pass = cost::Pass::of_linear(1, shown.widths, weight.dtype, true);
+    let stored = cost::ruled(&shown.aop, weight.device.as_dispatch(), pass).stored_input;
+    let gradient = match stored {
+        StoredInput::Full => gradient,
+        StoredInput::Int8 => format!("{gradient}, input in 8 bits"),
+        StoredInput::Int4 => format!("{gradient}, input in 4 bits"),
     };
     Ours { k, gradient }
 }

@@ -45,12 +45,14 @@ fn layer(path: &[String]) -> String {
     path[..path.len().saturating_sub(2)].join(".")
 }
 
-/// Gives the layers of a model, [`MemAopLinear`](crate::MemAopLinear),
-/// [`MemAopConv2d`](crate::MemAopConv2d) and [`Gelu`](crate::activation::Gelu), other
-/// configurations. `config` gets the fields that lead
-/// to a layer, separated by dots, and its configuration. Layers go on with their state, as
-/// [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and clones of the given model do
-/// not share it.
+/// Gives the layers of a model other configurations: [`MemAopLinear`](crate::MemAopLinear),
+/// [`MemAopConv2d`](crate::MemAopConv2d) and [`Gelu`](crate::activation::Gelu). `config` gets the
+/// fields that lead to a layer, separated by dots, and its configuration. Layers go on with their
+/// state, as [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and clones of the given
+/// model do not share it.
+///
+/// Call it with the whole model. Activations in few bits then round by different random bits, which
+/// depend on the names of these fields.
 ///
 /// ```
 /// # use burn::{prelude::*, tensor::Device};

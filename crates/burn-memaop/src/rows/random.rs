@@ -26,7 +26,8 @@ pub(crate) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 
 /// The key of a stream of random bits that is independent of the bits of the seed itself.
 ///
-/// - Stream 0 rounds an activation's derivative. The layer beside it rounds by the seed itself.
+/// - The place of a layer in its model is the stream that rounds an activation's derivative, 0 unless
+///   `with_aop` has named it. The layer beside it rounds its input by the seed itself.
 /// - The number of an interval is the stream that draws which pass of the interval is measured.
 /// - The place of a layer in the autodiff graph is the stream that draws rows of the gradient of
 ///   its input. Rows that are left out are missing in all layers below. If these drew by the same

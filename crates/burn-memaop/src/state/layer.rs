@@ -448,11 +448,8 @@ impl Module for Stateful {
         match wish {
             None => module,
             Some(Wish::Own { aop, place }) => {
-                let module = module.with_aop(aop);
-                Self {
-                    state: module.state.at_place(place),
-                    ..module
-                }
+                let state = module.state.at_place(place);
+                Self { state, ..module }.with_aop(aop)
             }
             Some(Wish::Reset) => Self {
                 state: module.state.renewed(),

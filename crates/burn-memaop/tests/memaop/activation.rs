@@ -175,6 +175,48 @@ fn gelus_of_a_model_round_by_different_bits() {
     assert_eq!(model.relu.to_string(), "Relu");
 }
 
+/// The same of feed-forward networks, whose GELU rounds by the bits of a layer with weights. The bits
+/// go with a layer wherever it goes.
+#[test]
+fn feed_forward_networks_of_a_model_round_by_different_bits() {
+    #[derive(Module, Debug)]
+    struct Model {
+        below: MemAopPositionWiseFeedForward,
+        above: MemAopPositionWiseFeedForward,
+    }
+    let device = Device::flex().autodiff();
+    let burns = PositionWiseFeedForwardConfig::new(64, 128)
+        .with_dropout(0.0)
+        .init(&device);
+    let network = || {
+        let aop = config(StoredInput::Full, OuterProducts::All);
+        MemAopPositionWiseFeedForward::from_pwff(burns.clone(), aop)
+    };
+    let model = Model {
+        below: network(),
+        above: network(),
+    };
+    let int8 = config(StoredInput::Int8, OuterProducts::All).with_seed(5);
+    let model = with_aop(model, |_, _| int8);
+    let x = Random(55).matrix(8, 64).tensor(&device, DType::F32);
+    let gradient = |network: MemAopPositionWiseFeedForward| {
+        let x = x.clone().require_grad();
+        let output = reset(network).forward(x.clone());
+        bits(x.grad(&output.sum().backward()).unwrap())
+    };
+    let (below, above) = (gradient(model.below.clone()), gradient(model.above));
+    assert_ne!(below, above);
+    let record = model.below.clone().into_record();
+    for again in [
+        model.below.clone().fork(&device),
+        model.below.clone().to_device(&device),
+        model.below.clone().valid().train(),
+        model.below.load_record(record),
+    ] {
+        assert_eq!(gradient(again), below);
+    }
+}
+
 /// Each pass of the network rounds anew, and the mean of many is nearer to the exact gradient than one by as much as
 /// independent errors are.
 #[test]
