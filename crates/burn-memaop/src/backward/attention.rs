@@ -23,12 +23,13 @@ use crate::rows::{Attention, ExactOps, Mask};
 
 /// Queries, keys and values, shape `[batch, heads, length, d_head]`.
 type Inputs = [Tensor<4>; 3];
-/// True where a query does not attend to a key. It broadcasts to `[batch, heads, queries, keys]`.
-type Masked = Option<Tensor<4, Bool>>;
+/// Masks of keys and of pairs, true where a query does not attend to a key. Each broadcasts to
+/// `[batch, heads, queries, keys]`. They stay apart, because all layers share them as they are.
+type Masks = [Option<Tensor<4, Bool>>; 2];
 
 pub(super) fn attention<B, C>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
-    mask: Mask<Autodiff<B, C>>,
+    masks: [Mask<Autodiff<B, C>>; 2],
     attention: Attention,
 ) -> FloatTensor<Autodiff<B, C>>
 where
@@ -36,19 +37,21 @@ where
     C: CheckpointStrategy,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    let mask: Option<BoolTensor<B>> = mask.into_option();
-    let mask = mask
-        .map(|mask| Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Bool(mask))));
+    let masks: Masks = masks.map(|mask| {
+        let mask: Option<BoolTensor<B>> = mask.into_option();
+        let tensor = |mask| DispatchTensor::from_backend(BackendTensor::Bool(mask));
+        mask.map(|mask| Tensor::from_dispatch(tensor(mask)))
+    });
     let nodes = inputs.each_ref().map(|input| input.node());
     let prep = AttentionBackward.prepare::<C>(nodes).compute_bound();
     match prep.stateful() {
         OpsKind::Tracked(mut prep) => {
             let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
             let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-            let (context, rows) = forward(inputs, &mask, attention);
+            let (context, rows) = forward(inputs, &masks, attention);
             let state = State {
                 inputs: kept,
-                mask,
+                masks,
                 rows,
                 attention,
             };
@@ -56,7 +59,7 @@ where
         }
         OpsKind::UnTracked(prep) => {
             let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-            prep.finish(primitive::<B>(forward(inputs, &mask, attention).0))
+            prep.finish(primitive::<B>(forward(inputs, &masks, attention).0))
         }
     }
 }
@@ -67,7 +70,7 @@ struct AttentionBackward;
 #[derive(Debug, Clone)]
 struct State {
     inputs: [NodeId; 3],
-    mask: Masked,
+    masks: Masks,
     /// Two numbers for each query, shape `[batch, heads, queries, 2]`.
     rows: Tensor<4>,
     attention: Attention,
@@ -86,7 +89,7 @@ where
             .inputs
             .map(|id| tensor::<B>(stored.retrieve_node_output::<FloatTensor<B>>(id)));
         let grad = tensor::<B>(grads.consume::<B>(&ops.node));
-        let gradients = backward(retrieved, &state.mask, state.rows, grad, state.attention);
+        let gradients = backward(retrieved, &state.masks, state.rows, grad, state.attention);
         for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
             if let Some(node) = parent {
                 grads.register::<B>(node.id, primitive::<B>(gradient));
@@ -96,9 +99,9 @@ where
 }
 
 /// The output of each head, and what the backward pass needs to compute its weights again.
-fn forward(inputs: Inputs, mask: &Masked, attention: Attention) -> (Tensor<4>, Tensor<4>) {
-    let parts = in_blocks(&inputs, mask, |[query, key, value], mask, _| {
-        let scores = scores(query, key, &mask, attention);
+fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> (Tensor<4>, Tensor<4>) {
+    let parts = in_blocks(&inputs, masks, |[query, key, value], masks, _| {
+        let scores = scores(query, key, &masks, attention);
         let softmax = Dispatch::memaop_softmax(scores.into_dispatch(), attention.quiet);
         let weights = Tensor::<4>::from_dispatch(softmax.weights);
         [weights.matmul(value), Tensor::from_dispatch(softmax.rows)]
@@ -110,13 +113,13 @@ fn forward(inputs: Inputs, mask: &Masked, attention: Attention) -> (Tensor<4>, T
 /// The gradients of queries, keys and values, from that of the output.
 fn backward(
     inputs: Inputs,
-    mask: &Masked,
+    masks: &Masks,
     rows: Tensor<4>,
     grad: Tensor<4>,
     attention: Attention,
 ) -> [Tensor<4>; 3] {
-    in_blocks(&inputs, mask, |[query, key, value], mask, block| {
-        let scores = scores(query.clone(), key.clone(), &mask, attention);
+    in_blocks(&inputs, masks, |[query, key, value], masks, block| {
+        let scores = scores(query.clone(), key.clone(), &masks, attention);
         let [rows, grad] = [&rows, &grad].map(|all| of_block(all, &block));
         let weights = Dispatch::memaop_weights(scores.into_dispatch(), rows.into_dispatch());
         let weights = Tensor::<4>::from_dispatch(weights);
@@ -127,21 +130,19 @@ fn backward(
             of_weights.into_dispatch(),
         ));
         // A masked score is a constant, also where all scores of a query are masked.
-        let of_scores = match mask {
-            None => of_scores,
-            Some(mask) => of_scores.mask_fill(mask, 0.0),
-        };
+        let of_scores = filled(of_scores, &masks, 0.0);
         let of_key = of_scores.clone().transpose().matmul(query);
         [of_scores.matmul(key), of_key, of_value]
     })
 }
 
-fn scores(query: Tensor<4>, key: Tensor<4>, mask: &Masked, attention: Attention) -> Tensor<4> {
-    let scores = query.matmul(key.transpose());
-    match mask {
-        None => scores,
-        Some(mask) => scores.mask_fill(mask.clone(), attention.min_float),
-    }
+fn scores(query: Tensor<4>, key: Tensor<4>, masks: &Masks, attention: Attention) -> Tensor<4> {
+    filled(query.matmul(key.transpose()), masks, attention.min_float)
+}
+
+fn filled(scores: Tensor<4>, masks: &Masks, value: f64) -> Tensor<4> {
+    let fill = |scores: Tensor<4>, mask: &Tensor<4, Bool>| scores.mask_fill(mask.clone(), value);
+    masks.iter().flatten().fold(scores, fill)
 }
 
 /// Some sequences, and some heads of them.
@@ -151,12 +152,13 @@ type Block = [Range<usize>; 2];
 /// puts the results together.
 fn in_blocks<const N: usize>(
     inputs: &Inputs,
-    mask: &Masked,
-    compute: impl Fn(Inputs, Masked, Block) -> [Tensor<4>; N],
+    masks: &Masks,
+    compute: impl Fn(Inputs, Masks, Block) -> [Tensor<4>; N],
 ) -> [Tensor<4>; N] {
     let [query, key, _] = inputs;
     let [batch, heads, queries, _] = query.dims();
-    let of_head = queries * key.dims()[2] * query.dtype().size();
+    // Scores are computed in single precision at least.
+    let of_head = queries * key.dims()[2] * query.dtype().size().max(4);
     let most = (cost::attention_block(query.device().as_dispatch()) / of_head.max(1)).max(1);
     let (sequences, at_once) = match most >= heads {
         true => ((most / heads.max(1)).clamp(1, batch.max(1)), heads),
@@ -168,16 +170,16 @@ fn in_blocks<const N: usize>(
             head..heads.min(head + at_once),
         ];
         let inputs = inputs.each_ref().map(|input| of_block(input, &block));
-        let mask = mask.as_ref().map(|mask| {
-            let [masks, ..] = mask.dims();
-            match masks == 1 {
-                true => mask.clone(),
-                false => mask.clone().slice([block[0].clone()]),
-            }
+        let masks = masks.each_ref().map(|mask| {
+            let mask = mask.as_ref()?;
+            Some(match mask.dims()[0] == batch && batch > block[0].len() {
+                true => mask.clone().slice([block[0].clone()]),
+                false => mask.clone(),
+            })
         });
-        compute(inputs, mask, block)
+        compute(inputs, masks, block)
     };
-    if sequences == batch && at_once == heads {
+    if sequences >= batch && at_once >= heads {
         return part(0, 0);
     }
     let rows = (0..batch).step_by(sequences).map(|sequence| {

@@ -73,10 +73,11 @@ where
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
-        mask: Mask<Self>,
+        of_keys: Mask<Self>,
+        of_pairs: Mask<Self>,
         attention: Attention,
     ) -> FloatTensor<Self> {
-        attention::attention::<B, C>([query, key, value], mask, attention)
+        attention::attention::<B, C>([query, key, value], [of_keys, of_pairs], attention)
     }
 
     fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {

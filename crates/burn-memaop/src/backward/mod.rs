@@ -14,9 +14,7 @@ pub(crate) mod recipe;
 
 use std::sync::{Arc, Once, OnceLock};
 
-use burn::backend::{
-    Dispatch, DispatchDevice, TensorMetadata, backend_extension, tensor::FloatTensor,
-};
+use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::FloatTensor};
 
 use crate::{
     config::AopConfig,
@@ -83,18 +81,11 @@ pub(crate) trait LayerOps: RowOps + ExactOps {
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
-        #[extension_type] mask: Mask<Self>,
+        #[extension_type] of_keys: Mask<Self>,
+        #[extension_type] of_pairs: Mask<Self>,
         attention: Attention,
     ) -> FloatTensor<Self> {
-        let scores = Self::float_matmul(query, Self::float_swap_dims(key, 2, 3));
-        let scores = match mask.into_option() {
-            None => scores,
-            Some(mask) => {
-                let mask = Self::bool_expand(mask, scores.shape());
-                Self::float_mask_fill(scores, mask, attention.min_float.into())
-            }
-        };
-        Self::float_matmul(Self::memaop_softmax(scores, attention.quiet).weights, value)
+        unreachable!("layers ask for it where a gradient is asked for")
     }
 
     /// Burn's `gelu` of a matrix.

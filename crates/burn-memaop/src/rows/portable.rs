@@ -514,7 +514,9 @@ pub(super) fn softmax<B: Backend>(scores: FloatTensor<B>, quiet: bool) -> Softma
     let last = scores.shape().num_dims() - 1;
     let largest = cast::<B>(scores.clone(), working_dtype(scores.dtype()));
     let wide = largest.clone();
+    // Without the clamp, a row whose scores are all minus infinity would become NaN.
     let largest = B::float_max_dim(largest, last);
+    let largest = B::float_clamp_min(largest, Scalar::from(f32::MIN));
     let sum = B::float_exp(B::float_sub(wide, largest.clone()));
     let sum = B::float_sum_dim(sum, last);
     let sum = match quiet {

@@ -359,25 +359,23 @@ pub(super) fn attended(
         return attend(query, key, value, masks, scaling, dropout).1;
     }
     let query = query / (scaling.d_head as f32).sqrt();
-    let mask = match masks {
-        [Some(first), Some(second)] => Some(first.bool_or(second)),
-        [first, second] => first.or(second),
-    };
-    let mask = match mask {
+    let dims = query.dims();
+    let [of_keys, of_pairs] = masks.map(|mask| match mask {
         None => Mask::<Dispatch>::None,
         Some(mask) => Mask::Some(mask.into_dispatch()),
-    };
+    });
     let attention = Attention {
         min_float: scaling.min_float,
         quiet: scaling.quiet_softmax,
     };
     let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
-    let context = Dispatch::memaop_attention(query, key, value, mask, attention);
-    side_by_side(Tensor::from_dispatch(context))
+    let context = Dispatch::memaop_attention(query, key, value, of_keys, of_pairs, attention);
+    side_by_side(Tensor::from_dispatch(context), dims)
 }
 
-fn side_by_side(context: Tensor<4>) -> Tensor<3> {
-    let [batch_size, n_heads, seq_length, d_head] = context.dims();
+/// The heads' outputs side by side, for queries of these dimensions.
+fn side_by_side(context: Tensor<4>, queries: [usize; 4]) -> Tensor<3> {
+    let [batch_size, n_heads, seq_length, d_head] = queries;
     context
         .swap_dims(1, 2)
         .reshape([batch_size, seq_length, n_heads * d_head])
@@ -394,6 +392,7 @@ pub(super) fn attend(
     scaling: Scaling,
     dropout: &Dropout,
 ) -> (Tensor<4>, Tensor<3>) {
+    let dims = query.dims();
     let scores = query.matmul(key.transpose()) / (scaling.d_head as f32).sqrt();
     let masked = |scores: Tensor<4>, mask| scores.mask_fill(mask, scaling.min_float);
     let scores = masks.into_iter().flatten().fold(scores, masked);
@@ -402,7 +401,7 @@ pub(super) fn attend(
         false => softmax(scores, 3),
     };
     let weights = dropout.forward(weights);
-    let context = side_by_side(weights.clone().matmul(value));
+    let context = side_by_side(weights.clone().matmul(value), dims);
     (weights, context)
 }
 
