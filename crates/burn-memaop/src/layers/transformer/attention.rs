@@ -360,6 +360,10 @@ pub(super) fn attended(
     }
     let query = query / (scaling.d_head as f32).sqrt();
     let dims = query.dims();
+    // Flex takes no product without rows.
+    if dims.contains(&0) {
+        return side_by_side(query, dims);
+    }
     let [of_keys, of_pairs] = masks.map(|mask| match mask {
         None => Mask::<Dispatch>::None,
         Some(mask) => Mask::Some(mask.into_dispatch()),
