@@ -262,23 +262,24 @@ fn ours(shown: &Shown, weight: &Weight) -> Ours {
         "none: frozen".to_string()
     } else if !is_supported(weight.device.as_dispatch()) {
         "exact: no code for this device".to_string()
-    } else if k == "M" {
-        "all rows".to_string()
-    } else if !linear {
-        "K of the M positions, unless the cost rule makes it exact".to_string()
     } else {
-        match least_rows(&shown.aop, shown.widths, weight) {
-            None => "all rows, by the cost rule".to_string(),
-            Some(rows) => format!("K of the M rows, if M is at least {rows}"),
+        let rows = if k == "M" {
+            "all rows".to_string()
+        } else if !linear {
+            "K of the M positions, unless the cost rule makes it exact".to_string()
+        } else {
+            match least_rows(&shown.aop, shown.widths, weight) {
+                None => "all rows, by the cost rule".to_string(),
+                Some(rows) => format!("K of the M rows, if M is at least {rows}"),
+            }
+        };
+        // A gradient of all rows is exact but for an input in few bits.
+        let pass = cost::Pass::of_linear(1, shown.widths, weight.dtype, true);
+        match cost::ruled(&shown.aop, weight.device.as_dispatch(), pass).stored_input {
+            StoredInput::Full => rows,
+            StoredInput::Int8 => format!("{rows}, input in 8 bits"),
+            StoredInput::Int4 => format!("{rows}, input in 4 bits"),
         }
-    };
-    // A gradient of all rows is exact but for an input in few bits.
-    let pass = cost::Pass::of_linear(1, shown.widths, weight.dtype, true);
-    let stored = cost::ruled(&shown.aop, weight.device.as_dispatch(), pass).stored_input;
-    let gradient = match stored {
-        StoredInput::Full => gradient,
-        StoredInput::Int8 => format!("{gradient}, input in 8 bits"),
-        StoredInput::Int4 => format!("{gradient}, input in 4 bits"),
     };
     Ours { k, gradient }
 }

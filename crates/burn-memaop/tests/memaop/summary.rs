@@ -10,7 +10,7 @@ use burn::{
 };
 use burn_memaop::{
     AopConfig, MemAopConv2d, MemAopConv2dConfig, MemAopLinear, MemAopLinearConfig, Method,
-    OuterProducts, summary, with_aop,
+    OuterProducts, StoredInput, summary, with_aop,
 };
 
 use crate::support::Random;
@@ -174,6 +174,29 @@ fn modules_that_stayed_burns_are_named() {
     let found = summary(&ours);
     assert!(found.burns().is_empty());
     assert!(!found.to_string().contains("warning"));
+}
+
+/// An input is kept in few bits where the layer has a gradient to compute from it.
+#[test]
+fn inputs_in_few_bits_are_shown_where_they_are_kept() {
+    let device = Device::flex().autodiff();
+    let mut layer = MemAopLinearConfig::new(64, 64).init(&device);
+    let with = |layer: &MemAopLinear, stored| {
+        let aop = AopConfig::new()
+            .with_outer_products(OuterProducts::All)
+            .with_stored_input(stored);
+        summary(&layer.clone().with_aop(aop)).to_string()
+    };
+    assert!(!with(&layer, StoredInput::Full).contains("bits"));
+    assert!(with(&layer, StoredInput::Int8).contains("all rows, input in 8 bits"));
+    assert!(with(&layer, StoredInput::Int4).contains("all rows, input in 4 bits"));
+    layer.weight.val();
+    layer.weight = layer.weight.set_require_grad(false);
+    let text = with(&layer, StoredInput::Int8);
+    assert!(
+        text.contains("none: frozen") && !text.contains("bits"),
+        "{text}"
+    );
 }
 
 #[test]
