@@ -44,24 +44,19 @@ where
     });
     let nodes = inputs.each_ref().map(|input| input.node());
     let prep = AttentionBackward.prepare::<C>(nodes).compute_bound();
-    match prep.stateful() {
-        OpsKind::Tracked(mut prep) => {
-            let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
-            let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-            let (context, rows) = forward(inputs, &masks, attention);
-            let state = State {
-                inputs: kept,
-                masks,
-                rows,
-                attention,
-            };
-            prep.finish(state, primitive::<B>(context))
-        }
-        OpsKind::UnTracked(prep) => {
-            let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-            prep.finish(primitive::<B>(forward(inputs, &masks, attention).0))
-        }
-    }
+    let OpsKind::Tracked(mut prep) = prep.stateful() else {
+        unreachable!("an input is tracked");
+    };
+    let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
+    let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
+    let [context, rows] = forward(inputs, &masks, attention);
+    let state = State {
+        inputs: kept,
+        masks,
+        rows,
+        attention,
+    };
+    prep.finish(state, primitive::<B>(context))
 }
 
 #[derive(Debug)]
@@ -99,15 +94,13 @@ where
 }
 
 /// The output of each head, and what the backward pass needs to compute its weights again.
-fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> (Tensor<4>, Tensor<4>) {
-    let parts = in_blocks(&inputs, masks, |[query, key, value], masks, _| {
+fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> [Tensor<4>; 2] {
+    in_blocks(&inputs, masks, |[query, key, value], masks, _| {
         let scores = scores(query, key, &masks, attention);
         let softmax = Dispatch::memaop_softmax(scores.into_dispatch(), attention.quiet);
         let weights = Tensor::<4>::from_dispatch(softmax.weights);
         [weights.matmul(value), Tensor::from_dispatch(softmax.rows)]
-    });
-    let [context, rows] = parts;
-    (context, rows)
+    })
 }
 
 /// The gradients of queries, keys and values, from that of the output.

@@ -319,14 +319,14 @@ impl<B: HostTensors> ExactOps for B {
     fn memaop_softmax(scores: FloatTensor<Self>, quiet: bool) -> Softmax<Self> {
         match is_single::<Self>(&scores) {
             true => attention::softmax::<Self>(scores, quiet),
-            false => portable::softmax::<Self>(scores, quiet),
+            false => exact::softmax::<Self>(scores, quiet),
         }
     }
 
     fn memaop_weights(scores: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
         match is_single::<Self>(&scores) {
             true => attention::weights::<Self>(scores, rows),
-            false => portable::weights::<Self>(scores, rows),
+            false => exact::weights::<Self>(scores, rows),
         }
     }
 
@@ -336,7 +336,7 @@ impl<B: HostTensors> ExactOps for B {
     ) -> FloatTensor<Self> {
         match is_single::<Self>(&weights) {
             true => attention::softmax_backward::<Self>(weights, grad),
-            false => portable::softmax_backward::<Self>(weights, grad),
+            false => exact::softmax_backward::<Self>(weights, grad),
         }
     }
 

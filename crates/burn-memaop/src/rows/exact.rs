@@ -1,12 +1,19 @@
 //! Exact operations, which draw no rows, where a backend can be faster than Burn's own.
 
 use burn::backend::{
-    Backend, ExtensionType, TensorMetadata, backend_extension,
+    Backend, ExtensionType, Scalar, TensorMetadata, backend_extension,
     tensor::{BoolTensor, FloatTensor},
 };
 
+use burn::tensor::Slice;
+
 use super::{
-    packing::Packing, portable, random::Random, tensors::Packed, verbs::RowOps, window::Window,
+    packing::Packing,
+    portable::{self, cast, working_dtype},
+    random::Random,
+    tensors::Packed,
+    verbs::RowOps,
+    window::Window,
 };
 
 /// A bias, or none.
@@ -117,12 +124,12 @@ pub(crate) trait ExactOps: RowOps {
 
     /// The softmax of each row of `scores`, shape `[batch, heads, queries, keys]`.
     fn memaop_softmax(scores: FloatTensor<Self>, quiet: bool) -> Softmax<Self> {
-        portable::softmax::<Self>(scores, quiet)
+        softmax::<Self>(scores, quiet)
     }
 
     /// The weights of a softmax, computed again from the numbers of its rows.
     fn memaop_weights(scores: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
-        portable::weights::<Self>(scores, rows)
+        weights::<Self>(scores, rows)
     }
 
     /// The gradient of the scores of a softmax from that of its weights, `w (g - sum(w g))`.
@@ -130,7 +137,7 @@ pub(crate) trait ExactOps: RowOps {
         weights: FloatTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        portable::softmax_backward::<Self>(weights, grad)
+        softmax_backward::<Self>(weights, grad)
     }
 
     /// Burn's `gelu` of a matrix.
@@ -163,6 +170,49 @@ pub(super) fn gelu_derivative<B: RowOps>(
 ) -> Packed<B> {
     let ones = B::float_ones(input.shape(), &input.device(), input.dtype().into());
     B::memaop_pack(B::gelu_backward(input, ones), packing, Some(random))
+}
+
+pub(super) fn softmax<B: Backend>(scores: FloatTensor<B>, quiet: bool) -> Softmax<B> {
+    let last = scores.shape().num_dims() - 1;
+    let largest = cast::<B>(scores.clone(), working_dtype(scores.dtype()));
+    let wide = largest.clone();
+    // Without the clamp, a row whose scores are all minus infinity would become NaN.
+    let largest = B::float_max_dim(largest, last);
+    let largest = B::float_clamp_min(largest, Scalar::from(f32::MIN));
+    let sum = B::float_exp(B::float_sub(wide, largest.clone()));
+    let sum = B::float_sum_dim(sum, last);
+    let sum = match quiet {
+        false => sum,
+        true => B::float_add(sum, B::float_exp(B::float_neg(largest.clone()))),
+    };
+    let rows = B::float_cat(vec![largest, B::float_recip(sum)], last);
+    Softmax {
+        weights: weights::<B>(scores, rows.clone()),
+        rows,
+    }
+}
+
+pub(super) fn weights<B: Backend>(scores: FloatTensor<B>, rows: FloatTensor<B>) -> FloatTensor<B> {
+    let (dtype, last) = (scores.dtype(), scores.shape().num_dims() - 1);
+    let [largest, inverse] = [0..1, 1..2].map(|column| {
+        let mut slices = vec![Slice::full(); last];
+        slices.push(Slice::from(column));
+        B::float_slice(rows.clone(), &slices)
+    });
+    let scores = cast::<B>(scores, working_dtype(dtype));
+    let powers = B::float_exp(B::float_sub(scores, largest));
+    cast::<B>(B::float_mul(powers, inverse), dtype.into())
+}
+
+pub(super) fn softmax_backward<B: Backend>(
+    weights: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (dtype, last) = (weights.dtype(), weights.shape().num_dims() - 1);
+    let [weights, grad] = [weights, grad].map(|it| cast::<B>(it, working_dtype(dtype)));
+    let sum = B::float_sum_dim(B::float_mul(weights.clone(), grad.clone()), last);
+    let gradient = B::float_mul(weights, B::float_sub(grad, sum));
+    cast::<B>(gradient, dtype.into())
 }
 
 #[cfg(feature = "tch")]

@@ -11,7 +11,6 @@ use burn::tensor::{
 
 use super::{
     draw,
-    exact::Softmax,
     packing::{Packing, pack_row, unpack_row},
     random::Random,
     tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
@@ -508,49 +507,6 @@ fn finite<B: Backend>(values: FloatTensor<B>) -> BoolTensor<B> {
         _ => Scalar::from(f32::MAX),
     };
     B::float_lower_equal_elem(values, largest, bools)
-}
-
-pub(super) fn softmax<B: Backend>(scores: FloatTensor<B>, quiet: bool) -> Softmax<B> {
-    let last = scores.shape().num_dims() - 1;
-    let largest = cast::<B>(scores.clone(), working_dtype(scores.dtype()));
-    let wide = largest.clone();
-    // Without the clamp, a row whose scores are all minus infinity would become NaN.
-    let largest = B::float_max_dim(largest, last);
-    let largest = B::float_clamp_min(largest, Scalar::from(f32::MIN));
-    let sum = B::float_exp(B::float_sub(wide, largest.clone()));
-    let sum = B::float_sum_dim(sum, last);
-    let sum = match quiet {
-        false => sum,
-        true => B::float_add(sum, B::float_exp(B::float_neg(largest.clone()))),
-    };
-    let rows = B::float_cat(vec![largest, B::float_recip(sum)], last);
-    Softmax {
-        weights: weights::<B>(scores, rows.clone()),
-        rows,
-    }
-}
-
-pub(super) fn weights<B: Backend>(scores: FloatTensor<B>, rows: FloatTensor<B>) -> FloatTensor<B> {
-    let (dtype, last) = (scores.dtype(), scores.shape().num_dims() - 1);
-    let [largest, inverse] = [0..1, 1..2].map(|column| {
-        let mut slices = vec![Slice::full(); last];
-        slices.push(Slice::from(column));
-        B::float_slice(rows.clone(), &slices)
-    });
-    let scores = cast::<B>(scores, working_dtype(dtype));
-    let powers = B::float_exp(B::float_sub(scores, largest));
-    cast::<B>(B::float_mul(powers, inverse), dtype.into())
-}
-
-pub(super) fn softmax_backward<B: Backend>(
-    weights: FloatTensor<B>,
-    grad: FloatTensor<B>,
-) -> FloatTensor<B> {
-    let (dtype, last) = (weights.dtype(), weights.shape().num_dims() - 1);
-    let [weights, grad] = [weights, grad].map(|it| cast::<B>(it, working_dtype(dtype)));
-    let sum = B::float_sum_dim(B::float_mul(weights.clone(), grad.clone()), last);
-    let gradient = B::float_mul(weights, B::float_sub(grad, sum));
-    cast::<B>(gradient, dtype.into())
 }
 
 fn is_zero<B: Backend>(values: &FloatTensor<B>) -> BoolTensor<B> {
