@@ -12,117 +12,15 @@ use burn::{
     tensor::{Bool, Device, Tensor},
 };
 
-use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput};
+use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, stack::stack};
 use crate::{config::AopConfig, layers::later};
 
-/// The number of linear layers of a block: four of each attention, two of the feed-forward network.
-const LAYERS: u64 = 10;
-
-/// Configuration to create a [`MemAopTransformerDecoder`] layer, with the fields of Burn's
-/// [`TransformerDecoderConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
-#[derive(Config, Debug)]
-pub struct MemAopTransformerDecoderConfig {
-    /// The size of the model.
-    pub d_model: usize,
-    /// The size of the position-wise feed-forward network.
-    pub d_ff: usize,
-    /// The number of attention heads.
-    pub n_heads: usize,
-    /// The number of layers.
-    pub n_layers: usize,
-    /// The dropout rate.
-    #[config(default = 0.1)]
-    pub dropout: f64,
-    /// Whether layer norm is applied before the other modules instead of after them.
-    #[config(default = false)]
-    pub norm_first: bool,
-    /// Use "quiet softmax" instead of regular softmax.
-    #[config(default = false)]
-    pub quiet_softmax: bool,
-    /// The type of function used to initialize neural network parameters.
-    #[config(
-        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
-    )]
-    pub initializer: Initializer,
-    /// The activation function used in the position-wise feed-forward network.
-    #[config(default = "ActivationConfig::Gelu")]
-    pub activation: ActivationConfig,
-    /// The epsilon value for layer normalization.
-    #[config(default = 1e-5)]
-    pub layer_norm_eps: f64,
-}
-
-impl MemAopTransformerDecoderConfig {
-    /// Creates a [`MemAopTransformerDecoder`] with the parameters that
-    /// [`TransformerDecoderConfig::init`] gives from the same random state.
-    pub fn init(&self, device: &Device) -> MemAopTransformerDecoder {
-        MemAopTransformerDecoder::from_decoder(self.burns().init(device), AopConfig::new())
-    }
-
-    /// Burn's own configuration.
-    fn burns(&self) -> TransformerDecoderConfig {
-        TransformerDecoderConfig {
-            d_model: self.d_model,
-            d_ff: self.d_ff,
-            n_heads: self.n_heads,
-            n_layers: self.n_layers,
-            dropout: self.dropout,
-            norm_first: self.norm_first,
-            quiet_softmax: self.quiet_softmax,
-            initializer: self.initializer.clone(),
-            activation: self.activation.clone(),
-            layer_norm_eps: self.layer_norm_eps,
-        }
-    }
-}
-
-/// [`TransformerDecoder`] whose linear layers are [`MemAopLinear`](crate::MemAopLinear).
-///
-/// Create it with [`MemAopTransformerDecoderConfig`], or from a [`TransformerDecoder`] with
-/// [`from_decoder`](Self::from_decoder).
-#[derive(Module, Debug)]
-#[module(custom_display)]
-pub struct MemAopTransformerDecoder {
-    /// The transformer decoder layers.
-    pub layers: Vec<MemAopTransformerDecoderLayer>,
-    /// The size of the model.
-    pub d_model: usize,
-    /// The size of the position-wise feed-forward network.
-    pub d_ff: usize,
-    /// The number of attention heads.
-    pub n_heads: usize,
-    /// The number of layers.
-    pub n_layers: usize,
-    /// The dropout rate.
-    pub dropout: f64,
-    /// Whether layer norm is applied before the other modules instead of after them.
-    pub norm_first: bool,
-    /// Use "quiet softmax" instead of regular softmax.
-    pub quiet_softmax: bool,
-}
-
-impl ModuleDisplay for MemAopTransformerDecoder {
-    fn custom_settings(&self) -> Option<DisplaySettings> {
-        DisplaySettings::new()
-            .with_new_line_after_attribute(false)
-            .optional()
-    }
-
-    fn custom_content(&self, content: Content) -> Option<Content> {
-        let content = content
-            .add("d_model", &self.d_model)
-            .add("d_ff", &self.d_ff)
-            .add("n_heads", &self.n_heads)
-            .add("n_layers", &self.n_layers)
-            .add("dropout", &self.dropout)
-            .add("norm_first", &self.norm_first)
-            .add("quiet_softmax", &self.quiet_softmax);
-        match self.layers.first() {
-            None => content,
-            Some(layer) => content.add_debug_attribute("aop", &layer.self_attn.query.aop()),
-        }
-        .optional()
-    }
+// Four linear layers of each attention, and two of the feed-forward network.
+stack! {
+    MemAopTransformerDecoder of MemAopTransformerDecoderLayer with MemAopTransformerDecoderConfig,
+    from TransformerDecoder with TransformerDecoderConfig,
+    by from_decoder, into_decoder, to_decoder,
+    10 linear layers, first self_attn
 }
 
 /// Input of [`MemAopTransformerDecoder`], made like Burn's
@@ -200,49 +98,6 @@ impl From<TransformerDecoderInput> for transformer::TransformerDecoderInput {
 }
 
 impl MemAopTransformerDecoder {
-    /// Takes the parameters of a [`TransformerDecoder`], with their ids. The memories are empty.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
-    pub fn from_decoder(decoder: TransformerDecoder, aop: AopConfig) -> Self {
-        let layers = (0..).zip(decoder.layers).map(|(number, layer)| {
-            MemAopTransformerDecoderLayer::from_layer(layer, later(aop, LAYERS * number))
-        });
-        Self {
-            layers: layers.collect(),
-            d_model: decoder.d_model,
-            d_ff: decoder.d_ff,
-            n_heads: decoder.n_heads,
-            n_layers: decoder.n_layers,
-            dropout: decoder.dropout,
-            norm_first: decoder.norm_first,
-            quiet_softmax: decoder.quiet_softmax,
-        }
-    }
-
-    /// Gives the parameters back, with their ids, and drops the memories.
-    pub fn into_decoder(self) -> TransformerDecoder {
-        self.to_decoder()
-    }
-
-    /// Burn's module on the same parameters.
-    fn to_decoder(&self) -> TransformerDecoder {
-        let layers = self.layers.iter();
-        TransformerDecoder {
-            layers: layers
-                .map(MemAopTransformerDecoderLayer::to_layer)
-                .collect(),
-            d_model: self.d_model,
-            d_ff: self.d_ff,
-            n_heads: self.n_heads,
-            n_layers: self.n_layers,
-            dropout: self.dropout,
-            norm_first: self.norm_first,
-            quiet_softmax: self.quiet_softmax,
-        }
-    }
-
     /// Applies the forward pass.
     ///
     /// # Shapes

@@ -13,117 +13,15 @@ use burn::{
     tensor::{Bool, Device, Tensor},
 };
 
-use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput};
+use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, stack::stack};
 use crate::{config::AopConfig, layers::later};
 
-/// The number of linear layers of a block: four of the attention, two of the feed-forward network.
-const LAYERS: u64 = 6;
-
-/// Configuration to create a [`MemAopTransformerEncoder`] layer, with the fields of Burn's
-/// [`TransformerEncoderConfig`]. To set an [`AopConfig`], use [`with_aop`](crate::with_aop).
-#[derive(Config, Debug)]
-pub struct MemAopTransformerEncoderConfig {
-    /// The size of the model.
-    pub d_model: usize,
-    /// The size of the position-wise feed-forward network.
-    pub d_ff: usize,
-    /// The number of attention heads.
-    pub n_heads: usize,
-    /// The number of layers.
-    pub n_layers: usize,
-    /// The dropout rate.
-    #[config(default = 0.1)]
-    pub dropout: f64,
-    /// Whether layer norm is applied before the other modules instead of after them.
-    #[config(default = false)]
-    pub norm_first: bool,
-    /// Use "quiet softmax" instead of regular softmax.
-    #[config(default = false)]
-    pub quiet_softmax: bool,
-    /// The type of function used to initialize neural network parameters.
-    #[config(
-        default = "Initializer::KaimingUniform { gain: 1.0 / 3.0f64.sqrt(), fan_out_only: false }"
-    )]
-    pub initializer: Initializer,
-    /// The activation function used in the position-wise feed-forward network.
-    #[config(default = "ActivationConfig::Gelu")]
-    pub activation: ActivationConfig,
-    /// The epsilon value for layer normalization.
-    #[config(default = 1e-5)]
-    pub layer_norm_eps: f64,
-}
-
-impl MemAopTransformerEncoderConfig {
-    /// Creates a [`MemAopTransformerEncoder`] with the parameters that
-    /// [`TransformerEncoderConfig::init`] gives from the same random state.
-    pub fn init(&self, device: &Device) -> MemAopTransformerEncoder {
-        MemAopTransformerEncoder::from_encoder(self.burns().init(device), AopConfig::new())
-    }
-
-    /// Burn's own configuration.
-    fn burns(&self) -> TransformerEncoderConfig {
-        TransformerEncoderConfig {
-            d_model: self.d_model,
-            d_ff: self.d_ff,
-            n_heads: self.n_heads,
-            n_layers: self.n_layers,
-            dropout: self.dropout,
-            norm_first: self.norm_first,
-            quiet_softmax: self.quiet_softmax,
-            initializer: self.initializer.clone(),
-            activation: self.activation.clone(),
-            layer_norm_eps: self.layer_norm_eps,
-        }
-    }
-}
-
-/// [`TransformerEncoder`] whose linear layers are [`MemAopLinear`](crate::MemAopLinear).
-///
-/// Create it with [`MemAopTransformerEncoderConfig`], or from a [`TransformerEncoder`] with
-/// [`from_encoder`](Self::from_encoder).
-#[derive(Module, Debug)]
-#[module(custom_display)]
-pub struct MemAopTransformerEncoder {
-    /// The transformer encoder layers.
-    pub layers: Vec<MemAopTransformerEncoderLayer>,
-    /// The size of the model.
-    pub d_model: usize,
-    /// The size of the position-wise feed-forward network.
-    pub d_ff: usize,
-    /// The number of attention heads.
-    pub n_heads: usize,
-    /// The number of layers.
-    pub n_layers: usize,
-    /// The dropout rate.
-    pub dropout: f64,
-    /// Whether layer norm is applied before the other modules instead of after them.
-    pub norm_first: bool,
-    /// Use "quiet softmax" instead of regular softmax.
-    pub quiet_softmax: bool,
-}
-
-impl ModuleDisplay for MemAopTransformerEncoder {
-    fn custom_settings(&self) -> Option<DisplaySettings> {
-        DisplaySettings::new()
-            .with_new_line_after_attribute(false)
-            .optional()
-    }
-
-    fn custom_content(&self, content: Content) -> Option<Content> {
-        let content = content
-            .add("d_model", &self.d_model)
-            .add("d_ff", &self.d_ff)
-            .add("n_heads", &self.n_heads)
-            .add("n_layers", &self.n_layers)
-            .add("dropout", &self.dropout)
-            .add("norm_first", &self.norm_first)
-            .add("quiet_softmax", &self.quiet_softmax);
-        match self.layers.first() {
-            None => content,
-            Some(layer) => content.add_debug_attribute("aop", &layer.mha.query.aop()),
-        }
-        .optional()
-    }
+// Four linear layers of the attention, and two of the feed-forward network.
+stack! {
+    MemAopTransformerEncoder of MemAopTransformerEncoderLayer with MemAopTransformerEncoderConfig,
+    from TransformerEncoder with TransformerEncoderConfig,
+    by from_encoder, into_encoder, to_encoder,
+    6 linear layers, first mha
 }
 
 /// Input of [`MemAopTransformerEncoder`], made like Burn's
@@ -174,49 +72,6 @@ impl From<TransformerEncoderInput> for transformer::TransformerEncoderInput {
 }
 
 impl MemAopTransformerEncoder {
-    /// Takes the parameters of a [`TransformerEncoder`], with their ids. The memories are empty.
-    ///
-    /// # Panics
-    ///
-    /// Panics if [`AopConfig::validate`] rejects `aop`.
-    pub fn from_encoder(encoder: TransformerEncoder, aop: AopConfig) -> Self {
-        let layers = (0..).zip(encoder.layers).map(|(number, layer)| {
-            MemAopTransformerEncoderLayer::from_layer(layer, later(aop, LAYERS * number))
-        });
-        Self {
-            layers: layers.collect(),
-            d_model: encoder.d_model,
-            d_ff: encoder.d_ff,
-            n_heads: encoder.n_heads,
-            n_layers: encoder.n_layers,
-            dropout: encoder.dropout,
-            norm_first: encoder.norm_first,
-            quiet_softmax: encoder.quiet_softmax,
-        }
-    }
-
-    /// Gives the parameters back, with their ids, and drops the memories.
-    pub fn into_encoder(self) -> TransformerEncoder {
-        self.to_encoder()
-    }
-
-    /// Burn's module on the same parameters.
-    fn to_encoder(&self) -> TransformerEncoder {
-        let layers = self.layers.iter();
-        TransformerEncoder {
-            layers: layers
-                .map(MemAopTransformerEncoderLayer::to_layer)
-                .collect(),
-            d_model: self.d_model,
-            d_ff: self.d_ff,
-            n_heads: self.n_heads,
-            n_layers: self.n_layers,
-            dropout: self.dropout,
-            norm_first: self.norm_first,
-            quiet_softmax: self.quiet_softmax,
-        }
-    }
-
     /// Applies the forward pass on the input tensor.
     ///
     /// # Shapes

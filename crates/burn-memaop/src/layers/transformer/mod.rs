@@ -29,6 +29,7 @@ mod cross_attention;
 mod decoder;
 mod encoder;
 mod feed_forward;
+mod stack;
 
 pub use attention::{MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig, MhaInput};
 pub use cross_attention::{MemAopCrossAttention, MemAopCrossAttentionConfig};
