@@ -3,8 +3,8 @@
 use burn::tensor::Device;
 
 use crate::{
-    activation, auto, broken_values, convolution, input_gradient, layer, observe, operation,
-    packed, transformer,
+    activation, attention, auto, broken_values, convolution, input_gradient, layer, observe,
+    operation, packed, transformer,
 };
 
 macro_rules! checks {
@@ -104,13 +104,15 @@ macro_rules! suite {
                 checks!($device.map(Device::autodiff); observe:
                     errors_equal_their_definition,
                 );
-                checks!($device.map(Device::autodiff); transformer:
+                checks!($device.map(Device::autodiff); attention:
                     attention_equals_burns,
                     context_equals_burns,
+                    cross_attention_equals_burns,
+                );
+                checks!($device.map(Device::autodiff); transformer:
                     feed_forward_equals_burns,
                     encoder_equals_burns,
                     decoder_equals_burns,
-                    cross_attention_equals_burns,
                     swiglu_equals_burns,
                 );
             }
@@ -123,8 +125,11 @@ macro_rules! suite {
                     k_equal_to_m_is_the_exact_gradient,
                     recomputation_takes_no_step_of_its_own,
                 );
-                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); transformer:
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); attention:
                     context_equals_burns,
+                    cross_attention_equals_burns,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); transformer:
                     encoder_equals_burns,
                 );
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); convolution:

@@ -4,6 +4,7 @@
 #![allow(clippy::needless_range_loop)] // The oracle is written index by index, as the formulas are.
 
 mod activation;
+mod attention;
 mod auto;
 mod backends;
 mod broken_values;

@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 
 use burn::{
-    module::{Lora, Module, ModuleVisitor, Param, ParamId},
+    module::{Module, ModuleVisitor, Param, ParamId},
     nn::{
         Initializer, SwiGluConfig,
         activation::ActivationConfig,
         attention::{
-            self, CrossAttentionCache, CrossAttentionConfig, MhaCache, MultiHeadAttentionConfig,
-            generate_autoregressive_mask,
+            CrossAttentionConfig, MhaCache, MultiHeadAttentionConfig, generate_autoregressive_mask,
         },
         transformer::{
             self, PositionWiseFeedForwardConfig, TransformerDecoderConfig, TransformerEncoderConfig,
@@ -22,19 +21,18 @@ use burn_memaop::{
     AopConfig, AopObserver, MemAopLinear, Memory, Method, OuterProducts,
     activation::{self, SwiGlu},
     transformer::{
-        MemAopCrossAttention, MemAopCrossAttentionConfig, MemAopMultiHeadAttention,
-        MemAopMultiHeadAttentionConfig, MemAopPositionWiseFeedForward,
-        MemAopPositionWiseFeedForwardConfig, MemAopTransformerDecoder,
-        MemAopTransformerDecoderConfig, MemAopTransformerEncoder, MemAopTransformerEncoderConfig,
-        MhaInput, TransformerDecoderInput, TransformerEncoderInput,
+        MemAopCrossAttentionConfig, MemAopMultiHeadAttention, MemAopMultiHeadAttentionConfig,
+        MemAopPositionWiseFeedForward, MemAopPositionWiseFeedForwardConfig,
+        MemAopTransformerDecoder, MemAopTransformerDecoderConfig, MemAopTransformerEncoder,
+        MemAopTransformerEncoderConfig, MhaInput, TransformerDecoderInput, TransformerEncoderInput,
     },
 };
 
 use crate::support::Random;
 
-const TOLERANCE: f64 = 1e-5;
+pub const TOLERANCE: f64 = 1e-5;
 
-fn all_rows() -> AopConfig {
+pub fn all_rows() -> AopConfig {
     AopConfig::new()
         .with_outer_products(OuterProducts::All)
         .with_seed(40)
@@ -46,7 +44,7 @@ fn half_of_the_rows() -> AopConfig {
         .with_cost_rule(false)
 }
 
-fn tokens(random: &mut Random, shape: [usize; 3], device: &Device) -> Tensor<3> {
+pub fn tokens(random: &mut Random, shape: [usize; 3], device: &Device) -> Tensor<3> {
     let values: Vec<f32> = (0..shape.iter().product())
         .map(|_| random.value() as f32)
         .collect();
@@ -58,18 +56,18 @@ fn tokens(random: &mut Random, shape: [usize; 3], device: &Device) -> Tensor<3> 
 }
 
 /// The last token of the second sequence is padding.
-fn padding(batch: usize, length: usize, device: &Device) -> Tensor<2, Bool> {
+pub fn padding(batch: usize, length: usize, device: &Device) -> Tensor<2, Bool> {
     let padded: Vec<bool> = (0..batch * length)
         .map(|token| token == 2 * length - 1)
         .collect();
     Tensor::from_data(TensorData::new(padded, [batch, length]), device)
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
     tensor.into_data().iter::<f64>().collect()
 }
 
-fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
+pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let difference = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2));
     let norm = expected.iter().map(|b| b * b).sum::<f64>();
@@ -91,7 +89,7 @@ impl ModuleVisitor for Collected<'_> {
 }
 
 /// The gradients of the inputs and of all parameters, of a loss that weighs every output alike.
-fn backward<M: Module, const D: usize>(
+pub fn backward<M: Module, const D: usize>(
     module: &M,
     inputs: &[&Tensor<3>],
     output: Tensor<D>,
@@ -109,7 +107,7 @@ fn backward<M: Module, const D: usize>(
     (inputs.collect(), collected.values)
 }
 
-fn assert_equal(
+pub fn assert_equal(
     (found_inputs, found): (Vec<Vec<f64>>, HashMap<ParamId, Vec<f64>>),
     (inputs, parameters): (Vec<Vec<f64>>, HashMap<ParamId, Vec<f64>>),
 ) {
@@ -131,146 +129,6 @@ fn assert_equal(
             "{error:e}"
         );
     }
-}
-
-pub fn attention_equals_burns(device: &Device) {
-    let mut random = Random(81);
-    let (batch, queries, keys, width) = (3, 5, 7, 8);
-    for (quiet, masked) in [(false, false), (false, true), (true, true)] {
-        let config = MultiHeadAttentionConfig::new(width, 2)
-            .with_dropout(0.0)
-            .with_quiet_softmax(quiet)
-            .with_value_bias(!quiet);
-        let burns = config.init(device);
-        let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
-        let lengths = [queries, keys, keys];
-        let [query, key, value] =
-            lengths.map(|length| tokens(&mut random, [batch, length, width], device));
-        let input = MhaInput::new(query.clone(), key.clone(), value.clone());
-        let input = match masked {
-            false => input,
-            true => {
-                let hidden: Vec<_> = (0..batch * queries * keys).map(|i| i % 5 == 1).collect();
-                let hidden = TensorData::new(hidden, [batch, queries, keys]);
-                input
-                    .mask_pad(padding(batch, keys, device))
-                    .mask_attn(Tensor::from_data(hidden, device))
-            }
-        };
-        let inputs = [&query, &key, &value];
-        let expected = burns.forward(attention::MhaInput::from(input.clone()));
-        let found = ours.forward(input);
-        for (found, expected) in [
-            (values(found.weights.clone()), values(expected.weights)),
-            (
-                values(found.context.clone()),
-                values(expected.context.clone()),
-            ),
-        ] {
-            assert!(relative_error(&found, &expected) < TOLERANCE);
-        }
-        assert_equal(
-            backward(&ours, &inputs, found.context),
-            backward(&burns, &inputs, expected.context),
-        );
-    }
-}
-
-/// The output alone, for which the weights are computed again, in one block and in several.
-pub fn context_equals_burns(device: &Device) {
-    let mut random = Random(97);
-    for (batch, queries, keys, quiet, masked) in [
-        (3, 5, 7, false, true),
-        (2, 1, 33, true, true),
-        (2, 9, 4, false, false),
-        // Blocks of one sequence, and blocks of one head.
-        (3, 200, 210, false, true),
-        (1, 530, 520, true, true),
-    ] {
-        let burns = MultiHeadAttentionConfig::new(8, 4)
-            .with_dropout(0.0)
-            .with_quiet_softmax(quiet)
-            .init(device);
-        let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
-        let [query, key, value] =
-            [queries, keys, keys].map(|length| tokens(&mut random, [batch, length, 8], device));
-        let input = MhaInput::new(query.clone(), key.clone(), value.clone());
-        let input = match masked {
-            false => input,
-            true => {
-                // The first query of each sequence attends to no key at all.
-                let hidden = (0..batch * queries * keys)
-                    .map(|i| i / keys % queries == 0 || i % 5 == 1)
-                    .collect();
-                let hidden: TensorData = TensorData::new::<bool, _>(hidden, [batch, queries, keys]);
-                input
-                    .mask_pad(padding(batch, keys, device))
-                    .mask_attn(Tensor::from_data(hidden, device))
-            }
-        };
-        let inputs = [&query, &key, &value];
-        let expected = burns.forward(input.clone().into()).context;
-        let found = ours.forward_context(input);
-        let error = relative_error(&values(found.clone()), &values(expected.clone()));
-        assert!(error < TOLERANCE, "{queries} x {keys}: {error:e}");
-        assert_equal(
-            backward(&ours, &inputs, found),
-            backward(&burns, &inputs, expected),
-        );
-    }
-}
-
-/// NaN and infinity go through, as in Burn.
-#[test]
-fn values_that_are_not_finite_come_out() {
-    let device = Device::flex().autodiff();
-    let burns = MultiHeadAttentionConfig::new(8, 2).with_dropout(0.0);
-    let ours = MemAopMultiHeadAttention::from_mha(burns.init(&device), all_rows());
-    for broken in [f32::NAN, f32::INFINITY] {
-        let mut values = vec![0.5; 3 * 40 * 8];
-        values[8 * 41 + 3] = broken;
-        let values = TensorData::new(values, [3, 40, 8]);
-        let input = Tensor::<3>::from_data(values, &device).require_grad();
-        let output = ours.forward_context(MhaInput::self_attn(input.clone()));
-        let of_sequence = |tensor: &Tensor<3>, index: usize| {
-            let part = tensor.clone().narrow(0, index, 1);
-            part.into_data().iter::<f32>().all(f32::is_finite)
-        };
-        let finite = [0, 1, 2].map(|index| of_sequence(&output, index));
-        assert_eq!(finite, [true, false, true], "{broken}");
-        let grads = output.sum().backward();
-        let gradient = input.grad(&grads).unwrap();
-        let finite = [0, 1, 2].map(|index| of_sequence(&gradient, index));
-        assert_eq!(finite, [true, false, true], "{broken}");
-    }
-}
-
-/// One mask for all sequences of a batch, as Burn's takes it.
-#[test]
-fn a_mask_is_broadcast() {
-    let device = Device::flex();
-    let burns = MultiHeadAttentionConfig::new(8, 2).init(&device);
-    let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
-    let input = MhaInput::self_attn(tokens(&mut Random(95), [3, 5, 8], &device));
-    let input = input.mask_attn(generate_autoregressive_mask(1, 5, &device));
-    let expected = burns.forward(input.clone().into()).context;
-    let found = ours.forward(input).context;
-    assert!(relative_error(&values(found), &values(expected)) < TOLERANCE);
-}
-
-/// A cross-attention whose layers have adapters infers as before.
-#[test]
-fn adapters_of_a_cross_attention_come_along() {
-    let device = Device::flex();
-    let attention = MemAopCrossAttentionConfig::new(6, 6, 2, 2, 3).init(&device);
-    let attention = attention.apply_lora(Lora::new(2, 1.0));
-    let burns = attention.clone().into_cross_attention();
-    assert_eq!(burns.num_params(), attention.num_params());
-    let [query, context] = [4, 5].map(|length| tokens(&mut Random(96), [2, length, 6], &device));
-    let expected = attention.forward(query.clone(), context.clone(), None);
-    let mut cache = CrossAttentionCache::new();
-    let found = attention.forward_cache(query, context, None, &mut cache);
-    assert!(relative_error(&values(found), &values(expected)) < TOLERANCE);
 }
 
 pub fn feed_forward_equals_burns(device: &Device) {
@@ -345,38 +203,6 @@ pub fn decoder_equals_burns(device: &Device) {
     }
 }
 
-pub fn cross_attention_equals_burns(device: &Device) {
-    let mut random = Random(92);
-    let (batch, queries, keys) = (3, 5, 7);
-    for (heads_kv, quiet, masked) in [(4, false, false), (2, true, true), (1, false, true)] {
-        let burns = CrossAttentionConfig::new(6, 10, 4, heads_kv, 3)
-            .with_dropout(0.0)
-            .with_quiet_softmax(quiet);
-        let config = MemAopCrossAttentionConfig::new(6, 10, 4, heads_kv, 3)
-            .with_dropout(0.0)
-            .with_quiet_softmax(quiet);
-        let burns = burns.init(device);
-        let ours = MemAopCrossAttention::from_cross_attention(burns.clone(), &config, all_rows());
-        let query = tokens(&mut random, [batch, queries, 6], device);
-        let context = tokens(&mut random, [batch, keys, 10], device);
-        let mask = masked.then(|| padding(batch, keys, device));
-        let expected = burns.forward(query.clone(), context.clone(), mask.clone());
-        let found = ours.forward(query.clone(), context.clone(), mask.clone());
-        assert!(relative_error(&values(found.clone()), &values(expected.clone())) < TOLERANCE);
-        let inputs = [&query, &context];
-        assert_equal(
-            backward(&ours, &inputs, found),
-            backward(&burns, &inputs, expected.clone()),
-        );
-        let mut cache = CrossAttentionCache::new();
-        let cached = ours.forward_cache(query.clone(), context.clone(), mask.clone(), &mut cache);
-        assert!(relative_error(&values(cached), &values(expected.clone())) < TOLERANCE);
-        let back = ours.into_cross_attention();
-        let again = back.forward(query, context, mask);
-        assert_eq!(values(again), values(expected));
-    }
-}
-
 pub fn swiglu_equals_burns(device: &Device) {
     let mut random = Random(93);
     for bias in [false, true] {
@@ -390,17 +216,6 @@ pub fn swiglu_equals_burns(device: &Device) {
             backward(&burns, &[&input], expected),
         );
     }
-}
-
-#[test]
-#[should_panic(
-    expected = "cross-attention: the parameters must have the shapes of the configuration, and no adapters"
-)]
-fn cross_attention_of_another_configuration_is_refused() {
-    let device = Device::flex();
-    let burns = CrossAttentionConfig::new(6, 10, 4, 2, 3).init(&device);
-    let config = MemAopCrossAttentionConfig::new(6, 10, 4, 1, 3);
-    MemAopCrossAttention::from_cross_attention(burns, &config, all_rows());
 }
 
 /// All else being Burn's, the gradients of the weights must be unbiased wherever the tokens of a
@@ -697,18 +512,6 @@ fn all_layers_are_observed_and_none_waits_in_inference() {
     for layer in &report.layers {
         assert_eq!((layer.outer_products, layer.rows), (4, 8), "{}", layer.name);
     }
-}
-
-#[test]
-#[should_panic(
-    expected = "assert_shape!(input.key, [batch_size, _, self.d_model]): axis 0 expected 2"
-)]
-fn a_key_that_does_not_fit_is_named() {
-    let device = Device::flex();
-    let attention = MemAopMultiHeadAttentionConfig::new(8, 2);
-    let zeros = |batch| Tensor::<3>::zeros([batch, 3, 8], &device);
-    let input = MhaInput::new(zeros(2), zeros(1), zeros(2));
-    attention.init(&device).forward(input);
 }
 
 #[test]
