@@ -42,6 +42,8 @@ struct Options {
     /// Tokens in a sequence
     #[arg(long, default_value_t = 64)]
     length: usize,
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
     /// Compares with exact gradients of this crate, which take one product for all sequences
     #[arg(long)]
     flat: bool,
@@ -61,7 +63,7 @@ impl Classifier<TransformerEncoder> {
         let encoder =
             TransformerEncoderConfig::new(width, 4 * width, options.heads, options.blocks)
                 .with_norm_first(true)
-                .with_dropout(0.0);
+                .with_dropout(options.dropout);
         Self {
             encoder: encoder.init(device),
             output: LinearConfig::new(width, CLASSES).init(device),

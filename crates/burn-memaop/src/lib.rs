@@ -133,13 +133,20 @@ pub mod nn {
     pub use crate::{
         MemAopLinear as Linear, MemAopLinearConfig as LinearConfig,
         activation::{Gelu, Relu, SwiGlu, SwiGluConfig},
+        layers::{
+            dropout::{Dropout, DropoutConfig},
+            norm::{LayerNorm, LayerNormConfig},
+        },
     };
 
     /// [`burn::nn::modules`] with this crate's layers in place of its own.
     pub mod modules {
         pub use burn::nn::modules::*;
 
-        pub use super::{Linear, LinearConfig, attention, conv, transformer};
+        pub use super::{
+            Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention,
+            conv, transformer,
+        };
     }
 
     /// [`burn::nn::activation`] with the activations of this crate in the places of Burn's.

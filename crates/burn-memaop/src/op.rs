@@ -156,6 +156,7 @@ pub mod parts {
         rows::{
             Packed, RowOps,
             packing::{Bits, Packing},
+            random::Dropout,
         },
     };
     use burn::tensor::DType;
@@ -211,6 +212,17 @@ pub mod parts {
         ) -> Tensor<1> {
             noise(Factor::Packed(self.0), grad, gradient, ks)
         }
+    }
+
+    /// A dropout of a matrix by the random bits of a seed and a step.
+    pub fn drop_out(values: Tensor<2>, prob: f64, seed: u64, step: u64) -> Tensor<2> {
+        let dropout = Dropout {
+            random: Random { seed, step },
+            prob,
+            first: 0,
+        };
+        let values = Dispatch::memaop_drop_values(values.into_dispatch(), dropout);
+        Tensor::from_dispatch(values)
     }
 
     /// `grad @ weight^T` from K rows.

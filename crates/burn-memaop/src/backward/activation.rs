@@ -1,19 +1,16 @@
-//! Activation functions under autodiff.
-
-use std::marker::PhantomData;
+//! Activation functions whose derivative is kept in few bits.
 
 use burn::backend::{Autodiff, TensorMetadata, ops::ActivationOps, tensor::FloatTensor};
 use burn_autodiff::{
-    NodeId,
-    checkpoint::{
-        base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
-        strategy::CheckpointStrategy,
-    },
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::LayerOps;
+use super::{
+    LayerOps,
+    recomputed::{Gelu, apply},
+};
 use crate::rows::{
     Packed,
     packing::{Bits, Packing},
@@ -39,7 +36,7 @@ pub(super) fn packed_gelu<B: LayerOps, C: CheckpointStrategy>(
     random: Random,
 ) -> FloatTensor<Autodiff<B, C>> {
     if !input.is_tracked() {
-        return gelu::<B, C>(input);
+        return apply::<B, C, _, 1>(Gelu, [input]);
     }
     times::<B, C>(input, Bits::Eight, move |input, packing| {
         let derivative = B::memaop_gelu_derivative(input.clone(), packing, random);
@@ -82,53 +79,5 @@ impl<B: LayerOps> Backward<B, 1> for Times {
         if let Some(node) = parent {
             grads.register::<B>(node.id, B::memaop_times(ops.state, grad));
         }
-    }
-}
-
-/// The backward pass keeps the input, or computes it again, as that of Burn's `gelu` does.
-pub(super) fn gelu<B: LayerOps, C: CheckpointStrategy>(
-    input: FloatTensor<Autodiff<B, C>>,
-) -> FloatTensor<Autodiff<B, C>> {
-    let node = input.node();
-    let again = GeluAgain::<B> {
-        input: node.id(),
-        backend: PhantomData,
-    };
-    let prep = Gelu.prepare::<C>([node]).memory_bound();
-    match prep.retro_forward(again).parents([&input]).stateful() {
-        OpsKind::Tracked(mut prep) => {
-            let state = prep.checkpoint(&input);
-            prep.finish(state, B::memaop_exact_gelu(input.into_primitive()))
-        }
-        OpsKind::UnTracked(prep) => prep.finish(B::memaop_exact_gelu(input.into_primitive())),
-    }
-}
-
-#[derive(Debug)]
-struct Gelu;
-
-impl<B: LayerOps> Backward<B, 1> for Gelu {
-    type State = NodeId;
-
-    fn backward(self, ops: Ops<NodeId, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let input = checkpointer.retrieve_node_output::<FloatTensor<B>>(ops.state);
-        let grad = grads.consume::<B>(&ops.node);
-        let [parent] = ops.parents;
-        if let Some(node) = parent {
-            grads.register::<B>(node.id, B::memaop_gelu_backward(input, grad));
-        }
-    }
-}
-
-#[derive(Debug)]
-struct GeluAgain<B> {
-    input: NodeId,
-    backend: PhantomData<B>,
-}
-
-impl<B: LayerOps> RetroForward for GeluAgain<B> {
-    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
-        let input = states.get_state::<FloatTensor<B>>(&self.input);
-        states.save(output, B::memaop_exact_gelu(input));
     }
 }

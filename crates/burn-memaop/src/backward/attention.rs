@@ -19,7 +19,7 @@ use burn_autodiff::{
 };
 
 use super::{LayerOps, cost};
-use crate::rows::{Attention, ExactOps, Mask};
+use crate::rows::{Attention, ExactOps, Mask, RowOps, random::Dropout};
 
 /// Queries, keys and values, shape `[batch, heads, length, d_head]`.
 type Inputs = [Tensor<4>; 3];
@@ -95,10 +95,12 @@ where
 
 /// The output of each head, and what the backward pass needs to compute its weights again.
 fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> [Tensor<4>; 2] {
-    in_blocks(&inputs, masks, |[query, key, value], masks, _| {
+    let [_, heads, queries, _] = inputs[0].dims();
+    in_blocks(&inputs, masks, |[query, key, value], masks, block| {
         let scores = scores(query, key, &masks, attention);
         let softmax = Dispatch::memaop_softmax(scores.into_dispatch(), attention.quiet);
         let weights = Tensor::<4>::from_dispatch(softmax.weights);
+        let weights = dropped(weights, attention.dropout, &block, [heads, queries]);
         [weights.matmul(value), Tensor::from_dispatch(softmax.rows)]
     })
 }
@@ -111,13 +113,15 @@ fn backward(
     grad: Tensor<4>,
     attention: Attention,
 ) -> [Tensor<4>; 3] {
+    let [_, heads, queries, _] = grad.dims();
     in_blocks(&inputs, masks, |[query, key, value], masks, block| {
         let scores = scores(query.clone(), key.clone(), &masks, attention);
         let [rows, grad] = [&rows, &grad].map(|all| of_block(all, &block));
         let weights = Dispatch::memaop_weights(scores.into_dispatch(), rows.into_dispatch());
         let weights = Tensor::<4>::from_dispatch(weights);
-        let of_value = weights.clone().transpose().matmul(grad.clone());
-        let of_weights = grad.matmul(value.transpose());
+        let drop = |weights| dropped(weights, attention.dropout, &block, [heads, queries]);
+        let of_value = drop(weights.clone()).transpose().matmul(grad.clone());
+        let of_weights = drop(grad.matmul(value.transpose()));
         let of_scores = Tensor::<4>::from_dispatch(Dispatch::memaop_softmax_backward(
             weights.into_dispatch(),
             of_weights.into_dispatch(),
@@ -136,6 +140,27 @@ fn scores(query: Tensor<4>, key: Tensor<4>, masks: &Masks, attention: Attention)
 fn filled(scores: Tensor<4>, masks: &Masks, value: f64) -> Tensor<4> {
     let fill = |scores: Tensor<4>, mask: &Tensor<4, Bool>| scores.mask_fill(mask.clone(), value);
     masks.iter().flatten().fold(scores, fill)
+}
+
+/// The weights of a block, or their gradients, after the dropout, which draws by the row of all
+/// `[batch * heads * queries]` that it belongs to.
+fn dropped(
+    weights: Tensor<4>,
+    dropout: Option<Dropout>,
+    block: &Block,
+    [heads, queries]: [usize; 2],
+) -> Tensor<4> {
+    let Some(dropout) = dropout else {
+        return weights;
+    };
+    let dims = weights.dims();
+    let dropout = Dropout {
+        first: (block[0].start * heads + block[1].start) * queries,
+        ..dropout
+    };
+    let rows = weights.reshape([dims[0] * dims[1] * dims[2], dims[3]]);
+    let rows = Dispatch::memaop_drop_values(rows.into_dispatch(), dropout);
+    Tensor::<2>::from_dispatch(rows).reshape(dims)
 }
 
 /// Some sequences, and some heads of them.

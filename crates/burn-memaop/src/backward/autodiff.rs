@@ -16,6 +16,7 @@ use super::{
     AopLayer, LayerOps, activation, attention,
     plan::{LayerStep, Outcome, Plan},
     recipe,
+    recomputed::{self, LayerNorm, apply},
 };
 use crate::{
     config::Method,
@@ -23,7 +24,7 @@ use crate::{
         Attention, Bias, Candidates, Draw, ExactOps, Factor, Mask, Memory, Packed, RowOps,
         bias_of_channels,
         packing::{Bits, Packing},
-        random::{Random, stream},
+        random::{Dropout, Random, stream},
         transfer::CopyOut,
         window::Window,
     },
@@ -81,11 +82,28 @@ where
     }
 
     fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
-        activation::gelu::<B, C>(input)
+        apply::<B, C, _, 1>(recomputed::Gelu, [input])
     }
 
     fn memaop_packed_gelu(input: FloatTensor<Self>, random: Random) -> FloatTensor<Self> {
         activation::packed_gelu::<B, C>(input, random)
+    }
+
+    fn memaop_dropout(input: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(dropout, [input])
+    }
+
+    fn memaop_layer_norm(
+        input: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: Bias<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self> {
+        let norm = LayerNorm { epsilon };
+        match beta {
+            Bias::Some(beta) => apply::<B, C, _, 3>(norm, [input, gamma, beta]),
+            Bias::None => apply::<B, C, _, 2>(norm, [input, gamma]),
+        }
     }
 }
 

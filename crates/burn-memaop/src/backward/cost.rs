@@ -91,6 +91,11 @@ pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
     {
         return false;
     }
+    has_code_for_values(device, dtype)
+}
+
+/// Whether values need not go by way of the host.
+pub(crate) fn has_code_for_values(device: &DispatchDevice, dtype: DType) -> bool {
     match device_class(device) {
         Class::Cpu => has_fast_code(dtype, true),
         Class::Cube | Class::Cuda => has_fast_code(dtype, false),

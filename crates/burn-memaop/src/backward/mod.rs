@@ -11,6 +11,8 @@ pub(crate) mod cost;
 #[cfg(feature = "autodiff")]
 mod plan;
 pub(crate) mod recipe;
+#[cfg(feature = "autodiff")]
+mod recomputed;
 
 use std::sync::{Arc, Once, OnceLock};
 
@@ -18,7 +20,11 @@ use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::FloatTe
 
 use crate::{
     config::AopConfig,
-    rows::{Attention, Bias, ExactOps, Mask, Packed, RowOps, random::Random, window::Window},
+    rows::{
+        Attention, Bias, ExactOps, Mask, Packed, RowOps,
+        random::{Dropout, Random},
+        window::Window,
+    },
     state::{LayerState, choice::StepTime},
 };
 
@@ -96,6 +102,21 @@ pub(crate) trait LayerOps: RowOps + ExactOps {
     /// Burn's `gelu` of a matrix, whose derivative is kept in 8 bits, rounded by random bits.
     fn memaop_packed_gelu(input: FloatTensor<Self>, random: Random) -> FloatTensor<Self> {
         Self::memaop_exact_gelu(input)
+    }
+
+    /// A dropout of a matrix.
+    fn memaop_dropout(input: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        Self::memaop_drop_values(input, dropout)
+    }
+
+    /// Burn's `layer_norm` of a matrix.
+    fn memaop_layer_norm(
+        input: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        #[extension_type] beta: Bias<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self> {
+        Self::layer_norm(input, gamma, beta.into_option(), epsilon)
     }
 }
 

@@ -111,7 +111,7 @@ fn row_width(values: usize, last: usize) -> Option<usize> {
 }
 
 /// Applies a function of values to a tensor as one matrix.
-fn as_matrix<const D: usize>(
+pub(super) fn as_matrix<const D: usize>(
     input: Tensor<D>,
     function: impl FnOnce(Tensor<2>) -> Tensor<2>,
 ) -> Tensor<D> {

@@ -2,8 +2,10 @@
 
 pub mod activation;
 pub(crate) mod conv2d;
+pub(crate) mod dropout;
 pub(crate) mod linear;
 mod module;
+pub(crate) mod norm;
 pub mod transformer;
 
 use crate::config::AopConfig;

@@ -12,6 +12,7 @@ mod backends;
 mod convolution;
 mod gelu;
 mod images;
+mod norm;
 mod packed;
 mod passes;
 mod positions;
@@ -26,7 +27,7 @@ use super::{
     exact::{self, Softmax},
     packing::Packing,
     portable,
-    random::Random,
+    random::{Dropout, Random},
     tensors::{Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::CopyOut,
     verbs::RowOps,
@@ -254,6 +255,13 @@ impl<B: HostTensors> RowOps for B {
         });
         values
     }
+
+    fn memaop_drop_values(values: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        match is_single::<Self>(&values) {
+            true => attention::drop_out::<Self>(values, dropout),
+            false => portable::drop_out::<Self>(values, dropout),
+        }
+    }
 }
 
 impl<B: HostTensors> ExactOps for B {
@@ -337,6 +345,18 @@ impl<B: HostTensors> ExactOps for B {
         match is_single::<Self>(&weights) {
             true => attention::softmax_backward::<Self>(weights, grad),
             false => exact::softmax_backward::<Self>(weights, grad),
+        }
+    }
+
+    fn memaop_layer_norm_backward(
+        input: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        match is_single::<Self>(&input) {
+            true => norm::backward::<Self>(input, gamma, grad, epsilon),
+            false => exact::layer_norm_backward::<Self>(input, gamma, grad, epsilon),
         }
     }
 

@@ -37,7 +37,7 @@ use super::{
     ExactOps, MOST_ROWS,
     packing::Packing,
     portable,
-    random::Random,
+    random::{Dropout, Random},
     tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::{CopyOut, Transfer},
     verbs::RowOps,
@@ -171,6 +171,13 @@ impl RowOps for CubeBackend {
         match takes(&values, values.dtype, values.shape()[0]) {
             true => packed::times(&packed, values),
             false => portable::times::<Self>(packed, values),
+        }
+    }
+
+    fn memaop_drop_values(values: CubeTensor, dropout: Dropout) -> CubeTensor {
+        match takes(&values, values.dtype, values.shape()[0]) {
+            true => packed::drop_out(values, dropout),
+            false => portable::drop_out::<Self>(values, dropout),
         }
     }
 }

@@ -5,12 +5,12 @@ use burn::backend::{
     tensor::{BoolTensor, FloatTensor},
 };
 
-use burn::tensor::Slice;
+use burn::tensor::{Shape, Slice};
 
 use super::{
     packing::Packing,
     portable::{self, cast, working_dtype},
-    random::Random,
+    random::{Dropout, Random},
     tensors::Packed,
     verbs::RowOps,
     window::Window,
@@ -63,6 +63,8 @@ pub(crate) struct Attention {
     pub(crate) min_float: f64,
     /// Whether 1 is added to the sum of the exponentials.
     pub(crate) quiet: bool,
+    /// A dropout of the weights. The rows are all queries of all heads.
+    pub(crate) dropout: Option<Dropout>,
 }
 
 /// The softmax of each row of scores.
@@ -140,6 +142,16 @@ pub(crate) trait ExactOps: RowOps {
         softmax_backward::<Self>(weights, grad)
     }
 
+    /// The gradients of the input of a layer norm, a matrix, and of its gamma and beta.
+    fn memaop_layer_norm_backward(
+        input: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        layer_norm_backward::<Self>(input, gamma, grad, epsilon)
+    }
+
     /// Burn's `gelu` of a matrix.
     fn memaop_exact_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::gelu(input)
@@ -213,6 +225,33 @@ pub(super) fn softmax_backward<B: Backend>(
     let sum = B::float_sum_dim(B::float_mul(weights.clone(), grad.clone()), last);
     let gradient = B::float_mul(weights, B::float_sub(grad, sum));
     cast::<B>(gradient, dtype.into())
+}
+
+pub(super) fn layer_norm_backward<B: Backend>(
+    input: FloatTensor<B>,
+    gamma: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    epsilon: f64,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let (dtype, width) = (input.dtype(), gamma.shape()[0]);
+    let [input, gamma, grad] = [input, gamma, grad].map(|it| cast::<B>(it, working_dtype(dtype)));
+    let centred = B::float_sub(input.clone(), B::float_mean_dim(input, 1));
+    let variance = B::float_mean_dim(B::float_mul(centred.clone(), centred.clone()), 1);
+    let inverse = B::float_add_scalar(variance, Scalar::from(epsilon));
+    let inverse = B::float_recip(B::float_sqrt(inverse));
+    let normal = B::float_mul(centred, inverse.clone());
+    let products = B::float_mul(grad.clone(), normal.clone());
+    let [of_gamma, of_beta] = [products, grad.clone()].map(|columns| {
+        let sum = B::float_sum_dim(columns, 0);
+        B::float_reshape(sum, Shape::new([width]))
+    });
+    let grad = B::float_mul(grad, B::float_reshape(gamma, Shape::new([1, width])));
+    let along = B::float_mean_dim(B::float_mul(grad.clone(), normal.clone()), 1);
+    let across = B::float_sub(grad.clone(), B::float_mean_dim(grad, 1));
+    let of_input = B::float_sub(across, B::float_mul(normal, along));
+    let of_input = B::float_mul(of_input, inverse);
+    let gradient = |wide| cast::<B>(wide, dtype.into());
+    (gradient(of_input), gradient(of_gamma), gradient(of_beta))
 }
 
 #[cfg(feature = "tch")]

@@ -167,7 +167,7 @@ pub(crate) const MIX: [u32; 2] = [0x85EB_CA6B, 0xC2B2_AE35];
 
 /// A random word for a column, by the last steps of MurmurHash3 (Appleby, 2011).
 #[inline(always)]
-fn mixed(key: u32, column: u32) -> u32 {
+pub(super) fn mixed(key: u32, column: u32) -> u32 {
     let word = key.wrapping_add(column.wrapping_mul(COLUMN));
     let word = (word ^ word >> 16).wrapping_mul(MIX[0]);
     let word = (word ^ word >> 13).wrapping_mul(MIX[1]);

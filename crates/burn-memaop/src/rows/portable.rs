@@ -12,7 +12,7 @@ use burn::tensor::{
 use super::{
     draw,
     packing::{Packing, pack_row, unpack_row},
-    random::Random,
+    random::{Dropout, Random},
     tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     window::Window,
 };
@@ -456,6 +456,15 @@ pub(super) fn times<B: Backend>(packed: Packed<B>, values: FloatTensor<B>) -> Fl
     let factors = unpack::<B>(packed, values.dtype().into());
     let zeros = is_zero::<B>(&factors);
     B::float_mask_fill(B::float_mul(values, factors), zeros, Scalar::from(0.0))
+}
+
+pub(super) fn drop_out<B: Backend>(values: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
+    let [rows, width] = values.shape().dims();
+    let factors = (0..rows).flat_map(|row| (0..width).map(dropout.factors(row)));
+    let factors = TensorData::new(factors.collect::<Vec<_>>(), [rows, width]);
+    let factors = factors.convert_dtype(values.dtype());
+    let factors = B::float_from_data(factors, &values.device());
+    B::float_mul(values, factors)
 }
 
 pub(super) fn exact_input_product<B: Backend>(

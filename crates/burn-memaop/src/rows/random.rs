@@ -1,6 +1,8 @@
 //! Random bits of a counter-based generator: a pure function of seed, step and row. They need no
 //! state but the number of the step, and every device computes the same ones.
 
+use super::packing::mixed;
+
 pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
@@ -93,6 +95,42 @@ impl Random {
         match self.block(row)[1] >> 31 {
             0 => 1.0,
             _ => -1.0,
+        }
+    }
+}
+
+/// A dropout by random bits of a pass, which a backward pass can draw again.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dropout {
+    pub(crate) random: Random,
+    /// The probability that a value becomes zero.
+    pub(crate) prob: f64,
+    /// The number of the first row.
+    pub(crate) first: usize,
+}
+
+impl Dropout {
+    /// The number of upper bits of a random word that decide on a value.
+    pub(crate) const BITS: u32 = 24;
+
+    /// A value becomes zero if these bits of its word are below this number.
+    pub(crate) fn threshold(&self) -> u32 {
+        (self.prob * f64::from(1u32 << Self::BITS)).round() as u32
+    }
+
+    /// What the other values are multiplied by, so that the expected value stays.
+    pub(crate) fn scale(&self) -> f32 {
+        (1.0 / (1.0 - self.prob)) as f32
+    }
+
+    /// The factors of the values of a row, which is counted from the first one.
+    #[inline(always)]
+    pub(crate) fn factors(&self, row: usize) -> impl Fn(usize) -> f32 + use<> {
+        let key = self.random.rounding(self.first + row);
+        let (threshold, scale) = (self.threshold(), self.scale());
+        move |column| match mixed(key, column as u32) >> (32 - Self::BITS) < threshold {
+            true => 0.0,
+            false => scale,
         }
     }
 }

@@ -10,7 +10,7 @@ use super::tensors::burn;
 use super::{
     packing::Packing,
     portable,
-    random::Random,
+    random::{Dropout, Random},
     tensors::{Candidates, Draw, Drawn, Factor, Fold, Memory, Packed, Scores},
     transfer::CopyOut,
 };
@@ -130,6 +130,12 @@ pub(crate) trait RowOps: CopyOut {
         values: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         portable::times::<Self>(packed, values)
+    }
+
+    /// A matrix in which some values are zero, and the others are larger to make up for it.
+    #[fusion(meta = |values, _dropout| values.clone())]
+    fn memaop_drop_values(values: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        portable::drop_out::<Self>(values, dropout)
     }
 }
 

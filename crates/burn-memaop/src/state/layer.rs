@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use burn::{
@@ -10,7 +10,7 @@ use burn::{
     module::{
         Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
     },
-    tensor::Device,
+    tensor::{DType, Device, Distribution, Int, Tensor},
 };
 
 use super::{
@@ -101,6 +101,24 @@ impl LayerState {
         Random {
             seed: stream(seed, self.place),
             step: self.on(device).lock().count_pass(),
+        }
+    }
+
+    /// The random bits of a dropout in a forward pass on a device. The pass is counted. Burn's
+    /// generator draws the number of the first pass, so [`Device::seed`] decides on all bits, and
+    /// every dropout has its own.
+    pub(crate) fn dropout_random(&self, seed: u64, device: &Device) -> Random {
+        let state = self.on(device);
+        // The state is not locked while this waits for the device.
+        let is_new = state.lock().passes == 0;
+        let first = is_new.then(|| first_pass(device));
+        let mut state = state.lock();
+        if let Some(first) = first.filter(|_| state.passes == 0) {
+            state.passes = first;
+        }
+        Random {
+            seed: stream(seed, self.place),
+            step: state.count_pass(),
         }
     }
 
@@ -381,6 +399,20 @@ impl Origin {
             device: self.device,
             moved: moved.map(|moved| Arc::new(moved.load(Ordering::Relaxed).into())),
         }
+    }
+}
+
+/// A random number from 1, by Burn's generator.
+fn first_pass(device: &Device) -> u64 {
+    static NUMBER: AtomicU64 = AtomicU64::new(1);
+    let range = Distribution::Uniform(0.0, f64::from(1u16 << 15));
+    let drawn = Tensor::<1, Int>::random([3], range, (&device.clone().inner(), DType::I32));
+    match drawn.try_into_data() {
+        Ok(drawn) => drawn
+            .iter::<u64>()
+            .fold(1, |number, part| number << 15 | part),
+        // A browser can not wait for its GPU.
+        Err(_) => NUMBER.fetch_add(1, Ordering::Relaxed) << 32,
     }
 }
 

@@ -3,8 +3,8 @@
 use burn::tensor::Device;
 
 use crate::{
-    activation, attention, auto, broken_values, convolution, input_gradient, layer, observe,
-    operation, packed, transformer,
+    activation, attention, auto, broken_values, convolution, dropout, input_gradient, layer, norm,
+    observe, operation, packed, transformer,
 };
 
 macro_rules! checks {
@@ -46,6 +46,10 @@ macro_rules! suite {
                 the_noise_of_packed_rows_is_that_of_the_rows,
                 values_that_are_not_finite_stay_in_their_group,
                 zeros_and_tiny_values_are_kept_as_zeros,
+            );
+
+            checks!($device; dropout:
+                dropouts_equal_the_oracle,
             );
 
             checks!($device; auto:
@@ -91,6 +95,14 @@ macro_rules! suite {
                     activations_equal_burns,
                     the_rounding_of_a_derivative_is_unbiased,
                 );
+                checks!($device.map(Device::autodiff); dropout:
+                    a_backward_pass_drops_what_the_forward_pass_dropped,
+                    attention_with_dropout_equals_its_definition,
+                );
+                checks!($device.map(Device::autodiff); norm:
+                    norms_equal_burns,
+                    norms_equal_the_oracle,
+                );
                 checks!($device.map(Device::autodiff); convolution:
                     convolutions_equal_the_oracle,
                     convolutions_of_every_type_equal_the_oracle,
@@ -128,6 +140,13 @@ macro_rules! suite {
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); attention:
                     context_equals_burns,
                     cross_attention_equals_burns,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); dropout:
+                    a_backward_pass_drops_what_the_forward_pass_dropped,
+                    attention_with_dropout_equals_its_definition,
+                );
+                checks!($device.map(|device| device.autodiff().gradient_checkpointing()); norm:
+                    norms_equal_burns,
                 );
                 checks!($device.map(|device| device.autodiff().gradient_checkpointing()); transformer:
                     encoder_equals_burns,

@@ -325,3 +325,14 @@ pub fn philox([row, second, step]: [u64; 3], seed: u64) -> [u64; 4] {
     }
     c
 }
+
+/// The random word of a value: the fourth word of its row's block, and its column, mixed.
+pub fn word_of_value([row, column]: [usize; 2], step: u64, seed: u64) -> u64 {
+    const WORDS: u64 = 1 << 32;
+    let key = philox([row as u64, 0, step], seed)[3];
+    let mut word = (key + column as u64 * 0x9E37_79B9) % WORDS;
+    for (shift, factor) in [(16, 0x85EB_CA6B), (13, 0xC2B2_AE35)] {
+        word = ((word ^ (word >> shift)) * factor) % WORDS;
+    }
+    word ^ (word >> 16)
+}

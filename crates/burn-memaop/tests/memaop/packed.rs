@@ -14,7 +14,7 @@ use burn_memaop::{
 };
 
 use crate::{
-    oracle::{Oracle, Policy, philox},
+    oracle::{Oracle, Policy, word_of_value},
     support::{Matrix, Random, linear},
 };
 
@@ -34,13 +34,7 @@ const STORED: [StoredInput; 2] = [StoredInput::Int8, StoredInput::Int4];
 
 /// The noise of a value, in `(0, 1)`: the fourth word of its row's block, and its column, mixed.
 fn noise(row: usize, column: usize, seed: u64, step: u64) -> f64 {
-    const WORDS: u64 = 1 << 32;
-    let key = philox([row as u64, 0, step], seed)[3];
-    let mut word = (key + column as u64 * 0x9E37_79B9) % WORDS;
-    for (shift, factor) in [(16, 0x85EB_CA6B), (13, 0xC2B2_AE35)] {
-        word = ((word ^ (word >> shift)) * factor) % WORDS;
-    }
-    word ^= word >> 16;
+    let word = word_of_value([row, column], step, seed);
     ((word >> 16) as f64 + 0.5) / 65_536.0
 }
 

@@ -3,7 +3,7 @@ use burn::{
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
-        Dropout, Gelu,
+        Gelu,
         attention::{self, MhaCache, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig},
     },
     tensor::{
@@ -17,6 +17,7 @@ use crate::{
     backward::{LayerOps, SharedInput, is_supported},
     config::AopConfig,
     layers::{
+        dropout::Dropout,
         later,
         linear::{MemAopLinear, is_tracked},
     },
@@ -225,7 +226,7 @@ impl MemAopMultiHeadAttention {
             key: layer(mha.key, 1),
             value: layer(mha.value, 2),
             output: layer(mha.output, 3),
-            dropout: mha.dropout,
+            dropout: Dropout::from_dropout(mha.dropout, aop),
             activation: mha.activation,
             d_model: mha.d_model,
             n_heads: mha.n_heads,
@@ -247,7 +248,7 @@ impl MemAopMultiHeadAttention {
             key: self.key.to_linear(),
             value: self.value.to_linear(),
             output: self.output.to_linear(),
-            dropout: self.dropout.clone(),
+            dropout: self.dropout.to_dropout(),
             activation: self.activation.clone(),
             d_model: self.d_model,
             n_heads: self.n_heads,
@@ -280,7 +281,7 @@ impl MemAopMultiHeadAttention {
     }
 
     /// The field `context` of [`forward`](Self::forward), which keeps no weights for the backward
-    /// pass. It computes them again, unless there is a dropout, which keeps them.
+    /// pass. It computes them again.
     ///
     /// # Panics
     ///
@@ -344,7 +345,7 @@ pub(super) struct Scaling {
 /// Masks that broadcast to the weights. They are true where a query does not attend to a key.
 pub(super) type Masks = [Option<Tensor<4, Bool>>; 2];
 
-/// The heads' outputs of [`attend`] side by side. Without a dropout nothing is kept of the weights.
+/// The heads' outputs of [`attend`] side by side. Nothing is kept of the weights.
 pub(super) fn attended(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -355,7 +356,13 @@ pub(super) fn attended(
 ) -> Tensor<3> {
     let device = query.device();
     let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
-    if !tracked || dropout.prob > 0.0 || !is_supported(device.as_dispatch()) {
+    let supported = tracked && is_supported(device.as_dispatch());
+    let drops = dropout.is_on(&device);
+    let drawn = match supported && drops && !query.dims().contains(&0) {
+        true => dropout.next(&device, query.dtype()),
+        false => None,
+    };
+    if !supported || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
     let query = query / (scaling.d_head as f32).sqrt();
@@ -371,6 +378,7 @@ pub(super) fn attended(
     let attention = Attention {
         min_float: scaling.min_float,
         quiet: scaling.quiet_softmax,
+        dropout: drawn,
     };
     let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
     let context = Dispatch::memaop_attention(query, key, value, of_keys, of_pairs, attention);

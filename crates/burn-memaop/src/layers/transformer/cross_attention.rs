@@ -4,7 +4,7 @@ use burn::{
     config::Config,
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     nn::{
-        Dropout, DropoutConfig, Initializer, Linear, LinearConfig,
+        DropoutConfig, Initializer, Linear, LinearConfig,
         attention::{CrossAttention, CrossAttentionCache, CrossAttentionConfig},
     },
     tensor::{Bool, Device, Tensor, assert_shape},
@@ -14,7 +14,7 @@ use super::attention::{Scaling, attended, heads, of_keys};
 use crate::{
     backward::SharedInput,
     config::AopConfig,
-    layers::{later, linear::MemAopLinear},
+    layers::{dropout::Dropout, later, linear::MemAopLinear},
 };
 
 /// Configuration to create a [`MemAopCrossAttention`] layer, with the fields of Burn's
@@ -76,7 +76,7 @@ impl MemAopCrossAttentionConfig {
             key: layer(self.d_context, of_keys * self.d_head, 1),
             value: layer(self.d_context, of_keys * self.d_head, 2),
             output: layer(heads * self.d_head, self.d_model, 3),
-            dropout: DropoutConfig::new(self.dropout).init(),
+            dropout: Dropout::from_dropout(DropoutConfig::new(self.dropout).init(), aop),
             n_heads: heads,
             n_heads_kv: of_keys,
             d_head: self.d_head,

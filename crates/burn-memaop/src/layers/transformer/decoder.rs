@@ -2,7 +2,6 @@ use burn::{
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
-        Dropout, LayerNorm,
         activation::ActivationConfig,
         transformer::{
             self, TransformerDecoder, TransformerDecoderAutoregressiveCache,
@@ -13,7 +12,10 @@ use burn::{
 };
 
 use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, stack::stack};
-use crate::{config::AopConfig, layers::later};
+use crate::{
+    config::AopConfig,
+    layers::{dropout::Dropout, later, norm::LayerNorm},
+};
 
 // Four linear layers of each attention, and two of the feed-forward network.
 stack! {
@@ -173,10 +175,10 @@ impl MemAopTransformerDecoderLayer {
             cross_attn: MemAopMultiHeadAttention::from_mha(layer.cross_attn, aop),
             self_attn: MemAopMultiHeadAttention::from_mha(layer.self_attn, later(aop, 4)),
             pwff: MemAopPositionWiseFeedForward::from_pwff(layer.pwff, later(aop, 8)),
-            norm_1: layer.norm_1,
-            norm_2: layer.norm_2,
-            norm_3: layer.norm_3,
-            dropout: layer.dropout,
+            norm_1: LayerNorm::from_layer_norm(layer.norm_1),
+            norm_2: LayerNorm::from_layer_norm(layer.norm_2),
+            norm_3: LayerNorm::from_layer_norm(layer.norm_3),
+            dropout: Dropout::from_dropout(layer.dropout, aop),
             norm_first: layer.norm_first,
         }
     }
@@ -192,10 +194,10 @@ impl MemAopTransformerDecoderLayer {
             cross_attn: self.cross_attn.to_mha(),
             self_attn: self.self_attn.to_mha(),
             pwff: self.pwff.to_pwff(),
-            norm_1: self.norm_1.clone(),
-            norm_2: self.norm_2.clone(),
-            norm_3: self.norm_3.clone(),
-            dropout: self.dropout.clone(),
+            norm_1: self.norm_1.to_layer_norm(),
+            norm_2: self.norm_2.to_layer_norm(),
+            norm_3: self.norm_3.to_layer_norm(),
+            dropout: self.dropout.to_dropout(),
             norm_first: self.norm_first,
         }
     }

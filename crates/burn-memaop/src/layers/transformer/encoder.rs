@@ -2,7 +2,6 @@ use burn::{
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
-        Dropout, LayerNorm,
         activation::ActivationConfig,
         transformer::{
             self, TransformerEncoder, TransformerEncoderAutoregressiveCache,
@@ -14,7 +13,10 @@ use burn::{
 };
 
 use super::{MemAopMultiHeadAttention, MemAopPositionWiseFeedForward, MhaInput, stack::stack};
-use crate::{config::AopConfig, layers::later};
+use crate::{
+    config::AopConfig,
+    layers::{dropout::Dropout, later, norm::LayerNorm},
+};
 
 // Four linear layers of the attention, and two of the feed-forward network.
 stack! {
@@ -142,9 +144,9 @@ impl MemAopTransformerEncoderLayer {
         Self {
             mha: MemAopMultiHeadAttention::from_mha(layer.mha, aop),
             pwff: MemAopPositionWiseFeedForward::from_pwff(layer.pwff, later(aop, 4)),
-            norm_1: layer.norm_1,
-            norm_2: layer.norm_2,
-            dropout: layer.dropout,
+            norm_1: LayerNorm::from_layer_norm(layer.norm_1),
+            norm_2: LayerNorm::from_layer_norm(layer.norm_2),
+            dropout: Dropout::from_dropout(layer.dropout, aop),
             norm_first: layer.norm_first,
         }
     }
@@ -159,9 +161,9 @@ impl MemAopTransformerEncoderLayer {
         TransformerEncoderLayer {
             mha: self.mha.to_mha(),
             pwff: self.pwff.to_pwff(),
-            norm_1: self.norm_1.clone(),
-            norm_2: self.norm_2.clone(),
-            dropout: self.dropout.clone(),
+            norm_1: self.norm_1.to_layer_norm(),
+            norm_2: self.norm_2.to_layer_norm(),
+            dropout: self.dropout.to_dropout(),
             norm_first: self.norm_first,
         }
     }

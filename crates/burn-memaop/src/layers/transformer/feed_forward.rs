@@ -2,7 +2,7 @@ use burn::{
     config::Config,
     module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay},
     nn::{
-        Dropout, Gelu,
+        Gelu,
         activation::{Activation, ActivationConfig},
         transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
     },
@@ -13,6 +13,7 @@ use crate::{
     config::{AopConfig, StoredInput},
     layers::{
         activation::{exact_gelu, packed_gelu, relu},
+        dropout::Dropout,
         later,
         linear::MemAopLinear,
     },
@@ -101,7 +102,7 @@ impl MemAopPositionWiseFeedForward {
         Self {
             linear_inner: MemAopLinear::from_linear(pwff.linear_inner, aop),
             linear_outer: MemAopLinear::from_linear(pwff.linear_outer, later(aop, 1)),
-            dropout: pwff.dropout,
+            dropout: Dropout::from_dropout(pwff.dropout, aop),
             activation: pwff.activation,
         }
     }
@@ -116,7 +117,7 @@ impl MemAopPositionWiseFeedForward {
         PositionWiseFeedForward {
             linear_inner: self.linear_inner.to_linear(),
             linear_outer: self.linear_outer.to_linear(),
-            dropout: self.dropout.clone(),
+            dropout: self.dropout.to_dropout(),
             activation: self.activation.clone(),
         }
     }

@@ -8,7 +8,7 @@ use super::{
     gelu::exp_of_minus,
     passes::{RowWork, Rows, RowsMut, in_parallel},
 };
-use crate::rows::exact::Softmax;
+use crate::rows::{exact::Softmax, random::Dropout};
 
 /// Replaces scores by weights.
 pub(super) fn softmax<B: HostTensors>(scores: FloatTensor<B>, quiet: bool) -> Softmax<B> {
@@ -39,7 +39,8 @@ pub(super) fn weights<B: HostTensors>(
     in_parallel(ByRow {
         values: RowsMut::new(B::values_mut(&mut scores), width),
         with: Rows::new(B::values(&sums), 2),
-        pass: |row: &mut [f32], sums: &[f32]| {
+        first: 0,
+        pass: |row: &mut [f32], sums: &[f32], _| {
             for score in row {
                 *score = sums[1] * exp_of_difference(*score, sums[0]);
             }
@@ -58,7 +59,8 @@ pub(super) fn softmax_backward<B: HostTensors>(
     in_parallel(ByRow {
         values: RowsMut::new(B::values_mut(&mut grad), width),
         with: Rows::new(B::values(&weights), width),
-        pass: |row: &mut [f32], weights: &[f32]| {
+        first: 0,
+        pass: |row: &mut [f32], weights: &[f32], _| {
             let sum = sum_of(row, weights, |grad, weight| grad * weight);
             for (grad, &weight) in row.iter_mut().zip(weights) {
                 *grad = weight * (*grad - sum);
@@ -66,6 +68,24 @@ pub(super) fn softmax_backward<B: HostTensors>(
         },
     });
     grad
+}
+
+/// Multiplies values by the factors of a dropout.
+pub(super) fn drop_out<B: HostTensors>(values: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
+    let width = last(&values);
+    let mut values = B::contiguous(values);
+    in_parallel(ByRow {
+        values: RowsMut::new(B::values_mut(&mut values), width),
+        with: Rows::new(&[], 0),
+        first: 0,
+        pass: |row: &mut [f32], _: &[f32], number| {
+            let factor = dropout.factors(number);
+            for (column, value) in row.iter_mut().enumerate() {
+                *value *= factor(column);
+            }
+        },
+    });
+    values
 }
 
 fn last<T: TensorMetadata>(tensor: &T) -> usize {
@@ -126,18 +146,20 @@ impl RowWork for Normalise<'_> {
     fn join((): (), (): ()) {}
 }
 
-/// A pass over rows of values, each with a row of others.
+/// A pass over rows of values, each with a row of others and with its number.
 struct ByRow<'a, F> {
     values: RowsMut<'a, f32>,
     with: Rows<'a, f32>,
+    /// The number of the first row.
+    first: usize,
     pass: F,
 }
 
-impl<F: Fn(&mut [f32], &[f32]) + Copy + Send> RowWork for ByRow<'_, F> {
+impl<F: Fn(&mut [f32], &[f32], usize) + Copy + Send> RowWork for ByRow<'_, F> {
     type Output = ();
 
     fn rows(&self) -> usize {
-        self.with.count()
+        self.values.values.len() / self.values.width.max(1)
     }
 
     fn width(&self) -> usize {
@@ -146,22 +168,22 @@ impl<F: Fn(&mut [f32], &[f32]) + Copy + Send> RowWork for ByRow<'_, F> {
 
     fn split_at(self, row: usize) -> (Self, Self) {
         let (values, with) = (self.values.split_at(row), self.with.split_at(row));
-        let work = |values, with| Self {
+        let work = |values, with, first| Self {
             values,
             with,
+            first,
             ..self
         };
-        (work(values.0, with.0), work(values.1, with.1))
+        (
+            work(values.0, with.0, self.first),
+            work(values.1, with.1, self.first + row),
+        )
     }
 
     #[inline(always)]
-    fn run(self) {
-        let rows = self
-            .values
-            .values
-            .chunks_exact_mut(self.values.width.max(1));
-        for (row, with) in rows.zip(self.with.values.chunks_exact(self.with.width.max(1))) {
-            (self.pass)(row, with);
+    fn run(mut self) {
+        for row in 0..self.rows() {
+            (self.pass)(self.values.row(row), self.with.row(row), self.first + row);
         }
     }
 
@@ -199,7 +221,7 @@ fn largest_of(row: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn sum_of(first: &[f32], second: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn sum_of(first: &[f32], second: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let (chunks, rest) = first.as_chunks::<LANES>();
     let (others, other_rest) = second.as_chunks::<LANES>();
