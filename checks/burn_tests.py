@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 # The number of tests. Another one means that Burn has changed, and that this script misses tests.
-TESTS = 96
+TESTS = 110
 
 # The tests that may fail, and why.
 EXCUSED = {
@@ -69,6 +69,14 @@ SOURCES = [
         "use crate::nn::*; use burn::tensor::{Device, Tensor};", "crate::nn", [],
     ),
     ("gelu", "burn-nn", "src/activation/gelu.rs", "use crate::nn::*; use burn::tensor::Tensor;", "crate::nn", []),
+    (
+        "dropout", "burn-nn", "src/modules/dropout.rs",
+        "use crate::nn::*; use burn::{module::Module, tensor::Tensor};", "crate::nn", [],
+    ),
+    (
+        "layer_norm", "burn-nn", "src/modules/norm/layer.rs",
+        "use crate::nn::*; use burn::tensor::Tensor;", "crate::nn", [],
+    ),
     ("relu", "burn-nn", "src/activation/relu.rs", "use crate::nn::*;", "crate::nn", []),
     ("quantize", "burn-nn", "tests/quantize.rs", "", "crate", []),
     ("adam", "burn-optim", "src/optim/adam.rs", OPTIMIZERS, "crate::optimizers", []),

@@ -10,14 +10,20 @@ use std::{
 
 use burn::{
     module::Module,
-    nn::{Linear, LinearConfig, attention::MultiHeadAttentionConfig},
+    nn::{
+        Linear, LinearConfig,
+        attention::MultiHeadAttentionConfig,
+        transformer::{self as burns, TransformerEncoderConfig},
+    },
     optim::{GradientsParams, SgdConfig},
     tensor::{Device, Distribution, Tensor},
 };
 use burn_memaop::{
-    AopConfig, MemAopLinear, Memory, Method, OuterProducts, StoredInput, activation,
+    AopConfig, MemAopLinear, Memory, Method, OuterProducts, StoredInput, activation, nn,
     op::{AopStep, weight_gradient},
-    transformer::{MemAopMultiHeadAttention, MhaInput},
+    transformer::{
+        MemAopMultiHeadAttention, MemAopTransformerEncoder, MhaInput, TransformerEncoderInput,
+    },
 };
 
 /// The system's allocator, counting requests of at least [`LARGE`] bytes, and the bytes that are alive.
@@ -114,8 +120,11 @@ fn training<L: Module>(mut layer: L, forward: fn(&L, Tensor<2>) -> Tensor<2>) ->
 
 /// The bytes that a forward pass in training leaves behind, beyond the output, in shares of the input's.
 fn kept(forward: impl Fn(Tensor<2>) -> Tensor<2>) -> f64 {
-    let device = Device::flex().autodiff();
-    let random = random(WIDE, &device).require_grad();
+    kept_on(&Device::flex().autodiff(), forward)
+}
+
+fn kept_on(device: &Device, forward: impl Fn(Tensor<2>) -> Tensor<2>) -> f64 {
+    let random = random(WIDE, device).require_grad();
     // No one else has the input, as below another layer.
     forward(random.clone() * 1.0).sum().backward();
     let before = ALIVE.load(Relaxed);
@@ -177,6 +186,36 @@ fn inputs_are_kept_in_as_many_bytes_as_are_asked_for() {
         })
     });
     assert!((short - long).abs() < 0.1, "{short} {long}");
+
+    let device = Device::flex().autodiff();
+    let dropout = nn::DropoutConfig::new(0.1).init();
+    let dropped = kept(|input| dropout.forward(input));
+    assert!(dropped.abs() < 0.001, "{dropped}");
+    let norm = nn::LayerNormConfig::new(WIDE).init(&device);
+    let normed = kept(|input| norm.forward(input));
+    assert!((0.99..1.02).contains(&normed), "{normed}");
+
+    // With gradient checkpointing nothing is kept that Burn's modules do not keep.
+    let device = device.inner().autodiff().gradient_checkpointing();
+    let config = TransformerEncoderConfig::new(WIDE, WIDE, 8, 2);
+    for (norm_first, prob) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
+        let config = config
+            .clone()
+            .with_norm_first(norm_first)
+            .with_dropout(prob);
+        let burns = config.init(&device);
+        let exact = AopConfig::new().with_outer_products(OuterProducts::All);
+        let ours = MemAopTransformerEncoder::from_encoder(burns.clone(), exact);
+        let burns = kept_on(&device, |input| {
+            let input = burns::TransformerEncoderInput::new(sequences(input));
+            burns.forward(input).flatten(0, 1)
+        });
+        let ours = kept_on(&device, |input| {
+            let input = TransformerEncoderInput::new(sequences(input));
+            ours.forward(input).flatten(0, 1)
+        });
+        assert!(ours < 0.9 * burns, "{norm_first} {prob}: {ours} {burns}");
+    }
 
     // Beyond the output, which the layer above keeps anyway.
     let gelu = activation::Gelu::new().with_aop(aop);

@@ -15,6 +15,7 @@ use burn_memaop::{
     StoredInput,
     activation::{Gelu, relu},
     baseline::Baseline,
+    nn,
     op::{self, AopStep, parts},
 };
 use log::{LevelFilter, Log, Metadata, Record};
@@ -105,6 +106,7 @@ fn a_weight_gradient_is_three_kernels_and_a_product_and_never_waits() {
     layer(&device);
     choosing_layer(&device);
     convolution(&device);
+    transformer(&device);
 }
 
 fn operation(device: &Device) {
@@ -398,4 +400,43 @@ fn convolution(device: &Device) {
         }
     });
     assert_eq!(reads, 0, "{kernels:?}");
+}
+
+/// Dropout, layer norm and attention, without a wait after the first pass, which draws the numbers
+/// that the passes of dropouts are counted from.
+fn transformer(device: &Device) {
+    let device = device.clone().autodiff();
+    let input = Tensor::<3>::random([3, 7, 8], Distribution::Normal(0.0, 1.0), &device);
+    let count = |pass: &dyn Fn(Tensor<3>) -> Tensor<3>| {
+        let forward = observe(&device, || drop(pass(input.clone().require_grad())));
+        let both = observe(&device, || {
+            pass(input.clone().require_grad()).backward();
+        });
+        assert_eq!(forward.1 + both.1, 0, "{both:?}");
+        [forward.0, both.0]
+    };
+
+    let dropout = nn::DropoutConfig::new(0.3).init();
+    let (_, reads) = observe(&device, || drop(dropout.forward(input.clone())));
+    assert_eq!(reads, 1);
+    let [forward, both] = count(&|x| dropout.forward(x));
+    // The gradient of the output takes a kernel to be filled with ones.
+    assert_eq!((forward.len(), both.len()), (1, 3), "{both:?}");
+
+    let norm = nn::LayerNormConfig::new(8).init(&device);
+    let [forward, both] = count(&|x| norm.forward(x));
+    let backward = both.len() - forward.len();
+    assert!(backward <= 24, "{backward}: {both:?}");
+
+    for prob in [0.0, 0.1] {
+        let mha = nn::attention::MultiHeadAttentionConfig::new(8, 2).with_dropout(prob);
+        let mha = mha.init(&device);
+        let pass = |x: Tensor<3>| mha.forward_context(nn::attention::MhaInput::self_attn(x));
+        drop(pass(input.clone().require_grad()));
+        let [_, both] = count(&pass);
+        let dropped = both.iter().filter(|kernel| kernel.contains("drop_out"));
+        // The weights, again in the backward pass, and their gradient.
+        let expected = if prob > 0.0 { 3 } else { 0 };
+        assert_eq!(dropped.count(), expected, "{both:?}");
+    }
 }

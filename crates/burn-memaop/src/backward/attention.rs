@@ -18,6 +18,9 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
+#[cfg(feature = "rayon")]
+use rayon::prelude::*;
+
 use super::{LayerOps, cost};
 use crate::rows::{Attention, ExactOps, Mask, RowOps, random::Dropout};
 
@@ -166,27 +169,24 @@ fn dropped(
 /// Some sequences, and some heads of them.
 type Block = [Range<usize>; 2];
 
-/// Computes blocks of all heads of some sequences, or of some heads of one, one after the other, and
-/// puts the results together.
+/// Computes blocks of all heads of some sequences, or of some heads of one, and puts the results
+/// together.
 fn in_blocks<const N: usize>(
     inputs: &Inputs,
     masks: &Masks,
-    compute: impl Fn(Inputs, Masks, Block) -> [Tensor<4>; N],
+    compute: impl Fn(Inputs, Masks, Block) -> [Tensor<4>; N] + Sync,
 ) -> [Tensor<4>; N] {
     let [query, key, _] = inputs;
     let [batch, heads, queries, _] = query.dims();
+    let device = query.device();
     // Scores are computed in single precision at least.
     let of_head = queries * key.dims()[2] * query.dtype().size().max(4);
-    let most = (cost::attention_block(query.device().as_dispatch()) / of_head.max(1)).max(1);
+    let most = (cost::attention_block(device.as_dispatch()) / of_head.max(1)).max(1);
     let (sequences, at_once) = match most >= heads {
         true => ((most / heads.max(1)).clamp(1, batch.max(1)), heads),
         false => (1, most),
     };
-    let part = |sequence: usize, head: usize| {
-        let block = [
-            sequence..batch.min(sequence + sequences),
-            head..heads.min(head + at_once),
-        ];
+    let part = |block: Block| {
         let inputs = inputs.each_ref().map(|input| of_block(input, &block));
         let masks = masks.each_ref().map(|mask| {
             let mask = mask.as_ref()?;
@@ -198,13 +198,36 @@ fn in_blocks<const N: usize>(
         compute(inputs, masks, block)
     };
     if sequences >= batch && at_once >= heads {
-        return part(0, 0);
+        return part([0..batch, 0..heads]);
     }
-    let rows = (0..batch).step_by(sequences).map(|sequence| {
-        let parts = (0..heads).step_by(at_once).map(|head| part(sequence, head));
-        joined(parts.collect(), 1)
+    let starts = (0..batch).step_by(sequences).flat_map(|sequence| {
+        let heads = (0..heads).step_by(at_once);
+        heads.map(move |head| (sequence, head))
     });
-    joined(rows.collect(), 0)
+    let blocks = starts.map(|(sequence, head)| {
+        [
+            sequence..batch.min(sequence + sequences),
+            head..heads.min(head + at_once),
+        ]
+    });
+    let parts = all(blocks.collect(), part, cost::is_cpu(device.as_dispatch()));
+    let rows = parts.chunks(heads.div_ceil(at_once));
+    joined(rows.map(|parts| joined(parts.to_vec(), 1)).collect(), 0)
+}
+
+/// Computes all blocks, on CPUs at the same time: the products of a block are small, so their own
+/// threads gain little.
+fn all<T: Send>(
+    blocks: Vec<Block>,
+    compute: impl Fn(Block) -> T + Send + Sync,
+    cpu: bool,
+) -> Vec<T> {
+    #[cfg(feature = "rayon")]
+    if cpu {
+        return blocks.into_par_iter().map(compute).collect();
+    }
+    let _ = cpu;
+    blocks.into_iter().map(compute).collect()
 }
 
 fn of_block(tensor: &Tensor<4>, [sequences, heads]: &Block) -> Tensor<4> {

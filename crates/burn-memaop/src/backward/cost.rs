@@ -103,6 +103,10 @@ pub(crate) fn has_code_for_values(device: &DispatchDevice, dtype: DType) -> bool
     }
 }
 
+pub(crate) fn is_cpu(device: &DispatchDevice) -> bool {
+    device_class(device) == Class::Cpu
+}
+
 /// The bytes of attention's scores that are computed at a time. On CPUs they stay in the cache. On
 /// other devices a block must be large enough for all of its units.
 pub(crate) fn attention_block(device: &DispatchDevice) -> usize {

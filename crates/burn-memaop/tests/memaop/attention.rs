@@ -1,12 +1,12 @@
 //! Attention against Burn's own.
 
 use burn::{
-    module::{Lora, Module},
+    module::{Lora, Module, ModuleMapper, Param},
     nn::attention::{
         self, CrossAttentionCache, CrossAttentionConfig, MultiHeadAttentionConfig,
         generate_autoregressive_mask,
     },
-    tensor::{Device, Tensor, TensorData},
+    tensor::{DType, Device, Tensor, TensorData},
 };
 use burn_memaop::transformer::{
     MemAopCrossAttention, MemAopCrossAttentionConfig, MemAopMultiHeadAttention,
@@ -14,7 +14,7 @@ use burn_memaop::transformer::{
 };
 
 use crate::{
-    support::Random,
+    support::{Random, linear},
     transformer::{
         TOLERANCE, all_rows, assert_equal, backward, padding, relative_error, tokens, values,
     },
@@ -104,6 +104,57 @@ pub fn context_equals_burns(device: &Device) {
             backward(&ours, &inputs, found),
             backward(&burns, &inputs, expected),
         );
+    }
+}
+
+/// Half precision, against the same values in single precision. Scores and sums are computed in
+/// single precision, so the errors are those of the products.
+pub fn attention_in_half_precision_is_close(device: &Device) {
+    for (dtype, tolerance) in [(DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+        if !device.supports_dtype(dtype) {
+            continue;
+        }
+        let mut random = Random(98);
+        let config = MultiHeadAttentionConfig::new(16, 2).with_dropout(0.0);
+        let mut single = config.init(device);
+        for layer in [
+            &mut single.query,
+            &mut single.key,
+            &mut single.value,
+            &mut single.output,
+        ] {
+            *layer = linear(&mut random, 16, 16, device);
+        }
+        let input = tokens(&mut random, [3, 40, 16], device).inner();
+        let mask = padding(3, 40, device);
+        let gradients = |dtype: DType| {
+            let mha = single.clone().map(&mut Cast(dtype));
+            let ours = MemAopMultiHeadAttention::from_mha(mha, all_rows());
+            let input = Tensor::from_inner(input.clone().cast(dtype)).require_grad();
+            let context = MhaInput::self_attn(input.clone()).mask_pad(mask.clone());
+            let context = ours.forward_context(context);
+            assert_eq!(context.dtype(), dtype);
+            let grads = context.clone().sin().sum().backward();
+            let of_key = ours.key.weight.val().grad(&grads).unwrap();
+            [
+                values(context),
+                values(input.grad(&grads).unwrap()),
+                values(of_key),
+            ]
+        };
+        let (found, expected) = (gradients(dtype), gradients(DType::F32));
+        for (found, expected) in found.iter().zip(&expected) {
+            let error = relative_error(found, expected);
+            assert!(error < tolerance, "{dtype:?}: {error:e}");
+        }
+    }
+}
+
+struct Cast(DType);
+
+impl ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| Tensor::from_inner(tensor.inner().cast(self.0)).require_grad())
     }
 }
 

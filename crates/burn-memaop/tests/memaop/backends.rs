@@ -120,6 +120,7 @@ macro_rules! suite {
                     attention_equals_burns,
                     context_equals_burns,
                     cross_attention_equals_burns,
+                    attention_in_half_precision_is_close,
                 );
                 checks!($device.map(Device::autodiff); transformer:
                     feed_forward_equals_burns,
