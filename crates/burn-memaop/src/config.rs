@@ -67,8 +67,8 @@ pub struct AopConfig {
     #[config(default = 0)]
     pub seed: u64,
     /// Whether records hold the [state](crate::MemAopLinear#state) of the layer, so that a resumed
-    /// training repeats the uninterrupted one bit for bit. Burn's dropout does not repeat: it draws
-    /// from the device's generator, which no record holds.
+    /// training repeats the uninterrupted one bit for bit. [`Dropout`](crate::nn::Dropout) goes on,
+    /// too. What else a model draws comes from the device's generator, which no record holds.
     ///
     /// Without it a record holds what that of Burn's layer holds. The records of a model and of the
     /// same model with Burn's layers then load into each other. The state of a method with a

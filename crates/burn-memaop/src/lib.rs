@@ -5,8 +5,8 @@
 
 //! Drop-in layers for [Burn](https://burn.dev) that train in less time and memory.
 //!
-//! [`nn`] has all items of [`burn::nn`]. `Linear`, `Conv2d`, `Relu`, `Gelu`, `SwiGlu`, and the
-//! modules of attention and transformers in it are those of this crate. To swap layers, import them
+//! [`nn`] has all items of [`burn::nn`]. `Linear`, `Conv2d`, `Dropout`, `LayerNorm`, `Relu`, `Gelu`,
+//! `SwiGlu`, and the modules of attention and transformers in it are those of this crate. To swap layers, import them
 //! from there. The crate burn-with-memaop swaps those of a whole project. [`summary`] shows which
 //! layers were reached.
 //!
