@@ -1,107 +1,131 @@
-//! The time that trainings take to an accuracy, or to the last loss of exact training. Those of a
-//! seed take turns, a part of an epoch each, so that their times can be compared.
+//! Who reaches an accuracy first, if exact training may take a smaller batch: trainings that take
+//! the same time, each at the best of three learning rates, which fall to zero by a cosine. Those of
+//! a seed take turns, so that their times can be compared.
 
-use std::{fmt::Write, path::PathBuf};
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use memaop_examples::{
     InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption, parallel,
     statistics::{confidence, mean_and_error},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     setting::{Optimizer, Setting},
     training::{Data, Tested, Training},
 };
 
-/// The number of turns in an epoch. Each ends with a test.
-const TURNS: usize = 5;
+/// The number of parts of a training. Each ends with a test.
+const TURNS: usize = 25;
+/// The batch whose epochs `--budget` counts.
+const BUDGET_BATCH: usize = 128;
+/// The turns and steps by which the time of a step is measured.
+const CALIBRATION: [usize; 2] = [10, 40];
+/// Learning rates, as multiples of the first guess for a batch.
+const FACTORS: [f64; 3] = [0.5, 1.0, 2.0];
+/// The seed of the trainings that choose the learning rates.
+const RATE_SEED: u64 = 1000;
 
 #[derive(Args, Debug)]
 pub struct Race {
     /// Share of the test images to recognise
     #[arg(long, default_value_t = 0.97)]
     target: f64,
-    /// Races to the last test loss of exact training at the same batch size, in place of --target
-    #[arg(long, conflicts_with = "target")]
-    final_loss: bool,
-    #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
-    optimizer: Optimizer,
-    /// Batch sizes, each with the learning rate at its place in --lr
-    #[arg(long, value_delimiter = ',', default_value = "128,256,512")]
+    /// Optimizers, each with a race of its own
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "sgd,adam")]
+    optimizer: Vec<Optimizer>,
+    /// Batch sizes of exact training; 128, whose epochs are the budget, must be among them
+    #[arg(long, value_delimiter = ',', default_value = "32,64,128,512")]
+    exact_batch: Vec<usize>,
+    /// Batch sizes of training on some of the rows
+    #[arg(long, value_delimiter = ',', default_value = "128,512")]
     batch: Vec<usize>,
-    /// Learning rates, one for each batch size
-    #[arg(long, value_delimiter = ',', default_value = "0.1,0.2,0.3")]
-    lr: Vec<f64>,
+    /// K as a share of the batch, or auto; each value is a training of its own
+    #[arg(long, value_delimiter = ',', default_value = "auto,0.125")]
+    k_ratio: Vec<KRatio>,
+    /// Also trains with these shares of the rows of the gradient of the input, or auto
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    dx_ratio: Vec<KRatio>,
     /// Units in each hidden layer
     #[arg(long, value_delimiter = ',', default_value = "512,512")]
     widths: Vec<usize>,
-    /// Epochs after which a training gives up
-    #[arg(long, default_value_t = 10)]
-    epochs: usize,
-    /// K as a share of the batch, or auto; each value is a training of its own
-    #[arg(long, value_delimiter = ',', default_value = "auto")]
-    k_ratio: Vec<KRatio>,
-    /// Also trains with these shares of the rows of the gradient of the input, or auto
-    #[arg(long, value_delimiter = ',')]
-    dx_ratio: Vec<KRatio>,
-    /// Also trains by top-K with the balanced memory, where K is fixed
-    #[arg(long)]
-    topk: bool,
-    #[arg(long, default_value_t = 3)]
+    /// The time of every training: that of so many epochs of exact training with batch 128
+    #[arg(long, default_value_t = 4)]
+    budget: usize,
+    #[arg(long, default_value_t = 5)]
     seeds: u64,
     /// Folder with the four IDX files of MNIST in mnist/, plain or .gz
     #[arg(long, default_value = "data")]
     data: PathBuf,
-    /// File for the table
+    /// Folder for all courses and the table; a repeated call runs only what is missing there
     #[arg(long)]
-    out: Option<PathBuf>,
-    /// File for the course of every training, as JSON
-    #[arg(long)]
-    json: Option<PathBuf>,
+    out: PathBuf,
+}
+
+/// A training of so many steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Entry {
+    #[serde(flatten)]
+    setting: Setting,
+    steps: usize,
 }
 
 /// The course of a training, with a value for each turn.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Course {
     #[serde(flatten)]
-    setting: Setting,
+    entry: Entry,
     seed: u64,
     /// The time of training until the test, without tests.
     seconds: Vec<f64>,
     accuracy: Vec<f64>,
     loss: Vec<f64>,
-    /// K of each layer at the last step of a turn; 0 for layers that are exact by the cost rule.
-    k: Vec<Vec<usize>>,
+    /// The variance that drawn rows add at the last step of a turn, relative to that of the batch:
+    /// the mean over the layers, weighed by their operations.
+    added: Vec<Option<f64>>,
 }
 
-/// The time and the epochs that a training takes to the target.
+/// The time and the steps that a training takes to the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Finish {
     seconds: f64,
-    epochs: f64,
+    steps: f64,
 }
 
 impl Course {
-    /// When values first reached a target from below, interpolated between two tests.
-    fn finish(&self, values: impl Iterator<Item = f64>, target: f64) -> Option<Finish> {
-        let mut before = (0.0, f64::NAN);
-        for (turn, (&seconds, value)) in self.seconds.iter().zip(values).enumerate() {
-            if value >= target {
-                let way = match before.1.is_nan() {
-                    true => 1.0,
-                    false => (target - before.1) / (value - before.1),
-                };
-                return Some(Finish {
-                    seconds: before.0 + way * (seconds - before.0),
-                    epochs: (turn as f64 + way) / TURNS as f64,
-                });
-            }
-            before = (seconds, value);
+    /// When the accuracy first reached the target, interpolated between two tests.
+    fn finish(&self, target: f64) -> Option<Finish> {
+        let turn = self.accuracy.iter().position(|&value| value >= target)?;
+        let before = |values: &[f64]| match turn {
+            0 => 0.0,
+            turn => values[turn - 1],
+        };
+        let (first, last) = (before(&self.accuracy), self.accuracy[turn]);
+        let way = (target - first) / (last - first);
+        let seconds = before(&self.seconds);
+        Some(Finish {
+            seconds: seconds + way * (self.seconds[turn] - seconds),
+            steps: (turn as f64 + way) / TURNS as f64 * self.entry.steps as f64,
+        })
+    }
+
+    fn last_accuracy(&self) -> f64 {
+        *self.accuracy.last().expect("a training has turns")
+    }
+
+    /// The mean of the variance that was added.
+    fn mean_added(&self) -> f64 {
+        let added: Vec<_> = self.added.iter().flatten().copied().collect();
+        match added.is_empty() {
+            true => 0.0,
+            false => mean_and_error(&added).0,
         }
-        None
     }
 }
 
@@ -113,210 +137,297 @@ impl Race {
             self.target
         );
         ensure!(
-            self.batch.len() == self.lr.len(),
-            "--lr must have a learning rate for each --batch, but got {} for {}",
-            self.lr.len(),
-            self.batch.len()
+            self.exact_batch.contains(&BUDGET_BATCH),
+            "--exact-batch must contain {BUDGET_BATCH}, but got {:?}",
+            self.exact_batch
         );
+        ensure!(self.budget > 0, "--budget must be at least 1, but got 0");
         ensure!(self.seeds > 0, "--seeds must be at least 1, but got 0");
         let data = Data::load(&self.data)?;
-        let settings = self.settings();
+        fs::create_dir_all(&self.out).with_context(|| format!("{}", self.out.display()))?;
+        let mut tables = String::new();
+        for &optimizer in &self.optimizer {
+            tables += &self.table(optimizer, &self.courses(&data, optimizer)?);
+        }
+        println!("{tables}");
+        parallel::write(&self.out.join("table.md"), &tables)
+    }
+
+    /// The courses of all seeds, each seed a file.
+    fn courses(&self, data: &Data, optimizer: Optimizer) -> Result<Vec<Vec<Course>>> {
+        let settings = self.settings(optimizer);
         for setting in &settings {
             setting.validate(data.train.len())?;
         }
-        let bar = parallel::progress_bar(self.seeds * (self.epochs * TURNS) as u64)?;
-        let seeds = (0..self.seeds).map(|seed| self.race(&data, &settings, seed, || bar.inc(1)));
-        let races: Vec<Vec<Course>> = seeds.collect();
-        bar.finish();
-        let table = self.table(&settings, &races);
-        println!("{table}");
-        if let Some(path) = &self.json {
-            parallel::write(path, &serde_json::to_string(&races.concat())?)?;
-        }
-        match &self.out {
-            None => Ok(()),
-            Some(path) => parallel::write(path, &table),
-        }
-    }
-
-    /// The settings of all trainings; those of a batch size begin with the exact one.
-    fn settings(&self) -> Vec<Setting> {
-        let mut methods = Vec::new();
-        for &k_ratio in &self.k_ratio {
-            let all = InputGradientOptions::default();
-            methods.push((k_ratio, PolicyOption::Systematic, all));
-            methods.extend(self.dx_ratio.iter().map(|&dx_ratio| {
-                let input_gradient = InputGradientOptions {
-                    dx_ratio: Some(dx_ratio),
-                };
-                (k_ratio, PolicyOption::Systematic, input_gradient)
-            }));
-            if self.topk && k_ratio.goes_with(PolicyOption::TopK) {
-                methods.push((k_ratio, PolicyOption::TopK, all));
-            }
-        }
-        let pairs = self.batch.iter().zip(&self.lr);
-        let settings = pairs.flat_map(|(&batch, &lr)| {
-            let exact = Setting {
-                optimizer: self.optimizer,
-                lr,
-                momentum: 0.0,
-                batch,
-                widths: self.widths.clone(),
-                epochs: self.epochs,
-                k_ratio: KRatio::ALL,
-                policy: PolicyOption::TopK,
-                memory: MemoryOption::None,
-                decay: 1.0,
-                stored_input: StoredInputOption::Full,
-                input_gradient: InputGradientOptions::default(),
-                cost_rule: true,
-                exact_steps: 0,
-            };
-            let approximate = methods.iter().map(|&(k_ratio, policy, input_gradient)| {
-                let memory = policy.usual_memory();
-                Setting {
-                    k_ratio,
-                    policy,
-                    memory,
-                    decay: memory.default_decay(),
-                    input_gradient,
-                    ..exact.clone()
-                }
-            });
-            let approximate: Vec<_> = approximate.collect();
-            [exact].into_iter().chain(approximate)
-        });
-        settings.collect()
-    }
-
-    /// The course of each training, up to the target or the last epoch.
-    fn race(
-        &self,
-        data: &Data,
-        settings: &[Setting],
-        seed: u64,
-        after_turn: impl Fn(),
-    ) -> Vec<Course> {
-        let runner = |setting| {
-            let course = Course {
-                setting: Setting::clone(setting),
-                seed,
-                seconds: Vec::new(),
-                accuracy: Vec::new(),
-                loss: Vec::new(),
-                k: Vec::new(),
-            };
-            (Training::new(data, setting, seed), course)
-        };
-        let mut runners: Vec<_> = settings.iter().map(runner).collect();
-        for turn in 0..self.epochs * TURNS {
-            for (training, course) in &mut runners {
-                let reached = course
-                    .accuracy
-                    .last()
-                    .is_some_and(|&last| last >= self.target);
-                if reached && !self.final_loss {
-                    continue;
-                }
-                let steps = data.train.len() / course.setting.batch;
-                // The parts of an epoch differ by one step at most.
-                let part = turn % TURNS;
-                let steps = (part + 1) * steps / TURNS - part * steps / TURNS;
-                let before = course.seconds.last().copied().unwrap_or(0.0);
-                course.seconds.push(before + training.advance(steps));
-                let Tested { accuracy, loss } = training.test();
-                course.accuracy.push(accuracy);
-                course.loss.push(loss);
-                course.k.push(training.ks());
-            }
-            after_turn();
-        }
-        runners.into_iter().map(|(_, course)| course).collect()
-    }
-
-    /// When each training of a seed reached the target; none if it did not.
-    fn finishes(&self, courses: &[Course]) -> Vec<Option<Finish>> {
-        let finish = |course: &Course| {
-            if !self.final_loss {
-                return course.finish(course.accuracy.iter().copied(), self.target);
-            }
-            let mut others = courses.iter();
-            let exact = others.find(|other| {
-                other.setting.is_exact() && other.setting.batch == course.setting.batch
-            })?;
-            let target = -exact.loss.last()?;
-            course.finish(course.loss.iter().map(|loss| -loss), target)
-        };
-        courses.iter().map(finish).collect()
-    }
-
-    /// A Markdown table with 95 % intervals. Ratios are to exact training with the same seed, at
-    /// the same batch size and at the one at which it is fastest.
-    fn table(&self, settings: &[Setting], races: &[Vec<Course>]) -> String {
-        let by_seed: Vec<_> = races.iter().map(|courses| self.finishes(courses)).collect();
-        let finishes: Vec<Vec<Finish>> = (0..settings.len())
-            .map(|index| by_seed.iter().filter_map(|seed| seed[index]).collect())
-            .collect();
-        let all = |finishes: &[Finish]| finishes.len() == races.len();
-        let of = |finishes: &[Finish], value: fn(&Finish) -> f64| -> Vec<f64> {
-            finishes.iter().map(value).collect()
-        };
-        let seconds = |finishes: &[Finish]| of(finishes, |finish| finish.seconds);
-        let exact = |batch: Option<usize>| {
-            let exact = settings
-                .iter()
-                .zip(&finishes)
-                .filter(|(setting, finishes)| {
-                    let meant = batch.is_none_or(|batch| setting.batch == batch);
-                    setting.is_exact() && meant && all(finishes)
-                });
-            exact
-                .map(|(_, finishes)| seconds(finishes))
-                .min_by(|a, b| mean_and_error(a).0.total_cmp(&mean_and_error(b).0))
-        };
-        let interval = |values: &[f64]| match (values, confidence(values)) {
-            ([], _) => String::new(),
-            (_, None) => format!("{:.2}", mean_and_error(values).0),
-            (_, Some(width)) => format!("{:.2} ± {width:.2}", mean_and_error(values).0),
-        };
-        let target = match self.final_loss {
-            true => format!("the loss of exact training after {} epochs", self.epochs),
-            false => format!("{} %", 100.0 * self.target),
-        };
-        let mut table = format!(
-            "Seconds and epochs to {target}, {:?}, hidden {:?}, {} seeds\n\n\
-             | batch | learning rate | method | K | seconds | epochs | to exact | to the best exact |\n\
-             |---|---|---|---|---|---|---|---|\n",
-            self.optimizer,
-            self.widths,
-            races.len()
+        let name = format!("{optimizer:?}").to_lowercase();
+        let file = |part: &str| self.out.join(format!("{name}-{part}.json"));
+        let stages = 1 + FACTORS.len() as u64 + self.seeds;
+        let bar = parallel::progress_bar(stages)?;
+        let path = file("steps");
+        let entries = resumed(&path, || self.entries(data, &settings))?;
+        let saved = entries.iter().map(|entry| &entry.setting);
+        ensure!(
+            saved.eq(&settings),
+            "{}: it is of a race with other options; choose another --out",
+            path.display()
         );
-        for (setting, finishes) in settings.iter().zip(&finishes) {
-            let (batch, lr) = (setting.batch, setting.lr);
-            let (method, k) = (setting.method(), setting.k_ratio);
-            let _ = write!(table, "| {batch} | {lr} | {method} | {k} | ");
-            if !all(finishes) {
-                let (reached, all) = (finishes.len(), races.len());
-                let _ = writeln!(
-                    table,
-                    "{reached} of {all} reached it in {} epochs | | | |",
-                    self.epochs
-                );
-                continue;
-            }
-            let seconds = seconds(finishes);
-            let to = |exact: Option<Vec<f64>>| -> Vec<f64> {
-                let pairs = exact.iter().flatten().zip(&seconds);
-                pairs.map(|(exact, seconds)| seconds / exact).collect()
-            };
-            let epochs = of(finishes, |finish| finish.epochs);
-            let cells = [&seconds, &epochs, &to(exact(Some(batch))), &to(exact(None))];
-            let cells = cells.map(|values| interval(values));
-            let _ = writeln!(table, "{} |", cells.join(" | "));
+        bar.inc(1);
+        let mut trials: Vec<Vec<Course>> = Vec::new();
+        for factor in FACTORS {
+            let entries = entries.iter().cloned().map(|mut entry| {
+                entry.setting.lr *= factor;
+                entry
+            });
+            let entries: Vec<_> = entries.collect();
+            let race = || Ok(race(data, &entries, RATE_SEED));
+            trials.push(resumed(&file(&format!("rate-{factor}")), race)?);
+            bar.inc(1);
         }
-        table
+        let best = (0..entries.len()).map(|index| {
+            let key = |course: &Course| match course.finish(self.target) {
+                Some(finish) => (finish.seconds, 0.0),
+                None => (f64::INFINITY, -course.last_accuracy()),
+            };
+            let trials = trials.iter().map(|courses| &courses[index]);
+            let best = trials.min_by(|a, b| key(a).partial_cmp(&key(b)).expect("numbers"));
+            best.expect("three rates").entry.clone()
+        });
+        let best: Vec<_> = best.collect();
+        let seeds = (0..self.seeds).map(|seed| {
+            let courses = resumed(&file(&format!("seed-{seed}")), || {
+                Ok(race(data, &best, seed))
+            });
+            bar.inc(1);
+            courses
+        });
+        let courses = seeds.collect();
+        bar.finish();
+        courses
     }
+
+    /// The settings of all trainings, with a first guess of their learning rates.
+    fn settings(&self, optimizer: Optimizer) -> Vec<Setting> {
+        let guess = match optimizer {
+            Optimizer::Sgd => 0.2,
+            Optimizer::Adam => 1e-3,
+        };
+        let exact = |batch: usize| Setting {
+            optimizer,
+            lr: guess * (batch as f64 / BUDGET_BATCH as f64).sqrt(),
+            momentum: 0.0,
+            batch,
+            widths: self.widths.clone(),
+            epochs: self.budget,
+            k_ratio: KRatio::ALL,
+            policy: PolicyOption::Systematic,
+            memory: MemoryOption::None,
+            decay: 1.0,
+            stored_input: StoredInputOption::Full,
+            input_gradient: InputGradientOptions::default(),
+            cost_rule: true,
+            exact_steps: 0,
+        };
+        let mut settings: Vec<_> = self.exact_batch.iter().map(|&batch| exact(batch)).collect();
+        let dx = self.dx_ratio.iter().copied().map(Some);
+        let dx: Vec<_> = [None].into_iter().chain(dx).collect();
+        for &batch in &self.batch {
+            for &k_ratio in &self.k_ratio {
+                settings.extend(dx.iter().map(|&dx_ratio| Setting {
+                    k_ratio,
+                    input_gradient: InputGradientOptions { dx_ratio },
+                    ..exact(batch)
+                }));
+            }
+        }
+        settings
+    }
+
+    /// The steps that each setting takes in the budget, by the time of its steps, taken in turns.
+    fn entries(&self, data: &Data, settings: &[Setting]) -> Result<Vec<Entry>> {
+        let [turns, steps] = CALIBRATION;
+        let mut trainings: Vec<_> = settings
+            .iter()
+            .map(|setting| Training::new(data, setting, RATE_SEED))
+            .collect();
+        let mut times = vec![Vec::new(); settings.len()];
+        for _ in 0..turns {
+            for (training, times) in trainings.iter_mut().zip(&mut times) {
+                times.push(training.advance(steps) / steps as f64);
+            }
+        }
+        // A layer that chooses K takes more rows at first, so the first half does not count.
+        let of = |times: &Vec<f64>| {
+            let mut times = times[turns / 2..].to_vec();
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let times: Vec<f64> = times.iter().map(of).collect();
+        let mut exact = settings.iter().zip(&times);
+        let unit = exact.find(|(setting, _)| setting.is_exact() && setting.batch == BUDGET_BATCH);
+        let (_, unit) = unit.expect("it is among the exact batches");
+        let budget = (self.budget * (data.train.len() / BUDGET_BATCH)) as f64 * unit;
+        let entries = settings.iter().zip(&times).map(|(setting, time)| Entry {
+            setting: setting.clone(),
+            steps: ((budget / time) as usize).max(TURNS),
+        });
+        Ok(entries.collect())
+    }
+
+    /// A Markdown table with 95 % intervals.
+    fn table(&self, optimizer: Optimizer, seeds: &[Vec<Course>]) -> String {
+        let all = 0..seeds[0].len();
+        let of = |index: usize| seeds.iter().map(move |courses| &courses[index]);
+        let finishes = |index| -> Vec<Finish> {
+            of(index)
+                .filter_map(|course| course.finish(self.target))
+                .collect()
+        };
+        let mean_of = |index, value: fn(&Finish) -> f64| {
+            mean_and_error(&finishes(index).iter().map(value).collect::<Vec<_>>()).0
+        };
+        let exact = |index: &usize| seeds[0][*index].entry.setting.is_exact();
+        let reached = |index: &usize| finishes(*index).len() == seeds.len();
+        let fastest = all.clone().filter(exact).filter(reached);
+        let seconds = |index: &usize| mean_of(*index, |finish| finish.seconds);
+        let best = fastest.min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        let interval = |values: &[f64], digits: usize| match confidence(values) {
+            Some(width) => format!("{:.digits$} ± {width:.digits$}", mean_and_error(values).0),
+            None => format!("{:.digits$}", mean_and_error(values).0),
+        };
+        // The steps of exact training are n (1 + s / batch) in theory, a line in 1 / batch.
+        let points = all.clone().filter(exact).filter(reached).map(|index| {
+            let inverse = 1.0 / seeds[0][index].entry.setting.batch as f64;
+            (inverse, mean_of(index, |finish| finish.steps))
+        });
+        let line = line(&points.collect::<Vec<_>>());
+
+        let mut table = format!(
+            "{optimizer:?}, {} % of the test images, {} seeds\n\n\
+             | batch | method | K | rate | seconds | steps | to the best exact | accuracy, % | f | R | f (1 + R) | by the steps |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|---|\n",
+            100.0 * self.target,
+            seeds.len()
+        );
+        for index in all {
+            let setting = &seeds[0][index].entry.setting;
+            let (batch, method, k, lr) =
+                (setting.batch, setting.method(), setting.k_ratio, setting.lr);
+            let found = finishes(index);
+            let values =
+                |value: fn(&Finish) -> f64| -> Vec<f64> { found.iter().map(value).collect() };
+            let ratios = best.map(|best| {
+                let pairs = of(index).zip(of(best)).filter_map(|(course, best)| {
+                    let [course, best] = [course, best].map(|course| course.finish(self.target));
+                    Some(course?.seconds / best?.seconds)
+                });
+                pairs.collect::<Vec<_>>()
+            });
+            let accuracy: Vec<_> = of(index)
+                .map(|course| 100.0 * course.last_accuracy())
+                .collect();
+            let step = |index: usize| {
+                let times = of(index).map(|course| {
+                    course.seconds.last().copied().unwrap_or(0.0) / course.entry.steps as f64
+                });
+                mean_and_error(&times.collect::<Vec<_>>()).0
+            };
+            let same_batch = (0..seeds[0].len())
+                .filter(exact)
+                .find(|&other| seeds[0][other].entry.setting.batch == batch);
+            let theory = same_batch.filter(|_| !exact(&index)).map(|same| {
+                let f = step(index) / step(same);
+                let added = of(index).map(Course::mean_added).collect::<Vec<_>>();
+                let added = mean_and_error(&added).0;
+                let by_steps = line.map(|(n, slope)| {
+                    let steps = mean_of(index, |finish| finish.steps);
+                    f * (steps / n - 1.0) * n * batch as f64 / slope
+                });
+                let by_steps = by_steps
+                    .map(|cost| format!("{cost:.2}"))
+                    .unwrap_or_default();
+                format!(
+                    "{f:.2} | {added:.2} | {:.2} | {by_steps}",
+                    f * (1.0 + added)
+                )
+            });
+            let reached = match found.len() == seeds.len() {
+                true => format!(
+                    "{} | {} | {}",
+                    interval(&values(|finish| finish.seconds), 2),
+                    interval(&values(|finish| finish.steps), 0),
+                    ratios
+                        .map(|ratios| interval(&ratios, 2))
+                        .unwrap_or_default(),
+                ),
+                false => format!("{} of {} reached it | | ", found.len(), seeds.len()),
+            };
+            let _ = writeln!(
+                table,
+                "| {batch} | {method} | {k} | {lr:.2e} | {reached} | {} | {} |",
+                interval(&accuracy, 2),
+                theory.unwrap_or_else(|| " | | | ".to_string()),
+            );
+        }
+        table + "\n"
+    }
+}
+
+/// The intercept and the slope of the line of least squares. None for fewer than two points.
+fn line(points: &[(f64, f64)]) -> Option<(f64, f64)> {
+    if points.len() < 2 {
+        return None;
+    }
+    let count = points.len() as f64;
+    let mean = |value: fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
+    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
+    let products = points.iter().map(|point| (point.0 - x) * (point.1 - y));
+    let squares = points.iter().map(|point| (point.0 - x).powi(2));
+    let slope = products.sum::<f64>() / squares.sum::<f64>();
+    Some((y - slope * x, slope))
+}
+
+/// What a file holds from an earlier call, or else what `work` makes.
+fn resumed<T: Serialize + DeserializeOwned>(
+    file: &Path,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    if let Ok(text) = fs::read_to_string(file) {
+        return serde_json::from_str(&text).with_context(|| format!("{}", file.display()));
+    }
+    let made = work()?;
+    parallel::write(file, &serde_json::to_string(&made)?)?;
+    Ok(made)
+}
+
+/// The courses of trainings that take turns.
+fn race(data: &Data, entries: &[Entry], seed: u64) -> Vec<Course> {
+    let start = entries.iter().map(|entry| {
+        let training = Training::new(data, &entry.setting, seed).falling(entry.steps);
+        let course = Course {
+            entry: entry.clone(),
+            seed,
+            seconds: Vec::new(),
+            accuracy: Vec::new(),
+            loss: Vec::new(),
+            added: Vec::new(),
+        };
+        (training, course)
+    });
+    let mut runners: Vec<_> = start.collect();
+    for turn in 0..TURNS {
+        for (training, course) in &mut runners {
+            // The parts of a training differ by one step at most.
+            let steps = course.entry.steps;
+            let steps = (turn + 1) * steps / TURNS - turn * steps / TURNS;
+            let before = course.seconds.last().copied().unwrap_or(0.0);
+            course.seconds.push(before + training.advance(steps));
+            let Tested { accuracy, loss } = training.test();
+            course.accuracy.push(accuracy);
+            course.loss.push(loss);
+            course.added.push(training.added_noise());
+        }
+    }
+    runners.into_iter().map(|(_, course)| course).collect()
 }
 
 #[cfg(test)]
@@ -334,83 +445,70 @@ mod tests {
         }
     }
 
-    /// Settings without the cost rule, whose decisions for layers so small depend on the processor.
-    fn every_layer(race: &Race) -> Vec<Setting> {
-        let mut settings = race.settings();
-        let approximate = settings.iter_mut().filter(|setting| !setting.is_exact());
-        approximate.for_each(|setting| setting.cost_rule = false);
-        settings
-    }
-
     #[test]
-    fn all_reach_a_target_that_is_easy_and_none_one_that_is_not() {
+    fn a_race_is_resumed_and_has_a_row_for_each_training() {
         let folder = tempfile::tempdir().unwrap();
-        let data = data(folder.path());
-        let small = "--batch 32,16 --widths 256 --k-ratio 0.25,auto --seeds 1 --target 0.9";
-        let race = parse(&format!(
-            "{small} --lr 0.1,0.1 --epochs 4 --dx-ratio 0.25 --topk"
-        ));
-        let settings = every_layer(&race);
-        let courses = race.race(&data, &settings, 0, || ());
-        let finishes = race.finishes(&courses);
-        assert_eq!(finishes.len(), 12);
-        for finish in &finishes {
-            let finish = finish.expect("the target is easy");
-            assert!(finish.epochs > 0.0 && finish.epochs <= 4.0 && finish.seconds > 0.0);
-        }
-        let table = race.table(&settings, &[courses]);
-        assert!(!table.contains("reached it"), "{table}");
-        assert!(table.contains("| 16 | 0.1 | exact | M |"), "{table}");
-        assert!(
-            table.contains("| 16 | 0.1 | systematic, every layer | auto |"),
-            "{table}"
+        let mnist = tempfile::tempdir().unwrap();
+        let data = data(mnist.path());
+        let out = folder.path().display();
+        let options = format!(
+            "--out {out} --widths 64 --seeds 2 --budget 2 --target 0.5 --exact-batch 32,128 \
+             --batch 128 --optimizer sgd"
         );
-
-        let race = parse(&format!("{small} --lr 1e-6,1e-6 --epochs 1"));
-        let courses = race.race(&data, &every_layer(&race), 0, || ());
-        assert_eq!(race.finishes(&courses), [None; 6]);
-    }
-
-    #[test]
-    fn exact_training_reaches_its_own_loss_at_its_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = data(folder.path());
-        let race = parse("--final-loss --batch 32 --lr 0.1 --widths 32 --epochs 2 --k-ratio auto");
-        let courses = race.race(&data, &every_layer(&race), 0, || ());
-        assert!(courses[1].k.concat().iter().any(|&k| k > 0 && k < 32));
-        assert!(courses.iter().all(|course| course.loss.len() == 2 * TURNS));
-        let [exact, _] = race.finishes(&courses)[..] else {
-            panic!("two trainings");
+        let race = parse(&options);
+        let courses = race.courses(&data, Optimizer::Sgd).unwrap();
+        assert_eq!((courses.len(), courses[0].len()), (2, 6));
+        assert_eq!(courses[0][0].seconds.len(), TURNS);
+        let losses = |seeds: &[Vec<Course>]| -> Vec<f64> {
+            let courses = seeds.iter().flatten();
+            courses.flat_map(|course| course.loss.clone()).collect()
         };
-        let exact = exact.unwrap();
-        assert!(exact.epochs <= 2.0 && exact.epochs > 1.5, "{exact:?}");
+        // The text of a number need not have all of its digits.
+        let again = race.courses(&data, Optimizer::Sgd).unwrap();
+        for (again, loss) in losses(&again).iter().zip(losses(&courses)) {
+            assert!((again - loss).abs() < 1e-12);
+        }
+        let table = race.table(Optimizer::Sgd, &courses);
+        assert_eq!(table.lines().count(), 4 + 6 + 1, "{table}");
+        for row in ["| 32 | exact | M |", "| 128 | systematic, dX auto | M/8 |"] {
+            assert!(table.contains(row), "{table}");
+        }
+        let other = parse(&options.replace("--widths 64", "--widths 32"));
+        let error = other.courses(&data, Optimizer::Sgd).unwrap_err();
+        assert!(
+            error.to_string().contains("choose another --out"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_finish_is_on_the_line_between_two_tests() {
+        let setting = parse("--out x").settings(Optimizer::Sgd).remove(0);
         let course = Course {
-            setting: parse("").settings().remove(0),
+            entry: Entry {
+                setting,
+                steps: 10 * TURNS,
+            },
             seed: 0,
             seconds: vec![1.0, 2.0, 4.0],
             accuracy: vec![0.5, 0.6, 0.8],
             loss: Vec::new(),
-            k: Vec::new(),
+            added: Vec::new(),
         };
-        let finish = |target| {
-            let finish = course.finish(course.accuracy.iter().copied(), target);
-            finish.map(|finish| (finish.seconds, finish.epochs * TURNS as f64))
-        };
-        let (seconds, turns) = finish(0.7).unwrap();
-        assert!((seconds - 3.0).abs() < 1e-9 && (turns - 2.5).abs() < 1e-9);
-        assert_eq!(finish(0.4), Some((1.0, 1.0)));
+        let finish = |target| course.finish(target).map(|it| (it.seconds, it.steps));
+        let (seconds, steps) = finish(0.7).unwrap();
+        assert!((seconds - 3.0).abs() < 1e-9 && (steps - 25.0).abs() < 1e-9);
+        assert_eq!(finish(0.25), Some((0.5, 5.0)));
         assert_eq!(finish(0.9), None);
+        let (n, slope) = line(&[(0.0, 3.0), (1.0, 5.0), (2.0, 7.0)]).unwrap();
+        assert!((n - 3.0).abs() < 1e-9 && (slope - 2.0).abs() < 1e-9);
     }
 
     #[test]
     fn bad_values_are_named() {
-        let error = parse("--target 97").run().unwrap_err().to_string();
+        let error = parse("--out x --target 97").run().unwrap_err().to_string();
         assert_eq!(error, "--target must be in (0, 1), but got 97");
-        let error = parse("--batch 128").run().unwrap_err().to_string();
-        assert!(error.contains("but got 3 for 1"), "{error}");
+        let error = parse("--out x --exact-batch 64").run().unwrap_err();
+        assert!(error.to_string().contains("must contain 128"), "{error}");
     }
 }

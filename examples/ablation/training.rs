@@ -1,4 +1,4 @@
-use std::{path::Path, time::Instant};
+use std::{f64::consts::PI, path::Path, time::Instant};
 
 use anyhow::Result;
 use burn::{
@@ -10,7 +10,7 @@ use burn::{
     optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig},
     tensor::{Device, Int, Tensor, TensorData, activation::relu},
 };
-use burn_memaop::MemAopLinear;
+use burn_memaop::{AopObserver, MemAopLinear};
 use memaop_examples::mnist::{self, PIXELS, Split};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
@@ -181,6 +181,10 @@ pub struct Training<'a> {
     order: Vec<usize>,
     /// The number of the next batch of the epoch.
     next: usize,
+    /// The number of steps so far.
+    taken: usize,
+    /// The number of steps in which the learning rate falls to zero by a cosine, if it does.
+    steps: Option<usize>,
 }
 
 impl<'a> Training<'a> {
@@ -208,7 +212,24 @@ impl<'a> Training<'a> {
             random,
             order: (0..data.train.len()).collect(),
             next: 0,
+            taken: 0,
+            steps: None,
         }
+    }
+
+    /// The same with a learning rate that falls to zero in so many steps, by a cosine.
+    pub fn falling(self, steps: usize) -> Self {
+        Self {
+            steps: Some(steps),
+            ..self
+        }
+    }
+
+    fn rate(&self) -> f64 {
+        let share = self
+            .steps
+            .map_or(0.0, |steps| self.taken as f64 / steps as f64);
+        self.setting.lr * (1.0 + (PI * share).cos()) / 2.0
     }
 
     /// Takes some steps (forward, backward, optimizer), and returns their time in seconds.
@@ -223,21 +244,29 @@ impl<'a> Training<'a> {
             self.next = (self.next + 1) % (self.order.len() / batch);
             let (images, labels) = self.data.train.batch(indices, &self.device);
 
+            let rate = self.rate();
             let start = Instant::now();
             let model = self.model.take().expect("put back by every step");
             let loss = self.loss.forward(model.forward(images), labels);
             let grads = GradientsParams::from_grads(loss.backward(), &model);
-            self.model = Some(self.optimizer.step(self.setting.lr, model, grads));
+            self.model = Some(self.optimizer.step(rate, model, grads));
             seconds += start.elapsed().as_secs_f64();
+            self.taken += 1;
         }
         seconds
     }
 
-    /// K of each layer at the last step.
-    pub fn ks(&self) -> Vec<usize> {
+    /// The variance that drawn rows have added since the last call, relative to that of the batch:
+    /// the mean over the layers that report it, weighed by their operations.
+    pub fn added_noise(&self) -> Option<f64> {
         let model = self.model.as_ref().expect("put back by every step");
-        let layers = model.layers.iter();
-        layers.map(|layer| layer.memory_stats().k).collect()
+        let report = AopObserver::new().observe(model);
+        let layers = report.layers.iter();
+        let layers = layers.filter_map(|layer| Some((layer.exact_flops(), layer.added_noise?)));
+        let (flops, sum) = layers.fold((0.0, 0.0), |(all, sum), (flops, added)| {
+            (all + flops, sum + flops * added)
+        });
+        (flops > 0.0).then(|| sum / flops)
     }
 
     /// Tests the model as it is now.

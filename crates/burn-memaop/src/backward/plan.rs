@@ -2,7 +2,7 @@
 
 use super::AopLayer;
 use crate::{
-    config::AopConfig,
+    config::{AopConfig, Method},
     rows::{Candidates, random::stream},
     state::{
         choice::{FIGURES, Figures, Shares, k_of, measured_ks},
@@ -74,7 +74,15 @@ impl LayerStep<'_> {
         let k = k_at(config, &state.progress, step, self.rows);
         let input_rows = input_rows_at(config, &state.progress, step, self.rows);
         state.progress.k = k;
-        let noise = state.noise.noise().filter(|_| self.chooses());
+        let noise = state.noise.noise().filter(|_| self.is_measured(&state));
+        let shares = Shares {
+            weight: self.share(k),
+            input: self.share(input_rows),
+        };
+        let added_noise = match config.method {
+            Method::Systematic => state.noise.added_at(shares),
+            _ => None,
+        };
         let watch = &mut state.watch;
         watch.report = Some(StepReport {
             step,
@@ -82,6 +90,8 @@ impl LayerStep<'_> {
             rows: self.rows,
             input_rows: self.with_input.then_some(input_rows),
             noise,
+            added_noise,
+            time: self.layer.time.relative(shares),
             error: None,
         });
         let compares = watch.compares(step) && k < self.rows;
@@ -128,11 +138,22 @@ impl LayerStep<'_> {
         self.layer.config.chooses_input_rows() && self.with_input
     }
 
+    /// Whether the noise of the layer is measured: to choose by it, or to tell an observer.
+    fn is_measured(&self, state: &DeviceState) -> bool {
+        let config = &self.layer.config;
+        let is_told = state.watch.is_on && config.method == Method::Systematic;
+        self.chooses() || is_told && config.outer_products.fixed_k(self.rows) < self.rows
+    }
+
+    fn share(&self, rows: usize) -> f64 {
+        rows as f64 / self.rows as f64
+    }
+
     /// Whether this step measures its noise. It does not while an earlier measurement is late.
     fn measures(&self, state: &DeviceState, step: u64) -> bool {
         let seed = self.layer.config.seed;
         let readings = [&state.reading, &state.input_reading];
-        self.chooses()
+        self.is_measured(state)
             && self.rows >= LEAST_ROWS
             && (self.layer.time).measures(step, &state.noise, |interval| stream(seed, interval))
             && !readings.into_iter().flatten().any(Reading::is_late)
@@ -152,15 +173,14 @@ impl LayerStep<'_> {
             return;
         };
         noise.add(figures);
-        let share = |rows: usize| rows as f64 / self.rows as f64;
         let mut present = Shares {
             weight: match config.chooses_k() {
                 true => progress.chosen.unwrap_or(1.0),
-                false => share(config.outer_products.fixed_k(self.rows).min(self.rows)),
+                false => self.share(config.outer_products.fixed_k(self.rows).min(self.rows)),
             },
             input: match config.chooses_input_rows() {
                 true => progress.input_chosen.unwrap_or(1.0),
-                false => share(config.fixed_input_rows(self.rows)),
+                false => self.share(config.fixed_input_rows(self.rows)),
             },
         };
         if config.chooses_k() {
@@ -199,7 +219,7 @@ fn input_rows_at(config: &AopConfig, progress: &Progress, step: u64, rows: usize
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Memory, Method, OuterProducts};
+    use crate::config::{Memory, OuterProducts};
 
     #[test]
     fn exact_steps_take_all_rows() {

@@ -1,5 +1,7 @@
 //! What the layers of a model did at their last step, for metrics and logs.
 
+use std::sync::Once;
+
 use burn::module::Module;
 
 use super::tree;
@@ -63,17 +65,27 @@ impl AopObserver {
                 rows: seen.rows,
                 input_rows: seen.input_rows,
                 noise: seen.noise,
+                added_noise: seen.added_noise,
+                time: seen.time,
                 d_input,
                 d_output,
                 error: seen.error,
             })
         };
-        AopReport {
-            layers: tree::layers(module)
-                .into_iter()
-                .filter_map(report)
-                .collect(),
+        let layers = tree::layers(module).into_iter().filter_map(report);
+        let report = AopReport {
+            layers: layers.collect(),
+        };
+        if report.to_best_batch().is_some_and(|cost| cost > 1.0) {
+            static WARNING: Once = Once::new();
+            WARNING.call_once(|| {
+                log::warn!(
+                    "burn-memaop: exact gradients (OuterProducts::All) with a smaller batch would train this \
+                     model in less time than the rows that its layers draw now."
+                );
+            });
         }
+        report
     }
 }
 
@@ -82,6 +94,15 @@ impl AopObserver {
 pub struct AopReport {
     /// The reports of the layers, in the order of the model's fields.
     pub layers: Vec<LayerReport>,
+}
+
+impl AopReport {
+    /// The mean of [`LayerReport::to_best_batch`] over the layers that have it, weighed by the
+    /// operations of their exact backward passes. The first time that an observer finds it above 1,
+    /// a warning is logged.
+    pub fn to_best_batch(&self) -> Option<f64> {
+        LayerReport::mean_to_best_batch(self.layers.iter())
+    }
 }
 
 /// One layer at one step.
@@ -100,8 +121,17 @@ pub struct LayerReport {
     pub input_rows: Option<usize>,
     /// The noise-to-signal ratio by which [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose
     /// K: the variance of a batch's gradient, if its rows are independent, relative to the square
-    /// of the true gradient. None if the layer chooses no rows, and before the first measurement.
+    /// of the true gradient. With a fixed K it is measured once the layer is observed, if the method
+    /// is [`Systematic`](crate::Method::Systematic). None before the first measurement, and if the
+    /// layer always takes all rows.
     pub noise: Option<f64>,
+    /// R, the variance that drawing rows adds to the gradient of the weight, relative to that of
+    /// the batch, if its rows are independent. It is 0 if K is M. None before the first
+    /// measurement, and for methods other than [`Systematic`](crate::Method::Systematic).
+    pub added_noise: Option<f64>,
+    /// f, the expected time of a step of this layer, relative to an exact one. It is that of the
+    /// [cost rule](crate::AopConfig::cost_rule).
+    pub time: f64,
     /// The number of inputs of the layer, or of values of a convolution's patch in one group.
     pub d_input: usize,
     /// The number of outputs of the layer, or of its channels.
@@ -118,6 +148,21 @@ impl LayerReport {
         let [distance, exact] = self.error.as_ref()?.read();
         let error = distance / exact;
         error.is_finite().then_some(error)
+    }
+
+    /// `f (1 + R)`: the time of training with the present K, relative to exact training, if both may
+    /// choose the batch that is best for them. Above 1, exact steps with a smaller batch are better
+    /// (`docs/results.md` has the reason). None where [`added_noise`](Self::added_noise) is.
+    pub fn to_best_batch(&self) -> Option<f64> {
+        Some(self.time * (1.0 + self.added_noise?))
+    }
+
+    pub(crate) fn mean_to_best_batch<'a>(layers: impl Iterator<Item = &'a Self>) -> Option<f64> {
+        let costs = layers.filter_map(|layer| Some((layer.exact_flops(), layer.to_best_batch()?)));
+        let (flops, sum) = costs.fold((0.0, 0.0), |(all, sum), (flops, cost)| {
+            (all + flops, sum + flops * cost)
+        });
+        (flops > 0.0).then(|| sum / flops)
     }
 
     /// The floating-point operations of the exact backward pass: `2 M N P` for the gradient of the

@@ -78,7 +78,19 @@ pub(crate) struct Shares {
     pub(crate) input: f64,
 }
 
+impl Shares {
+    pub(crate) const ALL: Self = Self {
+        weight: 1.0,
+        input: 1.0,
+    };
+}
+
 impl StepTime {
+    /// The time of a step with these shares, relative to an exact one.
+    pub(crate) fn relative(&self, shares: Shares) -> f64 {
+        self.at(shares) / self.at(Shares::ALL)
+    }
+
     fn at(&self, shares: Shares) -> f64 {
         self.fixed + self.weight.at(shares.weight) + self.input.at(shares.input)
     }
@@ -88,11 +100,7 @@ impl StepTime {
         if averages.weight < EARLY_WEIGHT {
             return EARLY_INTERVAL;
         }
-        let all = Shares {
-            weight: 1.0,
-            input: 1.0,
-        };
-        let steps = self.measure / (MEASURING * self.at(all));
+        let steps = self.measure / (MEASURING * self.at(Shares::ALL));
         steps.ceil().clamp(INTERVALS[0], INTERVALS[1]) as u64
     }
 
@@ -188,6 +196,18 @@ impl Averages {
         (self.weight > 0.0).then(|| ratio(self.noise / self.weight))
     }
 
+    /// The variance that drawing these shares adds, relative to that of a batch with independent
+    /// rows. None before the first measurement.
+    pub(crate) fn added_at(&self, shares: Shares) -> Option<f64> {
+        if shares == Shares::ALL {
+            return Some(0.0);
+        }
+        self.noise()?;
+        let of_input = self.input_added.filter(|_| shares.input < 1.0);
+        let of_input = of_input.map_or(0.0, |added| at_share(added, shares.input));
+        Some(at_share(self.added, shares.weight) + of_input)
+    }
+
     /// The share of the rows to use for the gradient of the weight, for batches of `rows` rows.
     pub(crate) fn choose(&self, present: Shares, rows: usize, time: &StepTime) -> f64 {
         let Some(noise) = self.noise() else {
@@ -214,6 +234,21 @@ impl Averages {
 /// nu from the share of noise in the square of a gradient.
 fn ratio(share: f64) -> f64 {
     share / (1.0 - share).max(1.0 / LARGEST)
+}
+
+/// `V / S` at a share of the rows, on the line between the candidates beside it in `1 / share`, in
+/// which it is nearly straight.
+fn at_share(added: [f64; DIVISORS.len()], share: f64) -> f64 {
+    let mut before = (1.0, 0.0);
+    for (divisor, added) in DIVISORS.into_iter().zip(added) {
+        let next = (divisor as f64, added);
+        if next.0 * share >= 1.0 {
+            return before.1 + (next.1 - before.1) * (1.0 / share - before.0) / (next.0 - before.0);
+        }
+        before = next;
+    }
+    // Fewer rows than the last candidate has.
+    before.1 * (1.0 / share - 1.0) / (before.0 - 1.0)
 }
 
 /// The averages of `V / S` after a measurement, one for each candidate.
@@ -315,6 +350,22 @@ mod tests {
         }
         // Here is no signal at all.
         assert_eq!(after(figures(0.5, 1.0)).choose(of(0.25), M, &TIME), 1.0);
+    }
+
+    #[test]
+    fn drawing_rows_of_one_size_adds_as_much_as_a_smaller_batch() {
+        let averages = after(figures(3.0, 1.0));
+        assert_eq!(Averages::default().added_at(of(0.5)), None);
+        assert_eq!(Averages::default().added_at(of(1.0)), Some(0.0));
+        // Also between the candidates and below them.
+        for share in [1.0, 0.75, 0.5, 0.25, 0.1, 0.01] {
+            let added = averages.added_at(of(share)).unwrap();
+            assert!(
+                (share * (1.0 + added) - 1.0).abs() < 1e-9,
+                "{share} {added}"
+            );
+        }
+        assert!((TIME.relative(of(0.5)) - 2.55 / 3.0).abs() < 1e-9);
     }
 
     #[test]

@@ -214,6 +214,8 @@ impl LayerState {
                 rows,
                 input_rows: input.then_some(rows),
                 noise: None,
+                added_noise: Some(0.0),
+                time: 1.0,
                 error: None,
             });
         }

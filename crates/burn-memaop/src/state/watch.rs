@@ -36,6 +36,10 @@ pub(crate) struct StepReport {
     pub(crate) input_rows: Option<usize>,
     /// The noise-to-signal ratio by which K was chosen.
     pub(crate) noise: Option<f64>,
+    /// The variance that drawing rows adds, relative to that of the batch.
+    pub(crate) added_noise: Option<f64>,
+    /// The time of the step by the cost rule, relative to an exact one.
+    pub(crate) time: f64,
     /// The distance from the exact gradient, and the norm of the exact gradient.
     pub(crate) error: Option<Reading<2>>,
 }

@@ -25,6 +25,10 @@ pub enum AopFigure {
     /// [`OuterProducts::Auto`](crate::OuterProducts::Auto) chose K: the geometric mean over the
     /// layers that choose.
     Noise,
+    /// What training takes, [relative to exact training with its best
+    /// batch](LayerReport::to_best_batch): the mean over the layers, weighed by their operations. Above
+    /// 1, a smaller batch of exact steps is better.
+    ToBestBatch,
     /// The [relative error](LayerReport::error) of the gradient, in per cent: the mean over the
     /// layers. It has a value at steps that are [compared](crate::AopObserver::with_error).
     Error,
@@ -59,6 +63,12 @@ impl AopFigure {
                 false,
                 "Variance of the gradient of a batch, relative to the square of the true gradient",
             ),
+            Self::ToBestBatch => (
+                "Time to exact, best batch",
+                "",
+                false,
+                "Time to the same progress, relative to exact steps; both choose their batch",
+            ),
             Self::Error => (
                 "Gradient error",
                 "%",
@@ -90,6 +100,7 @@ impl AopFigure {
                 let noise = layers.iter().filter_map(|layer| layer.noise);
                 mean_of(noise.map(f64::ln)).map(f64::exp)
             }
+            Self::ToBestBatch => LayerReport::mean_to_best_batch(layers.iter().copied()),
             Self::Error => {
                 let errors = layers.iter().filter_map(|layer| layer.error());
                 mean_of(errors).map(|error| 100.0 * error)
