@@ -163,40 +163,41 @@ def tuned(rows):
     return markdown(["", "exact, %", "auto", "M/4", "M/8", "M/16"], lines)
 
 
-def finish(course, values, target):
-    """Seconds and epochs until values that rise reach a target, on the line between two tests (five an epoch)."""
-    before = (0.0, None)
-    for turn, (seconds, value) in enumerate(zip(course["seconds"], values)):
+def finish(course, target):
+    """The seconds until the accuracy first reaches the target, on the line between two tests."""
+    before = (0.0, 0.0)
+    for seconds, value in zip(course["seconds"], course["accuracy"]):
         if value >= target:
-            way = 1.0 if before[1] is None else (target - before[1]) / (value - before[1])
-            return before[0] + way * (seconds - before[0]), (turn + way) / 5
+            way = (target - before[1]) / (value - before[1])
+            return before[0] + way * (seconds - before[0])
         before = (seconds, value)
     raise ValueError(f"seed {course['seed']} does not reach {target}")
 
 
-def race(*courses):
-    """Times to 97 %, each to exact training of the same seed and batch. The later runs also choose rows of dX."""
-
-    def finishes(courses):
+def race(courses):
+    """Times to 97 % to those of exact training with its best batch, accuracies, and the prediction f (1 + R)."""
+    lines = {}
+    for optimizer in ("sgd", "adam"):
         found = {}
         for course in courses:
-            key = (course["optimizer"], course["batch"], name(course), divisor(course["k_ratio"]))
-            found.setdefault(key, {})[course["seed"]] = finish(course, course["accuracy"], 0.97)[0]
-        return found
+            if course["optimizer"] == optimizer:
+                key = (course["batch"], divisor(course["k_ratio"]) + (", dX auto" if course["dx_ratio"] else ""))
+                found.setdefault(key, []).append(course)
+        times = {key: [finish(course, 0.97) for course in of] for key, of in found.items()}
+        exact = min((key for key in times if key[1] == "M"), key=lambda key: statistics.mean(times[key]))
 
-    half = len(courses) // 2
-    first, second = (finishes(sum(part, [])) for part in (courses[:half], courses[half:]))
-    lines = []
-    for label, regime in REGIMES.items():
+        def step(key):
+            return statistics.mean(course["seconds"][-1] / course["steps"] for course in found[key])
 
-        def ratio(of, method, k):
-            exact = of[*regime, "exact", "M"]
-            return interval([seconds / exact[seed] for seed, seconds in of[*regime, method, k].items()])
-
-        cells = [ratio(first, "systematic", k) for k in ("auto", "M/4", "M/8", "M/16")]
-        cells += [ratio(second, method, "auto") for method in ("systematic", "systematic, dX auto")]
-        lines.append([label, *cells])
-    return markdown(["", "auto", "M/4", "M/8", "M/16", "auto, again", "dX auto"], lines)
+        for key, of in found.items():
+            accuracy = interval([100 * course["accuracy"][-1] for course in of])
+            ratios = interval([time / best for time, best in zip(times[key], times[exact])])
+            added = [value for course in of for value in course["added"] if value is not None]
+            predicted = step(key) / step((key[0], "M")) * (1 + statistics.mean(added))
+            cells = [ratios, "" if key[1] == "M" else f"{predicted:.2f}", accuracy]
+            lines.setdefault(key, [f"{key[0]}, {key[1]}"]).extend(cells)
+    head = ["batch, K", "SGD: time", "f (1 + R)", "accuracy, %", "Adam: time", "f (1 + R)", "accuracy, %"]
+    return markdown(head, lines.values())
 
 
 def memory(rows):

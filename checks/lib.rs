@@ -19,13 +19,14 @@ use burn_memaop::{
     baseline::Baseline,
     op::{
         AopStep,
-        parts::{gradient_noise, input_gradient, pack},
+        parts::{drop_out, gradient_noise, input_gradient, pack},
         weight_gradient,
     },
 };
 
 /// All kernels of `rows/cube/`. Their names differ even without their modules.
-pub const KERNELS: [&str; 27] = [
+pub const KERNELS: [&str; 28] = [
+    "dropout::drop_out_kernel",
     "gather::gather_grad_kernel",
     "gather::gather_kernel",
     "gather::rest_kernel",
@@ -127,6 +128,7 @@ fn others(device: &Device, dtype: DType) {
         let ks = [rows, 150, 75, 40, 20, 10];
         let gradient = random([70, 12], device, dtype);
         gradient_noise(x.clone(), g.clone(), gradient, ks);
+        drop_out(x.clone(), 0.3, 1, 0);
         for stored in [StoredInput::Int8, StoredInput::Int4] {
             let packed = pack(x.clone(), stored, 1, 0);
             let step = AopStep {

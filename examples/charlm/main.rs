@@ -68,6 +68,12 @@ struct Options {
     /// Learning rate of Adam
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
+    /// Lets the learning rate fall to zero, by a cosine
+    #[arg(long)]
+    falling: bool,
+    /// Leaves out Burn's own encoder
+    #[arg(long)]
+    ours: bool,
     /// Number of seeds of weights and batches
     #[arg(long, default_value_t = 1)]
     seeds: u64,
@@ -132,21 +138,24 @@ fn compare(
         blocks: options.blocks,
     };
     let exact = CharLm::new(size, &autodiff);
+    let falling = options.falling.then_some(options.steps);
     let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
     for aop in options.configurations(seed)? {
         let model = exact.clone();
         contenders.push(match aop {
-            None => Box::new(Training::new(model, options.lr, seed, &autodiff)),
+            None => Box::new(Training::new(model, options.lr, falling, seed, &autodiff)),
             Some(aop) => {
                 let model = model.with_memaop(aop);
-                Box::new(Training::new(model, options.lr, seed, &autodiff))
+                Box::new(Training::new(model, options.lr, falling, seed, &autodiff))
             }
         });
     }
     for &share in &options.sequences {
         let all = AopConfig::new().with_outer_products(KRatio::ALL.outer_products());
         let model = exact.clone().with_memaop(all).with_sequences(share);
-        contenders.push(Box::new(Training::new(model, options.lr, seed, &autodiff)));
+        contenders.push(Box::new(Training::new(
+            model, options.lr, falling, seed, &autodiff,
+        )));
     }
 
     let (batch, length) = (options.batch, options.length);
@@ -215,7 +224,8 @@ impl Options {
             };
             options.config(seed << 32).map(Some)
         });
-        std::iter::once(Ok(None)).chain(pairs).collect()
+        let burns = (!self.ours).then_some(Ok(None));
+        burns.into_iter().chain(pairs).collect()
     }
 
     fn pairs(&self) -> impl Iterator<Item = (PolicyOption, KRatio, StoredInputOption)> {
@@ -251,10 +261,8 @@ impl Options {
         });
         let sequences = self.sequences.iter();
         let sequences = sequences.map(|share| Method::new(format!("sequences {share}")));
-        Ok(std::iter::once(Method::new("exact".to_string()))
-            .chain(pairs)
-            .chain(sequences)
-            .collect())
+        let burns = (!self.ours).then(|| Method::new("exact".to_string()));
+        Ok(burns.into_iter().chain(pairs).chain(sequences).collect())
     }
 }
 

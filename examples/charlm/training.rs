@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::{f64::consts::PI, time::Instant};
 
 use anyhow::Result;
 use burn::{
@@ -33,6 +33,8 @@ pub struct Training<E: Encoder> {
     model: Option<CharLm<E>>,
     optimizer: ModuleOptimizer,
     lr: f64,
+    /// The number of steps in which the learning rate falls to zero by a cosine, if it does.
+    falling: Option<usize>,
     loss: CrossEntropyLoss,
     device: Device,
     times: Vec<f64>,
@@ -50,11 +52,18 @@ pub trait Contender {
 }
 
 impl<E: Encoder> Training<E> {
-    pub fn new(model: CharLm<E>, lr: f64, seed: u64, device: &Device) -> Self {
+    pub fn new(
+        model: CharLm<E>,
+        lr: f64,
+        falling: Option<usize>,
+        seed: u64,
+        device: &Device,
+    ) -> Self {
         Self {
             model: Some(model),
             optimizer: AdamConfig::new().init(),
             lr,
+            falling,
             loss: CrossEntropyLossConfig::new().init(device),
             device: device.clone(),
             times: Vec::new(),
@@ -78,12 +87,14 @@ impl<E: Encoder> Contender for Training<E> {
         let model = self.model.take().expect("put back by every step");
         let Batch { tokens, next } = batch.clone();
         let device = tokens.device();
+        let share = |steps| self.times.len() as f64 / steps as f64;
+        let rate = self.lr * (1.0 + (PI * self.falling.map_or(0.0, share)).cos()) / 2.0;
 
         device.sync()?;
         let start = Instant::now();
         let loss = self.loss.forward(model.forward(tokens), next);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        self.model = Some(self.optimizer.step(self.lr, model, grads));
+        self.model = Some(self.optimizer.step(rate, model, grads));
         device.sync()?;
         self.times.push(start.elapsed().as_secs_f64());
         Ok(())

@@ -6,9 +6,9 @@
 //! Drop-in layers for [Burn](https://burn.dev) that train in less time and memory.
 //!
 //! [`nn`] has all items of [`burn::nn`]. `Linear`, `Conv2d`, `Dropout`, `LayerNorm`, `Relu`, `Gelu`,
-//! `SwiGlu`, and the modules of attention and transformers in it are those of this crate. To swap layers, import them
-//! from there. The crate burn-with-memaop swaps those of a whole project. [`summary`] shows which
-//! layers were reached.
+//! `SwiGlu`, and the modules of attention and transformers in it are those of this crate. To swap
+//! layers, import them from there. The crate burn-with-memaop swaps those of a whole project.
+//! [`summary`] shows which layers were reached.
 //!
 //! ```
 //! use burn::prelude::*;
@@ -145,7 +145,7 @@ pub mod nn {
 
         pub use super::{
             Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention,
-            conv, transformer,
+            conv, norm, transformer,
         };
     }
 
@@ -173,6 +173,13 @@ pub mod nn {
         pub use burn::nn::conv::*;
 
         pub use crate::{MemAopConv2d as Conv2d, MemAopConv2dConfig as Conv2dConfig};
+    }
+
+    /// [`burn::nn::norm`] with the layer norm of this crate in place of its own.
+    pub mod norm {
+        pub use burn::nn::norm::*;
+
+        pub use super::{LayerNorm, LayerNormConfig};
     }
 
     /// [`burn::nn::attention`] with the attention of this crate in place of its own.

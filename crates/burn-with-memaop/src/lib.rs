@@ -13,7 +13,8 @@
 //!
 //! The crate has all features and all items of burn. [`nn`] is [`memaop::nn`], where `Linear`,
 //! `Conv2d`, `Dropout`, `LayerNorm`, `Relu`, `Gelu`, `SwiGlu` and the modules of attention and
-//! transformers are those of burn-memaop. So is `nn` in the [`prelude`]. [`memaop`] has what only burn-memaop has.
+//! transformers are those of burn-memaop. So is `nn` in the [`prelude`]. [`memaop`] has what only
+//! burn-memaop has.
 //!
 //! By default a linear layer computes the gradient of its weight from some rows of the batch. It
 //! draws these rows at random, and the expected gradient is the exact one. For exact gradients, set
@@ -54,7 +55,7 @@
 //! | a literal of a module of transformers | the same with `from_mha`, `from_pwff`, `from_layer`, `from_encoder` |
 //! | `Gelu { approximate: true }` | `Gelu::new_approximate()` |
 //! | `Activation::Gelu(Gelu::new())`, and likewise `Relu` and `SwiGlu` | `Gelu::new().into()`, which is Burn's module |
-//! | `ActivationConfig::SwiGlu(config)` | `config.into()`, which is Burn's configuration |
+//! | `ActivationConfig::SwiGlu(config)`, `NormalizationConfig::Layer(config)` | `config.into()`, which is Burn's configuration |
 //! | a `Linear` for code of others that takes Burn's | `linear.into_linear()`, and likewise `into_dropout`, `into_layer_norm` |
 //! | `forward_autoregressive_inference` of one layer of a decoder | the same of the decoder |
 //!

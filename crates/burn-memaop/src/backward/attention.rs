@@ -181,7 +181,8 @@ fn in_blocks<const N: usize>(
     let device = query.device();
     // Scores are computed in single precision at least.
     let of_head = queries * key.dims()[2] * query.dtype().size().max(4);
-    let most = (cost::attention_block(device.as_dispatch()) / of_head.max(1)).max(1);
+    let block = cost::attention_block(device.as_dispatch());
+    let most = (block / of_head.max(1)).max(1);
     let (sequences, at_once) = match most >= heads {
         true => ((most / heads.max(1)).clamp(1, batch.max(1)), heads),
         false => (1, most),
@@ -210,23 +211,27 @@ fn in_blocks<const N: usize>(
             head..heads.min(head + at_once),
         ]
     });
-    let parts = all(blocks.collect(), part, cost::is_cpu(device.as_dispatch()));
-    let rows = parts.chunks(heads.div_ceil(at_once));
-    joined(rows.map(|parts| joined(parts.to_vec(), 1)).collect(), 0)
+    // Small products gain little from threads of their own. Large blocks would fill the memory.
+    let parallel = of_head <= block && cost::is_cpu(device.as_dispatch());
+    let mut parts = all(blocks.collect(), part, parallel).into_iter();
+    let rows = (0..batch).step_by(sequences).map(|_| {
+        let row = parts.by_ref().take(heads.div_ceil(at_once));
+        joined(row.collect(), 1)
+    });
+    joined(rows.collect(), 0)
 }
 
-/// Computes all blocks, on CPUs at the same time: the products of a block are small, so their own
-/// threads gain little.
+/// Computes all blocks, one after the other or at the same time.
 fn all<T: Send>(
     blocks: Vec<Block>,
     compute: impl Fn(Block) -> T + Send + Sync,
-    cpu: bool,
+    parallel: bool,
 ) -> Vec<T> {
     #[cfg(feature = "rayon")]
-    if cpu {
+    if parallel {
         return blocks.into_par_iter().map(compute).collect();
     }
-    let _ = cpu;
+    let _ = parallel;
     blocks.into_iter().map(compute).collect()
 }
 

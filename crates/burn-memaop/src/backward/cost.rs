@@ -94,7 +94,7 @@ pub(crate) fn packs(device: &DispatchDevice, dtype: DType) -> bool {
     has_code_for_values(device, dtype)
 }
 
-/// Whether values need not go by way of the host.
+/// Whether the device itself has code for passes over values of this type.
 pub(crate) fn has_code_for_values(device: &DispatchDevice, dtype: DType) -> bool {
     match device_class(device) {
         Class::Cpu => has_fast_code(dtype, true),

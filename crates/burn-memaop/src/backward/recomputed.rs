@@ -1,9 +1,12 @@
-//! Functions that keep nothing but some of their inputs. With gradient checkpointing they keep
-//! nothing at all, because their outputs are computed again.
+//! Functions that keep nothing but some of their inputs. Gradient checkpointing computes their
+//! outputs again.
 
 use std::{fmt::Debug, marker::PhantomData};
 
-use burn::backend::{Autodiff, tensor::FloatTensor};
+use burn::{
+    backend::{Autodiff, TensorMetadata, tensor::FloatTensor},
+    tensor::{DType, FloatDType},
+};
 use burn_autodiff::{
     NodeId,
     checkpoint::{
@@ -15,13 +18,13 @@ use burn_autodiff::{
 };
 
 use super::LayerOps;
-use crate::rows::random::Dropout;
+use crate::rows::{cast, random::Dropout};
 
 /// A function of N inputs.
 pub(super) trait Function<B: LayerOps, const N: usize>:
     Copy + Debug + Send + 'static
 {
-    /// The backward pass needs so many of the inputs, from the first one on.
+    /// The number of leading inputs that the backward pass needs.
     const NEEDED: usize;
 
     fn forward(self, inputs: [FloatTensor<B>; N]) -> FloatTensor<B>;
@@ -72,19 +75,25 @@ pub(super) struct LayerNorm {
 impl<B: LayerOps, const N: usize> Function<B, N> for LayerNorm {
     const NEEDED: usize = 2;
 
+    /// As in Burn, half precision is widened where the sum of the squares can be too large for it.
     fn forward(self, inputs: [FloatTensor<B>; N]) -> FloatTensor<B> {
-        let mut inputs = Vec::from(inputs);
-        let beta = inputs.drain(2..).next();
-        let (gamma, input) = (inputs.swap_remove(1), inputs.swap_remove(0));
-        B::layer_norm(input, gamma, beta, self.epsilon)
+        let dtype = inputs[0].dtype();
+        let wide = match dtype {
+            DType::F16 => FloatDType::F32,
+            dtype => dtype.into(),
+        };
+        let mut inputs = inputs.into_iter().map(|input| cast::<B>(input, wide));
+        let (Some(input), Some(gamma)) = (inputs.next(), inputs.next()) else {
+            unreachable!("a layer norm has an input and gamma");
+        };
+        let output = B::layer_norm(input, gamma, inputs.next(), self.epsilon);
+        cast::<B>(output, dtype.into())
     }
 
-    fn backward(
-        self,
-        mut needed: Vec<FloatTensor<B>>,
-        grad: FloatTensor<B>,
-    ) -> Vec<FloatTensor<B>> {
-        let (gamma, input) = (needed.swap_remove(1), needed.swap_remove(0));
+    fn backward(self, needed: Vec<FloatTensor<B>>, grad: FloatTensor<B>) -> Vec<FloatTensor<B>> {
+        let Ok([input, gamma]) = <[_; 2]>::try_from(needed) else {
+            unreachable!("two are needed");
+        };
         let gradients = B::memaop_layer_norm_backward(input, gamma, grad, self.epsilon);
         vec![gradients.0, gradients.1, gradients.2]
     }

@@ -40,13 +40,14 @@ impl DropoutConfig {
 ///
 /// Burn's keeps a mask of as many values as its input. This one keeps two numbers: the random bits
 /// of a pass are a function of a seed, the number of the pass and the position of a value, so the
-/// backward pass draws them again (Philox, see `docs/architecture.md`).
+/// backward pass draws them again (`docs/algorithm.md`, "Random numbers").
 ///
-/// The first pass draws the number that passes are counted from by Burn's generator. So
-/// [`Device::seed`] decides which values are dropped, as it does with Burn's. The count is
-/// [state](crate::MemAopLinear#state): each device has one, clones share it, and records hold it
-/// with [`AopConfig::saved_state`]. A training that is resumed from such a record drops the same
-/// values as one that was not interrupted.
+/// The number of the first pass is random, and Burn's generator draws it. So a [`Device::seed`]
+/// before the first pass decides which values are dropped. (In a browser, the order of the dropouts
+/// does.) Later passes count on. The count is [state](crate::MemAopLinear#state): each device has
+/// one, clones share it, and records hold it with [`AopConfig::saved_state`]. A training that is
+/// resumed from such a record drops the same values as one that was not interrupted. If a copy of a
+/// model is to drop other values than the model, call [`reset`](crate::reset) on it.
 ///
 /// Burn's own function is used in double precision, in half precision on CPUs, with LibTorch, on
 /// CubeCL's CPU runtime, and on devices that this crate has no code for.
@@ -61,7 +62,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Takes the fields of Burn's module. Of `aop`, `seed` and `saved_state` count.
+    /// Takes the fields of Burn's module. Only `seed` and `saved_state` of `aop` are used.
     ///
     /// # Panics
     ///
@@ -72,6 +73,23 @@ impl Dropout {
             training: dropout.training,
             passes: Stateful::new().with_aop(aop.valid()),
         }
+    }
+
+    /// The same with another configuration, of which only `seed` and `saved_state` are used.
+    ///
+    /// # Panics
+    ///
+    /// Panics if [`AopConfig::validate`] rejects `aop`.
+    pub fn with_aop(self, aop: AopConfig) -> Self {
+        Self {
+            passes: self.passes.with_aop(aop.valid()),
+            ..self
+        }
+    }
+
+    /// The configuration.
+    pub fn aop(&self) -> AopConfig {
+        self.passes.aop
     }
 
     /// Gives Burn's module.

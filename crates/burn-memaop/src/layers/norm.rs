@@ -3,9 +3,12 @@
 use burn::{
     backend::Dispatch,
     config::Config,
-    module::{Content, DisplaySettings, Module, ModuleDisplay, Param},
-    nn,
-    tensor::{DType, Device, FloatDType, Tensor, assert_shape, module},
+    module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param},
+    nn::{
+        self,
+        norm::{Normalization, NormalizationConfig},
+    },
+    tensor::{Device, Tensor, assert_shape},
 };
 
 use super::linear::is_tracked;
@@ -31,19 +34,37 @@ pub struct LayerNormConfig {
 impl LayerNormConfig {
     /// Creates a [`LayerNorm`].
     pub fn init(&self, device: &Device) -> LayerNorm {
-        let burns = nn::LayerNormConfig {
-            d_model: self.d_model,
+        let vector = |initializer: Initializer| initializer.init([self.d_model], device);
+        LayerNorm {
+            gamma: vector(Initializer::Ones),
+            beta: self.bias.then(|| vector(Initializer::Zeros)),
             epsilon: self.epsilon,
-            bias: self.bias,
-        };
-        LayerNorm::from_layer_norm(burns.init(device))
+        }
+    }
+}
+
+impl From<LayerNormConfig> for NormalizationConfig {
+    /// Gives that of Burn's module, because Burn's list of norms has no other.
+    fn from(config: LayerNormConfig) -> Self {
+        Self::Layer(nn::LayerNormConfig {
+            d_model: config.d_model,
+            epsilon: config.epsilon,
+            bias: config.bias,
+        })
+    }
+}
+
+impl From<LayerNorm> for Normalization {
+    /// Gives Burn's module, because Burn's list of norms has no other.
+    fn from(norm: LayerNorm) -> Self {
+        norm.into_layer_norm().into()
     }
 }
 
 /// Normalises the last axis of its input, as [`burn::nn::LayerNorm`] does.
 ///
-/// The backward pass keeps the input, where Burn's keeps two tensors of its size, and is one pass
-/// over the rows on CPUs in single precision.
+/// The backward pass keeps the input, where Burn's keeps two tensors of its size. On CPUs in single
+/// precision it is one pass over the rows.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct LayerNorm {
@@ -101,30 +122,14 @@ impl LayerNorm {
         let [d_model] = gamma.dims();
         assert_shape!(input, [.., d_model]);
         let beta = self.beta.as_ref().map(Param::val);
-        if input.dtype() != DType::F16 {
-            return self.normalised(input, gamma, beta);
-        }
-        // As in Burn: the sum of the squares can be too large for this type.
-        let wide = FloatDType::F32;
-        let beta = beta.map(|beta| beta.cast(wide));
-        let output = self.normalised(input.cast(wide), gamma.cast(wide), beta);
-        output.cast(FloatDType::F16)
-    }
-
-    fn normalised<const D: usize>(
-        &self,
-        input: Tensor<D>,
-        gamma: Tensor<1>,
-        beta: Option<Tensor<1>>,
-    ) -> Tensor<D> {
-        let (shape, [d_model]) = (input.shape(), gamma.dims());
         let tracked =
             is_tracked(&input) || is_tracked(&gamma) || beta.as_ref().is_some_and(is_tracked);
-        let is_empty = shape.num_elements() == 0;
-        if !tracked || is_empty || !is_supported(input.device().as_dispatch()) {
-            return module::layer_norm(input, gamma, beta, self.epsilon);
+        let shape = input.shape();
+        let values = shape.num_elements();
+        if !tracked || values == 0 || !is_supported(input.device().as_dispatch()) {
+            return self.to_layer_norm().forward(input);
         }
-        let input = input.reshape([shape.num_elements() / d_model, d_model]);
+        let input = input.reshape([values / d_model, d_model]);
         let beta = match beta {
             Some(beta) => Bias::<Dispatch>::Some(beta.into_dispatch()),
             None => Bias::None,

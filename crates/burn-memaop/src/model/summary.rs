@@ -101,7 +101,10 @@ impl fmt::Display for Summary {
         let modules = self.modules.iter().map(|module| {
             let (k, gradient) = match &module.ours {
                 Some(ours) => (ours.k.as_str(), ours.gradient.as_str()),
-                None => ("", "exact: a module of Burn's"),
+                None if PRODUCTS.contains(&module.kind.as_str()) => {
+                    ("", "exact: a module of Burn's")
+                }
+                None => ("", "exact"),
             };
             let parameters = module.parameters.to_string();
             [&module.name, &module.kind, &parameters, k, gradient].map(str::to_string)

@@ -46,8 +46,9 @@ fn layer(path: &[String]) -> String {
 }
 
 /// Gives the layers of a model other configurations: [`MemAopLinear`](crate::MemAopLinear),
-/// [`MemAopConv2d`](crate::MemAopConv2d) and [`Gelu`](crate::activation::Gelu). `config` gets the
-/// fields that lead to a layer, separated by dots, and its configuration. Layers go on with their
+/// [`MemAopConv2d`](crate::MemAopConv2d), [`Gelu`](crate::activation::Gelu) and
+/// [`Dropout`](crate::nn::Dropout). `config` gets the fields that lead to a layer, separated by
+/// dots, and its configuration. Layers go on with their
 /// state, as [`MemAopLinear::with_aop`](crate::MemAopLinear::with_aop) says, and clones of the given
 /// model do not share it.
 ///

@@ -12,6 +12,7 @@ mod backends;
 mod convolution;
 mod gelu;
 mod images;
+mod in_place;
 mod norm;
 mod packed;
 mod passes;
@@ -258,7 +259,7 @@ impl<B: HostTensors> RowOps for B {
 
     fn memaop_drop_values(values: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
         match is_single::<Self>(&values) {
-            true => attention::drop_out::<Self>(values, dropout),
+            true => in_place::drop_out::<Self>(values, dropout),
             false => portable::drop_out::<Self>(values, dropout),
         }
     }

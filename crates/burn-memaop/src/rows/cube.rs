@@ -25,6 +25,7 @@ use cubecl::{
     tensor_vector_size_parallel,
 };
 
+mod dropout;
 mod gather;
 mod images;
 mod packed;
@@ -176,7 +177,7 @@ impl RowOps for CubeBackend {
 
     fn memaop_drop_values(values: CubeTensor, dropout: Dropout) -> CubeTensor {
         match takes(&values, values.dtype, values.shape()[0]) {
-            true => packed::drop_out(values, dropout),
+            true => dropout::drop_out(values, dropout),
             false => portable::drop_out::<Self>(values, dropout),
         }
     }

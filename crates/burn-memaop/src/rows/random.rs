@@ -115,12 +115,14 @@ impl Dropout {
 
     /// A value becomes zero if these bits of its word are below this number.
     pub(crate) fn threshold(&self) -> u32 {
-        (self.prob * f64::from(1u32 << Self::BITS)).round() as u32
+        let all = 1u32 << Self::BITS;
+        ((self.prob * f64::from(all)).round() as u32).min(all - 1)
     }
 
     /// What the other values are multiplied by, so that the expected value stays.
     pub(crate) fn scale(&self) -> f32 {
-        (1.0 / (1.0 - self.prob)) as f32
+        let all = 1u32 << Self::BITS;
+        (f64::from(all) / f64::from(all - self.threshold())) as f32
     }
 
     /// The factors of the values of a row, which is counted from the first one.

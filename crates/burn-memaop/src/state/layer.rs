@@ -1,16 +1,20 @@
 //! The state of a layer as a part of its module.
 
+#[cfg(target_family = "wasm")]
+use std::sync::atomic::AtomicU64;
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, Ordering},
 };
 
+#[cfg(not(target_family = "wasm"))]
+use burn::tensor::{DType, Distribution, Int, Tensor};
 use burn::{
     backend::{Device as _, DeviceId},
     module::{
         Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
     },
-    tensor::{DType, Device, Distribution, Int, Tensor},
+    tensor::Device,
 };
 
 use super::{
@@ -104,9 +108,8 @@ impl LayerState {
         }
     }
 
-    /// The random bits of a dropout in a forward pass on a device. The pass is counted. Burn's
-    /// generator draws the number of the first pass, so [`Device::seed`] decides on all bits, and
-    /// every dropout has its own.
+    /// The random bits of a dropout in a forward pass on a device. The pass is counted, and the first
+    /// one has a random number, so that every dropout has bits of its own.
     pub(crate) fn dropout_random(&self, seed: u64, device: &Device) -> Random {
         let state = self.on(device);
         // The state is not locked while this waits for the device.
@@ -405,17 +408,21 @@ impl Origin {
 }
 
 /// A random number from 1, by Burn's generator.
+#[cfg(not(target_family = "wasm"))]
 fn first_pass(device: &Device) -> u64 {
-    static NUMBER: AtomicU64 = AtomicU64::new(1);
     let range = Distribution::Uniform(0.0, f64::from(1u16 << 15));
     let drawn = Tensor::<1, Int>::random([3], range, (&device.clone().inner(), DType::I32));
-    match drawn.try_into_data() {
-        Ok(drawn) => drawn
-            .iter::<u64>()
-            .fold(1, |number, part| number << 15 | part),
-        // A browser can not wait for its GPU.
-        Err(_) => NUMBER.fetch_add(1, Ordering::Relaxed) << 32,
-    }
+    let drawn = drawn.into_data();
+    drawn
+        .iter::<u64>()
+        .fold(1, |number, part| number << 15 | part)
+}
+
+/// A browser cannot wait for its GPU, so a count takes the place of a random number.
+#[cfg(target_family = "wasm")]
+fn first_pass(_: &Device) -> u64 {
+    static DROPOUTS: AtomicU64 = AtomicU64::new(1);
+    DROPOUTS.fetch_add(1, Ordering::Relaxed) << 32
 }
 
 /// A device is the same with and without autodiff.

@@ -1,8 +1,12 @@
 //! Layer norm against Burn's own, and against the derivative as it is defined.
 
 use burn::{
-    module::Param,
-    nn,
+    module::{Module, Param},
+    nn::{
+        self,
+        norm::{Normalization, NormalizationConfig},
+    },
+    store::ModuleRecord,
     tensor::{DType, Device, Tensor},
 };
 use burn_memaop::nn::{LayerNorm, LayerNormConfig};
@@ -156,7 +160,14 @@ fn the_epsilon_of_burns_norm_comes_along() {
             assert_eq!(ours.to_string(), burns.to_string());
             let expected = bits(burns.forward(x.clone()));
             assert_eq!(bits(ours.forward(x.clone())), expected);
+            let record = ours.clone().into_record().into_bytes().unwrap();
+            let empty = LayerNormConfig::new(4).with_epsilon(epsilon);
+            let loaded = empty.with_bias(bias).init(&device);
+            let loaded = loaded.load_record(ModuleRecord::from_bytes(record).unwrap());
+            assert_eq!(bits(loaded.forward(x.clone())), expected);
             let back = ours.into_layer_norm();
+            let record = back.clone().into_record().into_bytes().unwrap();
+            loaded.load_record(ModuleRecord::from_bytes(record).unwrap());
             assert_eq!(bits(back.forward(x.clone())), expected);
             assert_eq!(back.gamma.id, burns.gamma.id);
             assert_eq!(back.beta.is_some(), bias);
@@ -193,4 +204,14 @@ fn norms_in_half_precision_equal_burns() {
         // The sine is steep where the norm is large.
         assert!(of_input < 10.0 * tolerance, "{dtype:?}: {of_input:e}");
     }
+}
+
+/// Burn's list of norms takes this one as Burn's.
+#[test]
+fn a_norm_is_one_of_burns_list() {
+    let device = Device::flex();
+    let config = LayerNormConfig::new(4).with_epsilon(0.5);
+    let listed = NormalizationConfig::from(config.clone()).init(&device);
+    let given = Normalization::from(config.init(&device));
+    assert_eq!(listed.to_string(), given.to_string());
 }

@@ -8,7 +8,7 @@ use burn::{
     tensor::{DType, Device, Tensor, TensorData},
 };
 use burn_memaop::{
-    AopConfig, MemAopConv2d, MemAopLinear, Memory, Method, OuterProducts, StoredInput,
+    AopConfig, MemAopConv2d, MemAopLinear, Memory, Method, OuterProducts, StoredInput, nn,
 };
 
 use crate::{
@@ -133,5 +133,32 @@ fn linear_layers_do_not_depend_on_the_number_of_threads() {
                 all
             });
         }
+    }
+}
+
+#[test]
+fn attention_and_norms_do_not_depend_on_the_number_of_threads() {
+    let device = Device::flex().autodiff();
+    let mut random = Random(94);
+    for (batch, length) in [(5, 300), (1, 520), (40, 30)] {
+        let config = nn::attention::MultiHeadAttentionConfig::new(16, 2).with_dropout(0.0);
+        let mha = config.init(&device);
+        let norm = nn::LayerNormConfig::new(16).init(&device);
+        let input = random
+            .matrix(batch * length, 16)
+            .tensor(&device, DType::F32);
+        let input = input.inner().reshape([batch, length, 16]);
+        assert_same(&format!("{batch} x {length}"), || {
+            let input = Tensor::from_inner(input.clone()).require_grad();
+            let attended = nn::attention::MhaInput::self_attn(norm.forward(input.clone()));
+            let output = mha.forward_context(attended);
+            let grads = output.clone().square().sum().backward();
+            let of_gamma = norm.gamma.val().grad(&grads).unwrap();
+            vec![
+                bits(output),
+                bits(input.grad(&grads).unwrap()),
+                bits(of_gamma),
+            ]
+        });
     }
 }

@@ -358,7 +358,12 @@ pub(super) fn attended(
     let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
     let supported = tracked && is_supported(device.as_dispatch());
     let drops = dropout.is_on(&device);
-    let drawn = match supported && drops && !query.dims().contains(&0) {
+    let dims = query.dims();
+    // Flex takes no product without rows.
+    if supported && dims.contains(&0) {
+        return side_by_side(query, dims);
+    }
+    let drawn = match supported && drops {
         true => dropout.next(&device, query.dtype()),
         false => None,
     };
@@ -366,11 +371,6 @@ pub(super) fn attended(
         return attend(query, key, value, masks, scaling, dropout).1;
     }
     let query = query / (scaling.d_head as f32).sqrt();
-    let dims = query.dims();
-    // Flex takes no product without rows.
-    if dims.contains(&0) {
-        return side_by_side(query, dims);
-    }
     let [of_keys, of_pairs] = masks.map(|mask| match mask {
         None => Mask::<Dispatch>::None,
         Some(mask) => Mask::Some(mask.into_dispatch()),

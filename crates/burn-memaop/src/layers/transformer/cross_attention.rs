@@ -2,7 +2,7 @@ use std::{any::Any, collections::VecDeque};
 
 use burn::{
     config::Config,
-    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    module::{Flag, Module, ModuleMapper, ModuleVisitor, Param},
     nn::{
         DropoutConfig, Initializer, Linear, LinearConfig,
         attention::{CrossAttention, CrossAttentionCache, CrossAttentionConfig},
@@ -145,6 +145,7 @@ impl MemAopCrossAttention {
             parameters.0.push_back(Box::new(weight));
             parameters.0.extend(bias.map(|bias| Box::new(bias) as _));
         }
+        parameters.0.push_back(Box::new(self.dropout.training));
         burns.map(&mut parameters)
     }
 
@@ -219,7 +220,7 @@ impl MemAopCrossAttention {
     }
 }
 
-/// The float parameters of a cross-attention in the order of its fields. Those of Burn's module are
+/// The parameters of a cross-attention in the order of its fields. Those of Burn's module are
 /// private, so a visitor and a mapper are the only way to them.
 struct Parameters(VecDeque<Box<dyn Any>>);
 
@@ -227,9 +228,19 @@ impl ModuleVisitor for Parameters {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.0.push_back(Box::new(param.clone()));
     }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        self.0.push_back(Box::new(flag.clone()));
+    }
 }
 
 impl ModuleMapper for Parameters {
+    fn map_flag(&mut self, before: Param<Flag>) -> Param<Flag> {
+        let taken = self.0.pop_front();
+        let taken = taken.and_then(|flag| flag.downcast::<Param<Flag>>().ok());
+        taken.map_or(before, |flag| *flag)
+    }
+
     fn map_float<const D: usize>(&mut self, before: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let taken = self.0.pop_front();
         let taken = taken.and_then(|param| param.downcast::<Param<Tensor<D>>>().ok());

@@ -4,9 +4,8 @@
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
 
 use super::{
-    HostTensors,
-    attention::sum_of,
-    from_values,
+    HostTensors, from_values,
+    in_place::sum_of,
     passes::{RowWork, Rows, RowsMut, in_parallel},
     rows, rows_mut,
 };

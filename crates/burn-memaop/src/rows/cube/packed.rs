@@ -17,7 +17,7 @@ use super::{
 };
 use crate::rows::{
     packing::{COLUMN, GROUP, LEAST, MIX, Packing},
-    random::{Dropout, Random},
+    random::Random,
     tensors::{Drawn, Packed},
 };
 
@@ -169,36 +169,6 @@ pub(super) fn times(packed: &Packed<CubeBackend>, values: CubeTensor) -> CubeTen
             rows,
             packing.bits.count() as u32,
             packing.bits.levels(),
-            elem_type(values.dtype),
-        );
-    }
-    products
-}
-
-/// The products of values and the factors of a dropout.
-pub(super) fn drop_out(values: CubeTensor, dropout: Dropout) -> CubeTensor {
-    let values = row_major(values);
-    let [rows, width] = values.shape().dims();
-    let products = empty(&values, [rows, width], values.dtype);
-    let units = width.min(LEAST_UNITS as usize) as u32;
-    let (count, dim) = cubes(&values, rows, units.next_power_of_two().max(32));
-    // SAFETY: every index is in a row below `rows` and in a column below `width`.
-    unsafe {
-        drop_out_kernel::launch_unchecked(
-            &values.client,
-            count,
-            dim,
-            address_type(&[&values, &products]),
-            values.clone().into_buffer_arg(),
-            products.clone().into_buffer_arg(),
-            width,
-            values.meta.strides()[0],
-            products.meta.strides()[0],
-            rows,
-            random::arg(dropout.random),
-            dropout.first as u32,
-            dropout.threshold(),
-            dropout.scale(),
             elem_type(values.dtype),
         );
     }
@@ -366,7 +336,7 @@ fn word(
 
 /// The random word of `packing.rs` for a column.
 #[cube]
-fn mixed(key: u32, column: u32) -> u32 {
+pub(super) fn mixed(key: u32, column: u32) -> u32 {
     let word = key + column * COLUMN;
     let word = (word ^ (word >> 16)) * comptime!(MIX[0]);
     let word = (word ^ (word >> 13)) * comptime!(MIX[1]);
@@ -488,36 +458,6 @@ fn times_kernel<T: Float>(
             product = factor * f32::cast_from(values[row * values_stride + column]);
         }
         products[row * products_stride + column] = T::cast_from(product);
-        column += CUBE_DIM as usize;
-    }
-}
-
-#[cube(launch_unchecked, address_type = "dynamic")]
-#[allow(clippy::too_many_arguments)]
-fn drop_out_kernel<T: Float>(
-    values: &[T],
-    products: &mut [T],
-    width: usize,
-    values_stride: usize,
-    products_stride: usize,
-    rows: usize,
-    random: RandomBits,
-    first: u32,
-    threshold: u32,
-    scale: f32,
-    #[define(T)] _dtype: ElemType,
-) {
-    let row = CUBE_POS;
-    if row >= rows {
-        terminate!();
-    }
-    let key = random.rounding(first + row as u32);
-    let mut column = UNIT_POS as usize;
-    while column < width {
-        let is_zero = mixed(key, column as u32) >> comptime!(32 - Dropout::BITS) < threshold;
-        let factor = select(is_zero, 0.0f32, scale);
-        let value = f32::cast_from(values[row * values_stride + column]);
-        products[row * products_stride + column] = T::cast_from(factor * value);
         column += CUBE_DIM as usize;
     }
 }

@@ -1,0 +1,419 @@
+//! Fine-tunes a pre-trained encoder to sort sentences into classes.
+//!
+//! The sources name `burn` alone. One package builds them with Burn's own layers, and one with those
+//! of burn-memaop, which is then called `burn`. README.md says how to run them.
+
+mod data;
+mod memory;
+mod model;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicU64},
+    time::Instant,
+};
+
+use anyhow::{Result, anyhow, ensure};
+use burn::{
+    data::dataloader::DataLoader,
+    lr_scheduler::{composed::ComposedLrSchedulerConfig, linear::LinearLrSchedulerConfig},
+    module::{Lora, Module},
+    optim::{AdamWConfig, GradientsParams},
+    store::{ModuleSnapshot, SafetensorsStore},
+    tensor::{Device, activation::softmax},
+    train::{
+        ClassificationOutput, Learner, SupervisedTraining,
+        metric::{AccuracyMetric, LearningRateMetric, LossMetric},
+    },
+};
+use clap::{Args, Parser, Subcommand};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+use crate::{
+    data::{Batch, Loader, Sentence},
+    model::{Classifier, Config, Encoder},
+};
+
+#[global_allocator]
+static ALLOCATOR: memory::Counting = memory::Counting;
+
+/// Fine-tunes a pre-trained encoder to sort sentences into classes
+#[derive(Parser, Debug)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Trains, tests after each epoch, and writes the weights to OUT/classifier.safetensors
+    Train(Train),
+    /// Sorts sentences with the weights of a training
+    Predict(Predict),
+    /// Measures training steps on one batch: times, bytes kept between the passes, and the peak
+    Step(Step),
+    /// Prints the first numbers of the embeddings of sentences
+    Embed(Embed),
+}
+
+#[derive(Args, Debug)]
+struct Data {
+    /// Folder with model.safetensors, config.json and tokenizer.json
+    #[arg(long)]
+    model: PathBuf,
+    /// File with lines of a class, a tab and a sentence
+    #[arg(long)]
+    data: PathBuf,
+    /// Sentences to train on, drawn by --seed; the others are for the test
+    #[arg(long, default_value_t = 7000)]
+    train: usize,
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Cuts sentences off at so many tokens
+    #[arg(long, default_value_t = 128)]
+    longest: usize,
+    /// Pads all sentences to so many tokens, in place of the longest of a batch
+    #[arg(long)]
+    pad: Option<usize>,
+    #[arg(long, default_value_t = 0.1)]
+    dropout: f64,
+    /// Trains adapters (LoRA) of this rank, and not the weights
+    #[arg(long)]
+    lora: Option<usize>,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[cfg(feature = "memaop")]
+    #[command(flatten)]
+    aop: Aop,
+}
+
+/// What only the layers of burn-memaop have.
+#[cfg(feature = "memaop")]
+#[derive(Args, Debug)]
+struct Aop {
+    /// Takes all rows, so that gradients are exact
+    #[arg(long)]
+    exact: bool,
+    /// Takes this share of the rows
+    #[arg(long, conflicts_with = "exact")]
+    k_ratio: Option<f64>,
+    /// Keeps inputs and activations in 8 bits
+    #[arg(long)]
+    int8: bool,
+}
+
+#[derive(Args, Debug)]
+struct Train {
+    #[command(flatten)]
+    data: Data,
+    #[arg(long, default_value_t = 2)]
+    epochs: usize,
+    /// Learning rate of AdamW after the warm-up, from where it falls to zero
+    #[arg(long, default_value_t = 5e-5)]
+    lr: f64,
+    /// Goes on after the last epoch in --out
+    #[arg(long)]
+    resume: Option<usize>,
+    /// Folder for logs, checkpoints and the weights
+    #[arg(long, default_value = "finetune-run")]
+    out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+struct Predict {
+    /// Folder with config.json and tokenizer.json
+    #[arg(long)]
+    model: PathBuf,
+    /// Folder of a training
+    #[arg(long, default_value = "finetune-run")]
+    out: PathBuf,
+    sentences: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+struct Step {
+    #[command(flatten)]
+    data: Data,
+    #[arg(long, default_value_t = 5)]
+    repeats: usize,
+}
+
+#[derive(Args, Debug)]
+struct Embed {
+    #[arg(long)]
+    model: PathBuf,
+    sentences: Vec<String>,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Train(train) => train.run(),
+        Command::Predict(predict) => predict.run(),
+        Command::Step(step) => step.run(),
+        Command::Embed(embed) => embed.run(),
+    }
+}
+
+impl Data {
+    /// The names of the classes, and the sentences of training and test.
+    fn sentences(&self) -> Result<(Vec<String>, [Vec<Sentence>; 2])> {
+        for (name, value) in [("batch", self.batch), ("train", self.train)] {
+            ensure!(value > 0, "--{name} must be at least 1, but got 0");
+        }
+        let tokenizer = data::tokenizer(&self.model, self.longest)?;
+        let (classes, mut train) = data::read(&self.data, &tokenizer)?;
+        ensure!(
+            self.train < train.len(),
+            "--train must leave sentences for the test, but got {} of {}",
+            self.train,
+            train.len()
+        );
+        train.shuffle(&mut StdRng::seed_from_u64(self.seed));
+        let test = train.split_off(self.train);
+        Ok((classes, [train, test]))
+    }
+
+    fn loader(&self, sentences: Vec<Sentence>, shuffled: bool, device: &Device) -> Loader {
+        Loader {
+            sentences: Arc::new(sentences),
+            batch: self.batch,
+            length: self.pad,
+            seed: shuffled.then_some(self.seed),
+            epoch: Arc::new(AtomicU64::new(0)),
+            device: device.clone(),
+        }
+    }
+
+    /// The pre-trained encoder with a new head.
+    fn classifier(&self, classes: usize, device: &Device) -> Result<Classifier> {
+        let config = Config::read(&self.model)?;
+        device.seed(self.seed);
+        let mut encoder = Encoder::new(&config, self.dropout, device);
+        encoder.load(&self.model)?;
+        let classifier = Classifier::new(encoder, config.hidden_size, classes, device);
+        let classifier = self.configured(classifier);
+        Ok(match self.lora {
+            None => classifier,
+            Some(rank) => classifier.apply_lora(Lora::new(rank, 2.0 * rank as f64)),
+        })
+    }
+
+    #[cfg(feature = "memaop")]
+    fn configured(&self, classifier: Classifier) -> Classifier {
+        use burn::memaop::{OuterProducts, StoredInput, summary, with_aop};
+
+        let classifier = with_aop(classifier, |_, aop| {
+            let aop = match (self.aop.exact, self.aop.k_ratio) {
+                (true, _) => aop.with_outer_products(OuterProducts::All),
+                (false, Some(ratio)) => aop.with_outer_products(OuterProducts::Ratio(ratio)),
+                (false, None) => aop,
+            };
+            match self.aop.int8 {
+                true => aop.with_stored_input(StoredInput::Int8),
+                false => aop,
+            }
+        });
+        println!("{}", summary(&classifier));
+        classifier
+    }
+
+    #[cfg(not(feature = "memaop"))]
+    fn configured(&self, classifier: Classifier) -> Classifier {
+        classifier
+    }
+}
+
+impl Train {
+    fn run(&self) -> Result<()> {
+        ensure!(self.epochs > 0, "--epochs must be at least 1, but got 0");
+        let device = Device::default();
+        let (classes, [train, test]) = self.data.sentences()?;
+        let steps = train.len().div_ceil(self.data.batch);
+        let warm_up = (steps * self.epochs / 10).max(1);
+        let train = self.data.loader(train, true, &device);
+        let test = self.data.loader(test, false, &device);
+        let done = self.resume.unwrap_or(0);
+        train
+            .epoch
+            .store(done as u64, std::sync::atomic::Ordering::Relaxed);
+
+        let autodiff = device.clone().autodiff();
+        let model = self.data.classifier(classes.len(), &autodiff)?;
+        let failed = |error: String| anyhow!("--lr {}: {error}", self.lr);
+        let rate = ComposedLrSchedulerConfig::new()
+            .linear(LinearLrSchedulerConfig::new(1e-3, 1.0, warm_up))
+            .linear(LinearLrSchedulerConfig::new(
+                self.lr,
+                1e-3 * self.lr,
+                steps * self.epochs,
+            ))
+            .init()
+            .map_err(failed)?;
+        let mut training =
+            SupervisedTraining::new(&self.out, Arc::new(train), Arc::new(test.clone()))
+                .metrics((AccuracyMetric::new(), LossMetric::new()))
+                .metric_train_numeric(LearningRateMetric::new())
+                .with_training_strategy(burn::train::ExecutionStrategy::single(autodiff).into())
+                .with_default_checkpointers()
+                .num_epochs(self.epochs)
+                .summary();
+        if done > 0 {
+            training = training.checkpoint(done);
+        }
+        let optimizer = AdamWConfig::new().with_weight_decay(0.01).init();
+        let start = Instant::now();
+        let result = training.launch(Learner::new(model, optimizer, rate));
+        if let Some(error) = result.error {
+            return Err(anyhow!("{error}"));
+        }
+        println!(
+            "{:.1} s of training and tests",
+            start.elapsed().as_secs_f64()
+        );
+        let model = result.model;
+        report(&model, &classes, &test);
+        std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
+        save(&model, &self.out)
+    }
+}
+
+/// Prints the accuracy, the loss and the confusion of classes on the test sentences.
+fn report(model: &Classifier, classes: &[String], test: &Loader) {
+    let mut counts = vec![vec![0; classes.len()]; classes.len()];
+    let (mut sum, mut all) = (0.0, 0);
+    for batch in test.iter() {
+        let batch = batch.expect("the sentences are in memory");
+        let count = batch.classes.dims()[0];
+        let ClassificationOutput {
+            loss,
+            output,
+            targets,
+        } = model.forward(batch);
+        sum += f64::from(loss.into_scalar::<f32>()) * count as f64;
+        all += count;
+        let found = output.argmax(1).into_data();
+        for (found, class) in found.iter::<i64>().zip(targets.into_data().iter::<i64>()) {
+            counts[class as usize][found as usize] += 1;
+        }
+    }
+    let right: usize = (0..classes.len()).map(|class| counts[class][class]).sum();
+    let accuracy = 100.0 * right as f64 / all as f64;
+    println!(
+        "test: accuracy {accuracy:.2} %, loss {:.4}",
+        sum / all as f64
+    );
+    println!("class, and how often each class was found for it:");
+    for (class, counts) in classes.iter().zip(&counts) {
+        println!("  {class}: {counts:?}");
+    }
+}
+
+fn save(model: &Classifier, out: &Path) -> Result<()> {
+    let path = out.join("classifier.safetensors");
+    let mut store = SafetensorsStore::from_file(&path).overwrite(true);
+    let saved = model.save_into(&mut store);
+    saved.map_err(|error| anyhow!("{}: {error}", path.display()))
+}
+
+impl Predict {
+    fn run(&self) -> Result<()> {
+        let device = Device::default();
+        let config = Config::read(&self.model)?;
+        let classes = std::fs::read_to_string(self.out.join("classes.txt"))?;
+        let classes: Vec<_> = classes.lines().collect();
+        let encoder = Encoder::new(&config, 0.0, &device);
+        let mut model = Classifier::new(encoder, config.hidden_size, classes.len(), &device);
+        let path = self.out.join("classifier.safetensors");
+        let mut store = SafetensorsStore::from_file(&path);
+        let loaded = model.load_from(&mut store);
+        loaded.map_err(|error| anyhow!("{}: {error}", path.display()))?;
+        let batch = tokenized(&self.model, &self.sentences, &device)?;
+        let probabilities = softmax(model.forward(batch).output, 1).into_data();
+        let rows: Vec<f32> = probabilities.iter().collect();
+        for (sentence, row) in self.sentences.iter().zip(rows.chunks(classes.len())) {
+            let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            let best = best.expect("there are classes");
+            println!("{} ({:.0} %): {sentence}", classes[best], 100.0 * row[best]);
+        }
+        Ok(())
+    }
+}
+
+fn tokenized(model: &Path, sentences: &[String], device: &Device) -> Result<Batch> {
+    ensure!(!sentences.is_empty(), "give one sentence at least");
+    let tokenizer = data::tokenizer(model, 128)?;
+    let sentences = sentences.iter().map(|text| {
+        let tokens = data::encode(&tokenizer, text)?;
+        Ok(Sentence { tokens, class: 0 })
+    });
+    let sentences = sentences.collect::<Result<Vec<_>>>()?;
+    Ok(Batch::new(
+        &sentences.iter().collect::<Vec<_>>(),
+        None,
+        device,
+    ))
+}
+
+impl Embed {
+    fn run(&self) -> Result<()> {
+        let device = Device::default();
+        let mut encoder = Encoder::new(&Config::read(&self.model)?, 0.0, &device);
+        encoder.load(&self.model)?;
+        let Batch {
+            tokens, padding, ..
+        } = tokenized(&self.model, &self.sentences, &device)?;
+        let embedded = encoder.forward(tokens, padding);
+        let [_, width] = embedded.dims();
+        let values: Vec<f32> = embedded.into_data().iter().collect();
+        for (sentence, row) in self.sentences.iter().zip(values.chunks(width)) {
+            println!("{sentence}: {:?}", &row[..width.min(6)]);
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    fn run(&self) -> Result<()> {
+        ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
+        let device = Device::default().autodiff();
+        let (classes, [train, _]) = self.data.sentences()?;
+        let batch: Vec<_> = train.iter().take(self.data.batch).collect();
+        let batch = Batch::new(&batch, self.data.pad, &device);
+        let mut model = self.data.classifier(classes.len(), &device)?;
+        let mut optimizer = AdamWConfig::new().init();
+        let mut times = [(); 3].map(|()| Vec::new());
+        let mut bytes = [0; 2];
+        for repeat in 0..=self.repeats {
+            let before = memory::alive();
+            memory::watch_peak();
+            let start = Instant::now();
+            let loss = model.forward(batch.clone()).loss;
+            let forward = start.elapsed();
+            let kept = memory::alive().saturating_sub(before);
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            let backward = start.elapsed();
+            model = optimizer.step(1e-5, model, grads);
+            let all = start.elapsed();
+            // The first step makes the moments of the optimizer.
+            if repeat > 0 {
+                let parts = [forward, backward - forward, all - backward];
+                for (times, part) in times.iter_mut().zip(parts) {
+                    times.push(1e3 * part.as_secs_f64());
+                }
+                bytes = [kept, memory::peak()];
+            }
+        }
+        let median = |times: &mut Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let [forward, backward, optimizer] = times.each_mut().map(median);
+        let [kept, peak] = bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
+        println!(
+            "{{\"tokens\": {:?}, \"forward_ms\": {forward:.1}, \"backward_ms\": {backward:.1}, \
+             \"optimizer_ms\": {optimizer:.1}, \"kept_mib\": {kept:.1}, \"peak_mib\": {peak:.1}}}",
+            batch.tokens.dims()
+        );
+        Ok(())
+    }
+}
