@@ -6,10 +6,15 @@
 mod data;
 mod memory;
 mod model;
+#[cfg(test)]
+mod tests;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -111,7 +116,7 @@ struct Train {
     /// Learning rate of AdamW after the warm-up, from where it falls to zero
     #[arg(long, default_value_t = 5e-5)]
     lr: f64,
-    /// Goes on after the last epoch in --out
+    /// Goes on after this epoch, whose checkpoint is in --out
     #[arg(long)]
     resume: Option<usize>,
     /// Folder for logs, checkpoints and the weights
@@ -233,9 +238,7 @@ impl Train {
         let train = self.data.loader(train, true, &device);
         let test = self.data.loader(test, false, &device);
         let done = self.resume.unwrap_or(0);
-        train
-            .epoch
-            .store(done as u64, std::sync::atomic::Ordering::Relaxed);
+        train.epoch.store(done as u64, Ordering::Relaxed);
 
         let autodiff = device.clone().autodiff();
         let model = self.data.classifier(classes.len(), &autodiff)?;

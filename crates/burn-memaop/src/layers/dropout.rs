@@ -42,12 +42,15 @@ impl DropoutConfig {
 /// of a pass are a function of a seed, the number of the pass and the position of a value, so the
 /// backward pass draws them again (`docs/algorithm.md`, "Random numbers").
 ///
-/// The number of the first pass is random, and Burn's generator draws it. So a [`Device::seed`]
-/// before the first pass decides which values are dropped. (In a browser, the order of the dropouts
-/// does.) Later passes count on. The count is [state](crate::MemAopLinear#state): each device has
-/// one, clones share it, and records hold it with [`AopConfig::saved_state`]. A training that is
-/// resumed from such a record drops the same values as one that was not interrupted. If a copy of a
-/// model is to drop other values than the model, call [`reset`](crate::reset) on it.
+/// Burn's generator draws the number of the first pass, and each later pass adds 1. So a
+/// [`Device::seed`] before the first pass decides which values are dropped. In a browser, the number
+/// depends on the order in which dropouts first run. With the same seed, this dropout and Burn's
+/// drop different values.
+///
+/// The count of passes is [state](crate::MemAopLinear#state): each device has one, clones share it,
+/// and records hold it with [`AopConfig::saved_state`]. A training that is resumed from such a record
+/// drops the same values as one that was not interrupted. If a copy of a model is to drop other
+/// values than the model, call [`reset`](crate::reset) on it.
 ///
 /// Burn's own function is used in double precision, in half precision on CPUs, with LibTorch, on
 /// CubeCL's CPU runtime, and on devices that this crate has no code for.

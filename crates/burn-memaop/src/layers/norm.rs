@@ -63,8 +63,8 @@ impl From<LayerNorm> for Normalization {
 
 /// Normalises the last axis of its input, as [`burn::nn::LayerNorm`] does.
 ///
-/// The backward pass keeps the input, where Burn's keeps two tensors of its size. On CPUs in single
-/// precision it is one pass over the rows.
+/// This layer keeps its input for the backward pass. Burn's keeps two tensors of that size. On CPUs
+/// in single precision, the backward pass goes over the rows once.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct LayerNorm {

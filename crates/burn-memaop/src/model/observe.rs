@@ -30,9 +30,9 @@ pub struct AopObserver {
 }
 
 impl AopObserver {
-    /// Reports what each layer did. Layers that draw a fixed number of rows by
-    /// [`Systematic`](crate::Method::Systematic) then measure their noise, as those that choose K
-    /// do, which takes half a per cent of their time.
+    /// Reports what each layer did. Once observed, layers with a fixed K and
+    /// [`Systematic`](crate::Method::Systematic) measure their noise, which takes half a per cent of
+    /// their time. Layers that choose K measure it anyway.
     pub fn new() -> Self {
         Self::default()
     }
@@ -100,8 +100,8 @@ pub struct AopReport {
 
 impl AopReport {
     /// The mean of [`LayerReport::to_best_batch`] over the layers that have it, weighed by the
-    /// operations of their exact backward passes. The first time that an observer finds it above 1,
-    /// a warning is logged.
+    /// operations of their exact backward passes. A warning is logged once in a process, at the
+    /// first report whose value is above 1.
     pub fn to_best_batch(&self) -> Option<f64> {
         LayerReport::mean_to_best_batch(self.layers.iter())
     }

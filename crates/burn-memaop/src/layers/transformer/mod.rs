@@ -1,9 +1,9 @@
-//! Counterparts of Burn's transformer modules with [`MemAopLinear`](crate::MemAopLinear) for
-//! `Linear`.
+//! These modules replace Burn's attention and transformer modules. Their linear layers, dropout,
+//! layer norm and attention are those of this crate.
 //!
-//! Each is configured like Burn's module, or made from it. It has the same fields, and its
-//! `forward` takes and gives the same. [`MhaInput`], [`TransformerEncoderInput`] and
-//! [`TransformerDecoderInput`] are types of this module, because the fields of Burn's are private:
+//! Each is configured like Burn's module, or made from it, and has the same fields. [`MhaInput`],
+//! [`TransformerEncoderInput`] and [`TransformerDecoderInput`] are types of this module, because the
+//! fields of Burn's are private:
 //!
 //! ```
 //! use burn::prelude::*;
@@ -19,8 +19,8 @@
 //! let encoder = encoder.into_encoder(); // Burn's own, with the same parameters.
 //! ```
 //!
-//! The rows of a weight gradient are the tokens of all sequences, padding included. Methods that go
-//! by scores draw a padded token with a zero gradient last. Each layer gets its own seed, counted
+//! The rows of a weight gradient are the tokens of all sequences, padding included. A
+//! padded token whose gradient is zero has the score 0, so methods that go by scores draw it last. Each layer gets its own seed, counted
 //! from that of the [`AopConfig`](crate::AopConfig) in the order query, key, value, output, inner,
 //! outer, block after block. In a decoder the cross-attention comes before the self-attention.
 

@@ -1,0 +1,227 @@
+//! A tiny model in the files of a real one.
+
+use std::{fs, path::Path};
+
+use burn::{
+    store::{ModuleSnapshot, SafetensorsStore},
+    tensor::{Device, Tensor, TensorData},
+};
+use clap::Parser;
+use serde_json::json;
+
+use crate::{
+    Cli, Command, Data, Train,
+    data::{Batch, Sentence},
+    model::{Classifier, Config, Encoder},
+};
+
+/// Writes a model whose value number `i` of a tensor is `0.4 sin(0.7 i + length of its name)`, and
+/// one more for the scales of norms.
+fn write_model(folder: &Path) {
+    let (width, inner, words) = (8, 12, 8);
+    let mut tensors = vec![
+        (
+            "embeddings.word_embeddings.weight".to_string(),
+            vec![words, width],
+        ),
+        (
+            "embeddings.position_embeddings.weight".to_string(),
+            vec![6, width],
+        ),
+        (
+            "embeddings.token_type_embeddings.weight".to_string(),
+            vec![2, width],
+        ),
+    ];
+    let mut norms = vec!["embeddings.LayerNorm".to_string()];
+    for layer in 0..2 {
+        let name = |part: &str| format!("encoder.layer.{layer}.{part}");
+        norms.extend(["attention.output.LayerNorm", "output.LayerNorm"].map(name));
+        for (part, shape) in [
+            ("attention.self.query", [width, width]),
+            ("attention.self.key", [width, width]),
+            ("attention.self.value", [width, width]),
+            ("attention.output.dense", [width, width]),
+            ("intermediate.dense", [inner, width]),
+            ("output.dense", [width, inner]),
+        ] {
+            tensors.push((name(part) + ".weight", shape.to_vec()));
+            tensors.push((name(part) + ".bias", vec![shape[0]]));
+        }
+    }
+    for norm in norms {
+        tensors.extend(["weight", "bias"].map(|part| (format!("{norm}.{part}"), vec![width])));
+    }
+    let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
+    for (name, shape) in tensors {
+        let start = bytes.len();
+        let offset = if name.ends_with("LayerNorm.weight") {
+            1.0
+        } else {
+            0.0
+        };
+        for i in 0..shape.iter().product() {
+            let value = 0.4 * (0.7 * i as f64 + name.len() as f64).sin() + offset;
+            bytes.extend((value as f32).to_le_bytes());
+        }
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, bytes.len()]});
+        header.insert(name, entry);
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    file.extend(bytes);
+    fs::write(folder.join("model.safetensors"), file).unwrap();
+    let config = json!({
+        "hidden_size": width, "intermediate_size": inner, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "layer_norm_eps": 1e-6, "max_position_embeddings": 6,
+        "type_vocab_size": 2, "vocab_size": words,
+    });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": null, "decoder": null,
+        "model": {
+            "type": "WordLevel", "unk_token": "[UNK]",
+            "vocab": {"[UNK]": 0, "a": 1, "good": 2, "bad": 3, "film": 4},
+        },
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter().collect()
+}
+
+/// The values are those of transformers 4 and PyTorch for the same weights.
+#[test]
+fn embeddings_are_those_of_the_reference_implementation() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let device = Device::default();
+    let mut encoder = Encoder::new(&Config::read(folder.path()).unwrap(), 0.1, &device);
+    encoder.load(folder.path()).unwrap();
+    let sentence = |tokens: &[i64]| Sentence {
+        tokens: tokens.to_vec(),
+        class: 0,
+    };
+    let sentences = [sentence(&[1, 2, 4]), sentence(&[3])];
+    for length in [None, Some(5)] {
+        let batch = Batch::new(&sentences.iter().collect::<Vec<_>>(), length, &device);
+        let found = values(encoder.forward(batch.tokens, batch.padding));
+        let expected = [
+            -1.12116, -1.093074, 1.664653, -0.578511, 0.07693, 1.353917, -0.329909, -0.405424,
+            -0.920853, 0.12077, 2.08764, -1.068565, 0.030672, 0.835867, -0.748521, 0.23569,
+        ];
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+}
+
+fn parse(options: &str) -> Train {
+    let words = ["finetune", "train"].into_iter();
+    match Cli::try_parse_from(words.chain(options.split_whitespace())) {
+        Ok(Cli {
+            command: Command::Train(train),
+        }) => train,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn options(folder: &Path, more: &str) -> Train {
+    let (path, data) = (folder.display(), folder.join("data.tsv"));
+    let lines = "good\ta good film\nbad\ta bad film\ngood\tgood\nbad\tbad\n".repeat(16);
+    fs::write(&data, lines).unwrap();
+    let data = data.display();
+    parse(&format!(
+        "--model {path} --data {data} --out {path}/run {more}"
+    ))
+}
+
+#[test]
+fn classes_are_learned_and_the_weights_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let train = options(
+        folder.path(),
+        "--train 48 --batch 8 --epochs 8 --lr 1e-2 --dropout 0",
+    );
+    train.run().unwrap();
+    let out = folder.path().join("run");
+    let device = Device::default();
+    let config = Config::read(folder.path()).unwrap();
+    let encoder = Encoder::new(&config, 0.0, &device);
+    let mut model = Classifier::new(encoder, config.hidden_size, 2, &device);
+    let mut store = SafetensorsStore::from_file(out.join("classifier.safetensors"));
+    model.load_from(&mut store).unwrap();
+    let (classes, [_, test]) = train.data.sentences().unwrap();
+    assert_eq!(classes, ["bad", "good"]);
+    let batch = Batch::new(&test.iter().collect::<Vec<_>>(), None, &device);
+    let output = model.forward(batch);
+    let found = output.output.argmax(1).squeeze_dim::<1>(1);
+    let wrong = found.not_equal(output.targets).int().sum();
+    assert_eq!(wrong.into_scalar::<i64>(), 0);
+}
+
+#[test]
+fn an_epoch_has_every_sentence_once_in_batches_of_like_lengths() {
+    let sentence = |length: usize| Sentence {
+        tokens: vec![1; length],
+        class: length as i64,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let data: Data = options(folder.path(), "--batch 4").data;
+    let sentences: Vec<_> = (1..=30).map(sentence).collect();
+    let loader = data.loader(sentences, true, &Device::default());
+    let epoch = || -> Vec<Vec<i64>> {
+        let batches = burn::data::dataloader::DataLoader::iter(&loader);
+        let classes = batches.map(|batch| batch.unwrap().classes.into_data().iter().collect());
+        classes.collect()
+    };
+    let (first, second) = (epoch(), epoch());
+    assert_ne!(first, second);
+    for epoch in [first, second] {
+        let mut all = epoch.concat();
+        all.sort_unstable();
+        assert_eq!(all, (1..=30).collect::<Vec<_>>());
+        assert!(
+            epoch
+                .iter()
+                .all(|batch| batch.last().unwrap() - batch[0] < 4)
+        );
+    }
+    let padded = Batch::new(&[&sentence(2)], Some(3), &Device::default());
+    let padding: Vec<bool> = padded.padding.into_data().iter().collect();
+    assert_eq!(padding, [false, false, true]);
+    let expected = TensorData::from([[1i64, 1, 0]]);
+    padded.tokens.into_data().assert_eq(&expected, false);
+}
+
+#[test]
+fn bad_input_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let message = |train: &Train| format!("{:#}", train.run().unwrap_err());
+    let train = options(folder.path(), "--train 10");
+    assert!(
+        message(&train).contains("tokenizer.json"),
+        "{}",
+        message(&train)
+    );
+    write_model(folder.path());
+    let error = message(&options(folder.path(), "--train 64"));
+    assert!(
+        error.contains("--train must leave sentences for the test, but got 64 of 64"),
+        "{error}"
+    );
+    let train = options(folder.path(), "--train 10");
+    fs::write(folder.path().join("data.tsv"), "good\tfilm\nno tab\n").unwrap();
+    let error = message(&train);
+    assert!(
+        error.contains("line 2 must have a class, a tab and a sentence"),
+        "{error}"
+    );
+    fs::write(folder.path().join("data.tsv"), "good\tfilm\n").unwrap();
+    assert!(message(&train).contains("at least two classes, but has 1"));
+}
