@@ -40,11 +40,9 @@ pub fn activations_equal_burns(device: &Device) {
         let input = Tensor::<3>::random(shape, Distribution::Normal(0.0, 2.0), &inner);
         let upstream = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &inner);
         let gradient = |function: fn(Tensor<3>) -> Tensor<3>| {
-            let input = Tensor::from_inner(input.clone())
-                .to_device(device)
-                .require_grad();
+            let input = Tensor::from_data(input.to_data(), device).require_grad();
             let output = function(input.clone());
-            let grads = (output.clone() * Tensor::from_inner(upstream.clone()).to_device(device))
+            let grads = (output.clone() * Tensor::from_data(upstream.to_data(), device))
                 .sum()
                 .backward();
             (output.inner(), input.grad(&grads).unwrap())
@@ -260,11 +258,7 @@ pub fn the_rounding_of_a_derivative_is_unbiased(device: &Device) {
     let inner = device.clone().inner();
     let values: Vec<f32> = (0..96).map(|i| (i as f32 - 48.0) / 16.0).collect();
     let values = Tensor::<2>::from_data(TensorData::new(values, [4, 24]), &inner);
-    let input = || {
-        Tensor::from_inner(values.clone())
-            .to_device(device)
-            .require_grad()
-    };
+    let input = || Tensor::from_data(values.to_data(), device).require_grad();
     let derivative = |function: &dyn Fn(Tensor<2>) -> Tensor<2>| {
         let input = input();
         input
