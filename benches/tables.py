@@ -171,7 +171,7 @@ def finish(course, target):
             way = (target - before[1]) / (value - before[1])
             return before[0] + way * (seconds - before[0])
         before = (seconds, value)
-    raise ValueError(f"seed {course['seed']} does not reach {target}")
+    return None
 
 
 def race(courses):
@@ -184,14 +184,18 @@ def race(courses):
                 key = (course["batch"], divisor(course["k_ratio"]) + (", dX auto" if course["dx_ratio"] else ""))
                 found.setdefault(key, []).append(course)
         times = {key: [finish(course, 0.97) for course in of] for key, of in found.items()}
-        exact = min((key for key in times if key[1] == "M"), key=lambda key: statistics.mean(times[key]))
+        whole = [key for key in times if key[1] == "M" and None not in times[key]]
+        exact = min(whole, key=lambda key: statistics.mean(times[key]))
 
         def step(key):
             return statistics.mean(course["seconds"][-1] / course["steps"] for course in found[key])
 
         for key, of in found.items():
             accuracy = interval([100 * course["accuracy"][-1] for course in of])
-            ratios = interval([time / best for time, best in zip(times[key], times[exact])])
+            if None in times[key]:
+                ratios = f"{sum(time is not None for time in times[key])} of {len(of)} reach it"
+            else:
+                ratios = interval([time / best for time, best in zip(times[key], times[exact])])
             added = [value for course in of for value in course["added"] if value is not None]
             predicted = step(key) / step((key[0], "M")) * (1 + statistics.mean(added))
             cells = [ratios, "" if key[1] == "M" else f"{predicted:.2f}", accuracy]

@@ -85,7 +85,8 @@ struct Course {
     /// The time of training until the test, without tests.
     seconds: Vec<f64>,
     accuracy: Vec<f64>,
-    loss: Vec<f64>,
+    /// None where it is not a number.
+    loss: Vec<Option<f64>>,
     /// The variance that drawn rows add at the last step of a turn, relative to that of the batch:
     /// the mean over the layers, weighed by their operations.
     added: Vec<Option<f64>>,
@@ -393,7 +394,7 @@ fn race(data: &Data, entries: &[Entry], seed: u64) -> Vec<Course> {
             course.seconds.push(before + training.advance(steps));
             let Tested { accuracy, loss } = training.test();
             course.accuracy.push(accuracy);
-            course.loss.push(loss);
+            course.loss.push(loss.is_finite().then_some(loss));
             course.added.push(training.added_noise());
         }
     }
@@ -431,7 +432,9 @@ mod tests {
         assert_eq!(courses[0][0].seconds.len(), TURNS);
         let losses = |seeds: &[Vec<Course>]| -> Vec<f64> {
             let courses = seeds.iter().flatten();
-            courses.flat_map(|course| course.loss.clone()).collect()
+            courses
+                .flat_map(|it| it.loss.iter().flatten().copied())
+                .collect()
         };
         // The text of a number need not have all of its digits.
         let again = race.courses(&data, Optimizer::Sgd).unwrap();

@@ -82,8 +82,8 @@ impl AopObserver {
             static WARNING: Once = Once::new();
             WARNING.call_once(|| {
                 log::warn!(
-                    "burn-memaop: exact gradients (OuterProducts::All) with a smaller batch would train this \
-                     model in less time than the rows that its layers draw now."
+                    "burn-memaop: the rows that the layers of this model draw cost more than they save, compared \
+                     with exact gradients (OuterProducts::All) and the batch that is best for them."
                 );
             });
         }
@@ -153,7 +153,7 @@ impl LayerReport {
     }
 
     /// `f (1 + R)`: the time of training with the present K, relative to exact training, if both may
-    /// choose the batch that is best for them. Above 1, exact steps with a smaller batch are better
+    /// choose the batch that is best for them. Above 1, exact steps with the best batch are better
     /// (`docs/results.md` has the reason). None where [`added_noise`](Self::added_noise) is.
     pub fn to_best_batch(&self) -> Option<f64> {
         Some(self.time * (1.0 + self.added_noise?))

@@ -27,7 +27,7 @@ pub enum AopFigure {
     Noise,
     /// What training takes, [relative to exact training with its best
     /// batch](LayerReport::to_best_batch): the mean over the layers, weighed by their operations. Above
-    /// 1, a smaller batch of exact steps is better.
+    /// 1, exact steps are better.
     ToBestBatch,
     /// The [relative error](LayerReport::error) of the gradient, in per cent: the mean over the
     /// layers. It has a value at steps that are [compared](crate::AopObserver::with_error).
