@@ -1,7 +1,4 @@
-//! Fine-tunes a pre-trained encoder to sort sentences into classes.
-//!
-//! The sources name `burn` alone. One package builds them with Burn's own layers, and one with those
-//! of burn-memaop, which is then called `burn`. README.md says how to run them.
+//! The program. It names `burn` alone.
 
 mod data;
 mod memory;
@@ -34,7 +31,9 @@ use burn::{
 use clap::{Args, Parser, Subcommand};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use crate::{
+use crate::Layers;
+
+use self::{
     data::{Batch, Loader, Sentence},
     model::{Classifier, Config, Encoder},
 };
@@ -87,24 +86,8 @@ struct Data {
     lora: Option<usize>,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    #[cfg(feature = "memaop")]
     #[command(flatten)]
-    aop: Aop,
-}
-
-/// What only the layers of burn-memaop have.
-#[cfg(feature = "memaop")]
-#[derive(Args, Debug)]
-struct Aop {
-    /// Takes all rows, so that gradients are exact
-    #[arg(long)]
-    exact: bool,
-    /// Takes this share of the rows
-    #[arg(long, conflicts_with = "exact")]
-    k_ratio: Option<f64>,
-    /// Keeps inputs and activations in 8 bits
-    #[arg(long)]
-    int8: bool,
+    layers: Layers,
 }
 
 #[derive(Args, Debug)]
@@ -150,9 +133,9 @@ struct Embed {
     sentences: Vec<String>,
 }
 
-fn main() -> Result<()> {
+pub fn main() -> Result<()> {
     match Cli::parse().command {
-        Command::Train(train) => train.run(),
+        Command::Train(train) => train.run().map(drop),
         Command::Predict(predict) => predict.run(),
         Command::Step(step) => step.run(),
         Command::Embed(embed) => embed.run(),
@@ -196,40 +179,16 @@ impl Data {
         let mut encoder = Encoder::new(&config, self.dropout, device);
         encoder.load(&self.model)?;
         let classifier = Classifier::new(encoder, config.hidden_size, classes, device);
-        let classifier = self.configured(classifier);
+        let classifier = self.layers.configured(classifier);
         Ok(match self.lora {
             None => classifier,
             Some(rank) => classifier.apply_lora(Lora::new(rank, 2.0 * rank as f64)),
         })
     }
-
-    #[cfg(feature = "memaop")]
-    fn configured(&self, classifier: Classifier) -> Classifier {
-        use burn::memaop::{OuterProducts, StoredInput, summary, with_aop};
-
-        let classifier = with_aop(classifier, |_, aop| {
-            let aop = match (self.aop.exact, self.aop.k_ratio) {
-                (true, _) => aop.with_outer_products(OuterProducts::All),
-                (false, Some(ratio)) => aop.with_outer_products(OuterProducts::Ratio(ratio)),
-                (false, None) => aop,
-            };
-            match self.aop.int8 {
-                true => aop.with_stored_input(StoredInput::Int8),
-                false => aop,
-            }
-        });
-        println!("{}", summary(&classifier));
-        classifier
-    }
-
-    #[cfg(not(feature = "memaop"))]
-    fn configured(&self, classifier: Classifier) -> Classifier {
-        classifier
-    }
 }
 
 impl Train {
-    fn run(&self) -> Result<()> {
+    fn run(&self) -> Result<Classifier> {
         ensure!(self.epochs > 0, "--epochs must be at least 1, but got 0");
         let device = Device::default();
         let (classes, [train, test]) = self.data.sentences()?;
@@ -276,7 +235,8 @@ impl Train {
         let model = result.model;
         report(&model, &classes, &test);
         std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
-        save(&model, &self.out)
+        save(&model, &self.out)?;
+        Ok(model)
     }
 }
 

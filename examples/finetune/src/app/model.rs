@@ -17,7 +17,7 @@ use burn::{
 };
 use serde::Deserialize;
 
-use crate::data::Batch;
+use super::data::Batch;
 
 /// What `config.json` says of a model.
 #[derive(Debug, Clone, Deserialize)]

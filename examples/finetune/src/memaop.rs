@@ -1,0 +1,47 @@
+//! Fine-tunes a pre-trained encoder with the layers of burn-memaop. The sources in `app` are those of
+//! `burn.rs`. Only the crate that is called `burn` is another one.
+
+extern crate swapped_burn as burn;
+
+mod app;
+
+use burn::{
+    memaop::{OuterProducts, StoredInput, summary, with_aop},
+    module::Module,
+};
+
+/// What only the layers of burn-memaop have.
+#[derive(clap::Args, Debug)]
+struct Layers {
+    /// Takes all rows, so that gradients are exact
+    #[arg(long)]
+    exact: bool,
+    /// Takes this share of the rows
+    #[arg(long, conflicts_with = "exact")]
+    k_ratio: Option<f64>,
+    /// Keeps inputs and activations in 8 bits
+    #[arg(long)]
+    int8: bool,
+}
+
+impl Layers {
+    fn configured<M: Module>(&self, model: M) -> M {
+        let model = with_aop(model, |_, aop| {
+            let aop = match (self.exact, self.k_ratio) {
+                (true, _) => aop.with_outer_products(OuterProducts::All),
+                (false, Some(ratio)) => aop.with_outer_products(OuterProducts::Ratio(ratio)),
+                (false, None) => aop,
+            };
+            match self.int8 {
+                true => aop.with_stored_input(StoredInput::Int8),
+                false => aop,
+            }
+        });
+        println!("{}", summary(&model));
+        model
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    app::main()
+}
