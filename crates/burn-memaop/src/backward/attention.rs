@@ -211,8 +211,9 @@ fn in_blocks<const N: usize>(
             head..heads.min(head + at_once),
         ]
     });
-    // Small products gain little from threads of their own. Large blocks would fill the memory.
-    let parallel = of_head <= block && cost::is_cpu(device.as_dispatch());
+    // The blocks that are computed at the same time must not fill the memory.
+    let in_flight = threads() * of_head.max(block);
+    let parallel = in_flight <= MOST_IN_FLIGHT && cost::is_cpu(device.as_dispatch());
     let mut parts = all(blocks.collect(), part, parallel).into_iter();
     let rows = (0..batch).step_by(sequences).map(|_| {
         let row = parts.by_ref().take(heads.div_ceil(at_once));
@@ -221,7 +222,17 @@ fn in_blocks<const N: usize>(
     joined(rows.collect(), 0)
 }
 
-/// Computes all blocks, one after the other or at the same time.
+/// The bytes of scores that are computed at the same time.
+const MOST_IN_FLIGHT: usize = 64 << 20;
+
+fn threads() -> usize {
+    #[cfg(feature = "rayon")]
+    return rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    1
+}
+
+/// Computes all blocks, one after the other or at the same time. The results are the same.
 fn all<T: Send>(
     blocks: Vec<Block>,
     compute: impl Fn(Block) -> T + Send + Sync,
