@@ -281,7 +281,7 @@ impl MemAopMultiHeadAttention {
     }
 
     /// The field `context` of [`forward`](Self::forward), which keeps no weights for the backward
-    /// pass. It computes them again.
+    /// pass. It computes them again, unless the dropout [is Burn's](crate::nn::Dropout).
     ///
     /// # Panics
     ///
@@ -345,7 +345,8 @@ pub(super) struct Scaling {
 /// Masks that broadcast to the weights. They are true where a query does not attend to a key.
 pub(super) type Masks = [Option<Tensor<4, Bool>>; 2];
 
-/// The heads' outputs of [`attend`] side by side. Nothing is kept of the weights.
+/// The heads' outputs of [`attend`] side by side. Nothing is kept of the weights, unless the
+/// dropout is Burn's.
 pub(super) fn attended(
     query: Tensor<4>,
     key: Tensor<4>,
