@@ -11,13 +11,14 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use memaop_examples::{
-    InputGradientOptions, KRatio, MemoryOption, PolicyOption, StoredInputOption, parallel,
+    InputGradientOptions, KRatio, PolicyOption, parallel,
     statistics::{confidence, mean_and_error},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     setting::{Optimizer, Setting},
+    study,
     training::{Data, Tested, Training},
 };
 
@@ -213,21 +214,14 @@ impl Race {
             Optimizer::Sgd => 0.4,
             Optimizer::Adam => 1e-3,
         };
-        let exact = |batch: usize| Setting {
-            optimizer,
-            lr: guess * (batch as f64 / BUDGET_BATCH as f64).sqrt(),
-            momentum: 0.0,
-            batch,
-            widths: self.widths.clone(),
-            epochs: self.budget,
-            k_ratio: KRatio::ALL,
-            policy: PolicyOption::Systematic,
-            memory: MemoryOption::None,
-            decay: 1.0,
-            stored_input: StoredInputOption::Full,
-            input_gradient: InputGradientOptions::default(),
-            cost_rule: true,
-            exact_steps: 0,
+        let exact = |batch: usize| {
+            let lr = guess * (batch as f64 / BUDGET_BATCH as f64).sqrt();
+            let hidden = self.widths.len();
+            Setting {
+                widths: self.widths.clone(),
+                policy: PolicyOption::Systematic,
+                ..study::exact((optimizer, lr, 0.0, batch, hidden, self.budget))
+            }
         };
         let mut settings: Vec<_> = self.exact_batch.iter().map(|&batch| exact(batch)).collect();
         let dx = self.dx_ratio.iter().copied().map(Some);

@@ -103,7 +103,7 @@ pub fn settings() -> Vec<Setting> {
     settings
 }
 
-fn exact((optimizer, lr, momentum, batch, hidden, epochs): Regime) -> Setting {
+pub fn exact((optimizer, lr, momentum, batch, hidden, epochs): Regime) -> Setting {
     Setting {
         optimizer,
         lr,

@@ -1,7 +1,6 @@
 //! The program. It names `burn` alone.
 
 mod data;
-mod memory;
 mod model;
 #[cfg(test)]
 mod tests;
@@ -29,6 +28,7 @@ use burn::{
     },
 };
 use clap::{Args, Parser, Subcommand};
+use memaop_examples::memory;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use crate::Layers;
