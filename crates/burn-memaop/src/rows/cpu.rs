@@ -13,6 +13,7 @@ mod convolution;
 mod gelu;
 mod images;
 mod in_place;
+mod layer_norm;
 mod norm;
 mod packed;
 mod passes;
@@ -356,7 +357,7 @@ impl<B: HostTensors> ExactOps for B {
         epsilon: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         match is_single::<Self>(&input) {
-            true => norm::backward::<Self>(input, gamma, grad, epsilon),
+            true => layer_norm::backward::<Self>(input, gamma, grad, epsilon),
             false => exact::layer_norm_backward::<Self>(input, gamma, grad, epsilon),
         }
     }

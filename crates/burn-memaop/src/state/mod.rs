@@ -7,6 +7,7 @@ pub(crate) mod offer;
 pub(crate) mod reading;
 mod record;
 pub(crate) mod rows;
+mod stateful;
 pub(crate) mod watch;
 
-pub(crate) use layer::{LayerState, Stateful};
+pub(crate) use self::{layer::LayerState, stateful::Stateful};

@@ -1,105 +1,111 @@
-//! The backward pass of a layer norm. It computes mean and deviation of each row again, while the
-//! row is in the cache.
+//! The norms of rows, right also where squares overflow or underflow.
 
-use burn::backend::{TensorMetadata, tensor::FloatTensor};
+/// The number of sums that are added up side by side: enough for several of the widest registers.
+pub(super) const LANES: usize = 32;
 
-use super::{
-    HostTensors, from_values,
-    in_place::sum_of,
-    passes::{RowWork, Rows, RowsMut, in_parallel},
-    rows, rows_mut,
-};
+/// The sums of squares that neither overflow nor lose what underflows.
+pub(super) const SAFE: std::ops::RangeInclusive<f32> = 1e-20..=1e30;
 
-/// Replaces the gradient of the output by that of the input. Returns those of gamma and beta, too.
-pub(super) fn backward<B: HostTensors>(
-    input: FloatTensor<B>,
-    gamma: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    epsilon: f64,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let device = grad.device();
-    let [input, gamma, mut grad] = [input, gamma, grad].map(B::contiguous);
-    let sums = in_parallel(NormBackward {
-        input: rows::<B>(&input),
-        gamma: B::values(&gamma),
-        grad: rows_mut::<B>(&mut grad),
-        epsilon: epsilon as f32,
-    });
-    let [of_gamma, of_beta] = sums.map(|sum| {
-        let width = sum.len();
-        from_values::<B>(sum, [width], &device)
-    });
-    (grad, of_gamma, of_beta)
+/// The norm of a row. It is not finite if a value of the row is not.
+#[inline(always)]
+pub(super) fn norm(row: &[f32]) -> f32 {
+    root(square_sum(row), row)
 }
 
-struct NormBackward<'a> {
-    input: Rows<'a, f32>,
-    gamma: &'a [f32],
-    grad: RowsMut<'a, f32>,
-    epsilon: f32,
+/// The norms of two rows of one width, in one pass over both.
+#[inline(always)]
+pub(super) fn norms(first: &[f32], second: &[f32]) -> [f32; 2] {
+    let mut sums = [[0.0; LANES]; 2];
+    let (chunks, rest) = first.as_chunks::<LANES>();
+    let (second_chunks, second_rest) = second.as_chunks::<LANES>();
+    for (first, second) in chunks.iter().zip(second_chunks) {
+        for lane in 0..LANES {
+            sums[0][lane] += first[lane] * first[lane];
+            sums[1][lane] += second[lane] * second[lane];
+        }
+    }
+    let of_rest = |rest: &[f32]| rest.iter().fold(0.0, |sum, v| sum + v * v);
+    let [of_first, of_second] = sums.map(total);
+    [
+        root(of_first + of_rest(rest), first),
+        root(of_second + of_rest(second_rest), second),
+    ]
 }
 
-impl RowWork for NormBackward<'_> {
-    /// The gradients of gamma and beta.
-    type Output = [Vec<f32>; 2];
-
-    fn rows(&self) -> usize {
-        self.input.count()
+/// The norm of a row whose squares have this sum.
+#[inline(always)]
+pub(super) fn root(sum: f32, row: &[f32]) -> f32 {
+    match SAFE.contains(&sum) {
+        true => sum.sqrt(),
+        false => norm_by_the_largest(row),
     }
+}
 
-    fn width(&self) -> usize {
-        // A value is read and written several times.
-        4 * self.input.width
+/// The norm of a row whose squares overflow or underflow.
+#[inline(always)]
+fn norm_by_the_largest(row: &[f32]) -> f32 {
+    let largest = largest(row);
+    if largest == 0.0 || !largest.is_finite() {
+        return largest;
     }
+    let parts = row.iter().map(|value| value / largest);
+    parts.map(|part| part * part).sum::<f32>().sqrt() * largest
+}
 
-    fn split_at(self, row: usize) -> (Self, Self) {
-        let (input, grad) = (self.input.split_at(row), self.grad.split_at(row));
-        let work = |input, grad| Self {
-            input,
-            grad,
-            ..self
-        };
-        (work(input.0, grad.0), work(input.1, grad.1))
+/// The largest of absolute values. It is not finite if a value is not.
+#[inline(always)]
+pub(super) fn largest(values: &[f32]) -> f32 {
+    // Without the sign, the bits of numbers are in their order, then come infinity and NaN.
+    let sizes = values.iter().map(|value| value.to_bits() & 0x7FFF_FFFF);
+    f32::from_bits(sizes.fold(0, u32::max))
+}
+
+#[inline(always)]
+fn square_sum(row: &[f32]) -> f32 {
+    let mut sums = [0.0; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane] * chunk[lane];
+        }
     }
+    total(sums) + rest.iter().fold(0.0, |sum, v| sum + v * v)
+}
 
-    #[inline(always)]
-    fn run(mut self) -> [Vec<f32>; 2] {
-        let (gamma, width) = (self.gamma, self.input.width);
-        let [mut of_gamma, mut of_beta] = [(); 2].map(|()| vec![0.0; width]);
-        // The input without its mean, and then the part of it that the norm keeps.
-        let mut normal = vec![0.0; width];
-        for row in 0..self.rows() {
-            let (input, grad) = (self.input.row(row), self.grad.row(row));
-            let mean = sum_of(input, input, |value, _| value) / width as f32;
-            for (normal, value) in normal.iter_mut().zip(input) {
-                *normal = value - mean;
-            }
-            let variance = sum_of(&normal, &normal, |a, b| a * b) / width as f32;
-            let inverse = 1.0 / (variance + self.epsilon).sqrt();
-            let columns = of_gamma.iter_mut().zip(&mut of_beta).zip(&mut normal);
-            for (((of_gamma, of_beta), normal), (grad, gamma)) in
-                columns.zip(grad.iter_mut().zip(gamma))
-            {
-                *normal *= inverse;
-                *of_gamma += *grad * *normal;
-                *of_beta += *grad;
-                *grad *= gamma;
-            }
-            let mean = sum_of(grad, grad, |grad, _| grad) / width as f32;
-            let along = sum_of(grad, &normal, |grad, normal| grad * normal) / width as f32;
-            for (grad, normal) in grad.iter_mut().zip(&normal) {
-                *grad = inverse * (*grad - mean - normal * along);
+/// The sums are added in halves, so that the lanes stay in registers.
+#[inline(always)]
+pub(super) fn total(mut sums: [f32; LANES]) -> f32 {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+    }
+    sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::norm;
+
+    #[test]
+    fn norms_are_right_where_squares_are_not() {
+        for scale in [1e-38, 1e-25, 1e-10, 1.0, 1e20, 5e37] {
+            for width in [1, 31, 32, 100] {
+                let mut row = vec![0.0; width];
+                (row[0], row[width - 1]) = (3.0 * scale, 3.0 * scale);
+                let expected = 3.0 * scale * if width == 1 { 1.0 } else { 2f32.sqrt() };
+                let found = norm(&row);
+                assert!(
+                    (found / expected - 1.0).abs() < 1e-5,
+                    "{scale} {width}: {found}"
+                );
             }
         }
-        [of_gamma, of_beta]
-    }
-
-    fn join(mut first: Self::Output, second: Self::Output) -> Self::Output {
-        for (sum, second) in first.iter_mut().zip(second) {
-            for (sum, value) in sum.iter_mut().zip(second) {
-                *sum += value;
-            }
+        assert_eq!((norm(&[]), norm(&[0.0; 40])), (0.0, 0.0));
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(!norm(&[broken]).is_finite() && !norm(&[1.0, broken, 0.0]).is_finite());
         }
-        first
     }
 }

@@ -2,7 +2,8 @@
 
 use super::{
     DrawnRow,
-    passes::{RowWork, Rows, RowsMut, norm},
+    norm::norm,
+    passes::{RowWork, Rows, RowsMut},
 };
 use crate::rows::{
     packing::{Packing, pack_row, unpack_row},

@@ -3,7 +3,8 @@
 use super::{
     NewScores,
     images::{Images, Run},
-    passes::{RowWork, SAFE, balance, in_parallel},
+    norm::SAFE,
+    passes::{RowWork, balance, in_parallel},
 };
 
 pub(super) fn score(images: Images<'_>, grad: &[f32], scores: &mut NewScores) {
