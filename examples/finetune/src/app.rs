@@ -30,6 +30,7 @@ use burn::{
 use clap::{Args, Parser, Subcommand};
 use memaop_examples::memory;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde_json::json;
 
 use crate::Layers;
 
@@ -223,25 +224,29 @@ impl Train {
             training = training.checkpoint(done);
         }
         let optimizer = AdamWConfig::new().with_weight_decay(0.01).init();
+        memory::watch_peak();
         let start = Instant::now();
         let result = training.launch(Learner::new(model, optimizer, rate));
         if let Some(error) = result.error {
             return Err(anyhow!("{error}"));
         }
-        println!(
-            "{:.1} s of training and tests",
-            start.elapsed().as_secs_f64()
-        );
+        let (seconds, peak) = (start.elapsed().as_secs_f64(), mib(memory::peak()));
         let model = result.model;
-        report(&model, &classes, &test);
+        let [accuracy, loss] = report(&model, &classes, &test);
+        println!("{seconds:.1} s of training and tests, {peak:.0} MiB at most");
+        let result = json!({
+            "accuracy": accuracy, "loss": loss, "seconds": seconds, "peak_mib": peak,
+        });
+        std::fs::write(self.out.join("result.json"), result.to_string())?;
         std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
         save(&model, &self.out)?;
         Ok(model)
     }
 }
 
-/// Prints the accuracy, the loss and the confusion of classes on the test sentences.
-fn report(model: &Classifier, classes: &[String], test: &Loader) {
+/// Prints the accuracy in percent, the loss and the confusion of classes on the test sentences.
+/// Returns accuracy and loss.
+fn report(model: &Classifier, classes: &[String], test: &Loader) -> [f64; 2] {
     let mut counts = vec![vec![0; classes.len()]; classes.len()];
     let (mut sum, mut all) = (0.0, 0);
     for batch in test.iter() {
@@ -261,14 +266,17 @@ fn report(model: &Classifier, classes: &[String], test: &Loader) {
     }
     let right: usize = (0..classes.len()).map(|class| counts[class][class]).sum();
     let accuracy = 100.0 * right as f64 / all as f64;
-    println!(
-        "test: accuracy {accuracy:.2} %, loss {:.4}",
-        sum / all as f64
-    );
+    let loss = sum / all as f64;
+    println!("test: accuracy {accuracy:.2} %, loss {loss:.4}");
     println!("class, and how often each class was found for it:");
     for (class, counts) in classes.iter().zip(&counts) {
         println!("  {class}: {counts:?}");
     }
+    [accuracy, loss]
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn save(model: &Classifier, out: &Path) -> Result<()> {
@@ -371,12 +379,12 @@ impl Step {
             times[times.len() / 2]
         };
         let [forward, backward, optimizer] = times.each_mut().map(median);
-        let [kept, peak] = bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
-        println!(
-            "{{\"tokens\": {:?}, \"forward_ms\": {forward:.1}, \"backward_ms\": {backward:.1}, \
-             \"optimizer_ms\": {optimizer:.1}, \"kept_mib\": {kept:.1}, \"peak_mib\": {peak:.1}}}",
-            batch.tokens.dims()
-        );
+        let [kept, peak] = bytes.map(mib);
+        let result = json!({
+            "tokens": batch.tokens.dims(), "forward_ms": forward, "backward_ms": backward,
+            "optimizer_ms": optimizer, "kept_mib": kept, "peak_mib": peak,
+        });
+        println!("{result}");
         Ok(())
     }
 }

@@ -1,28 +1,22 @@
-//! Attention under autodiff. The weights of attention are as many values as all else that it keeps,
-//! times the length of a sequence. So they are not kept, and the backward pass computes them again,
-//! for as many heads at a time as stay in the cache.
+//! Attention in blocks. The weights of attention are as many values as all else that it keeps, times
+//! the length of a sequence. So they are not kept, and the backward pass computes them again, for as
+//! many heads at a time as stay in the cache.
 
 use std::ops::Range;
 
 use burn::{
-    backend::{
-        Autodiff, BackendTensor, Dispatch, DispatchKindConversion, DispatchTensor,
-        tensor::{BoolTensor, FloatTensor},
-    },
+    backend::Dispatch,
     tensor::{Bool, Tensor},
-};
-use burn_autodiff::{
-    NodeId,
-    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
-    grads::Gradients,
-    ops::{Backward, Ops, OpsKind},
 };
 
 #[cfg(feature = "rayon")]
 use rayon::prelude::*;
 
-use super::{LayerOps, cost};
-use crate::rows::{Attention, ExactOps, Mask, RowOps, random::Dropout};
+use super::cost;
+use crate::rows::{Attention, ExactOps, RowOps, random::Dropout};
+
+#[cfg(feature = "autodiff")]
+pub(super) mod tracked;
 
 /// Queries, keys and values, shape `[batch, heads, length, d_head]`.
 type Inputs = [Tensor<4>; 3];
@@ -30,74 +24,8 @@ type Inputs = [Tensor<4>; 3];
 /// `[batch, heads, queries, keys]`. They stay apart, because all layers share them as they are.
 type Masks = [Option<Tensor<4, Bool>>; 2];
 
-pub(super) fn attention<B, C>(
-    inputs: [FloatTensor<Autodiff<B, C>>; 3],
-    masks: [Mask<Autodiff<B, C>>; 2],
-    attention: Attention,
-) -> FloatTensor<Autodiff<B, C>>
-where
-    B: LayerOps,
-    C: CheckpointStrategy,
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    let masks: Masks = masks.map(|mask| {
-        let mask: Option<BoolTensor<B>> = mask.into_option();
-        let tensor = |mask| DispatchTensor::from_backend(BackendTensor::Bool(mask));
-        mask.map(|mask| Tensor::from_dispatch(tensor(mask)))
-    });
-    let nodes = inputs.each_ref().map(|input| input.node());
-    let prep = AttentionBackward.prepare::<C>(nodes).compute_bound();
-    let OpsKind::Tracked(mut prep) = prep.stateful() else {
-        unreachable!("an input is tracked");
-    };
-    let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
-    let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-    let [context, rows] = forward(inputs, &masks, attention);
-    let state = State {
-        inputs: kept,
-        masks,
-        rows,
-        attention,
-    };
-    prep.finish(state, primitive::<B>(context))
-}
-
-#[derive(Debug)]
-struct AttentionBackward;
-
-#[derive(Debug, Clone)]
-struct State {
-    inputs: [NodeId; 3],
-    masks: Masks,
-    /// Two numbers for each query, shape `[batch, heads, queries, 2]`.
-    rows: Tensor<4>,
-    attention: Attention,
-}
-
-impl<B> Backward<B, 3> for AttentionBackward
-where
-    B: LayerOps,
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    type State = State;
-
-    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, stored: &mut Checkpointer) {
-        let state = ops.state;
-        let retrieved = state
-            .inputs
-            .map(|id| tensor::<B>(stored.retrieve_node_output::<FloatTensor<B>>(id)));
-        let grad = tensor::<B>(grads.consume::<B>(&ops.node));
-        let gradients = backward(retrieved, &state.masks, state.rows, grad, state.attention);
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let Some(node) = parent {
-                grads.register::<B>(node.id, primitive::<B>(gradient));
-            }
-        }
-    }
-}
-
 /// The output of each head, and what the backward pass needs to compute its weights again.
-fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> [Tensor<4>; 2] {
+pub(crate) fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> [Tensor<4>; 2] {
     let [_, heads, queries, _] = inputs[0].dims();
     in_blocks(&inputs, masks, |[query, key, value], masks, block| {
         let scores = scores(query, key, &masks, attention);
@@ -109,6 +37,7 @@ fn forward(inputs: Inputs, masks: &Masks, attention: Attention) -> [Tensor<4>; 2
 }
 
 /// The gradients of queries, keys and values, from that of the output.
+#[cfg(feature = "autodiff")]
 fn backward(
     inputs: Inputs,
     masks: &Masks,
@@ -264,20 +193,4 @@ fn joined<const N: usize>(mut parts: Vec<[Tensor<4>; N]>, axis: usize) -> [Tenso
             axis,
         )
     })
-}
-
-fn tensor<B: LayerOps>(tensor: FloatTensor<B>) -> Tensor<4>
-where
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    Tensor::from_dispatch(DispatchTensor::from_backend(BackendTensor::Float(tensor)))
-}
-
-fn primitive<B: LayerOps>(tensor: Tensor<4>) -> FloatTensor<B>
-where
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    DispatchTensor::try_into_backend(tensor.into_dispatch())
-        .expect("all tensors of an attention are on one device")
-        .float()
 }

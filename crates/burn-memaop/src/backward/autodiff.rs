@@ -78,7 +78,7 @@ where
         of_pairs: Mask<Self>,
         attention: Attention,
     ) -> FloatTensor<Self> {
-        attention::attention::<B, C>([query, key, value], [of_keys, of_pairs], attention)
+        attention::tracked::attention::<B, C>([query, key, value], [of_keys, of_pairs], attention)
     }
 
     fn memaop_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {

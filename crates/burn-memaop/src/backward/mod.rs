@@ -3,8 +3,7 @@
 
 #[cfg(feature = "autodiff")]
 mod activation;
-#[cfg(feature = "autodiff")]
-mod attention;
+pub(crate) mod attention;
 #[cfg(feature = "autodiff")]
 mod autodiff;
 pub(crate) mod cost;

@@ -66,9 +66,11 @@ pub(super) fn packed_gelu<const D: usize>(
 }
 
 /// Applies [`burn::tensor::activation::gelu`] to 1e-6, faster on Flex in single precision. It is
-/// Burn's own where no gradient is asked for.
+/// Also for inference, because it takes one pass, by all threads.
 pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
-    match is_tracked(&input) && is_supported(input.device().as_dispatch()) {
+    let device = input.device();
+    let has_code = is_supported(device.as_dispatch());
+    match has_code && (is_tracked(&input) || !device.is_autodiff()) {
         false => activation::gelu(input),
         true => as_matrix(input, |input| {
             Tensor::from_dispatch(Dispatch::memaop_gelu(input.into_dispatch()))

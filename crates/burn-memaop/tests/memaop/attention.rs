@@ -81,25 +81,31 @@ pub fn context_equals_burns(device: &Device) {
         let ours = MemAopMultiHeadAttention::from_mha(burns.clone(), all_rows());
         let [query, key, value] =
             [queries, keys, keys].map(|length| tokens(&mut random, [batch, length, 8], device));
-        let input = MhaInput::new(query.clone(), key.clone(), value.clone());
-        let input = match masked {
-            false => input,
-            true => {
-                // The first query of each sequence attends to no key at all.
-                let hidden = (0..batch * queries * keys)
-                    .map(|i| i / keys % queries == 0 || i % 5 == 1)
-                    .collect();
-                let hidden: TensorData = TensorData::new::<bool, _>(hidden, [batch, queries, keys]);
-                input
-                    .mask_pad(padding(batch, keys, device))
-                    .mask_attn(Tensor::from_data(hidden, device))
+        let input = |[query, key, value]: [Tensor<3>; 3]| {
+            let (device, input) = (query.device(), MhaInput::new(query, key, value));
+            if !masked {
+                return input;
             }
+            // The first query of each sequence attends to no key at all.
+            let hidden = (0..batch * queries * keys)
+                .map(|i| i / keys % queries == 0 || i % 5 == 1)
+                .collect();
+            let hidden = TensorData::new::<bool, _>(hidden, [batch, queries, keys]);
+            input
+                .mask_pad(padding(batch, keys, &device))
+                .mask_attn(Tensor::from_data(hidden, &device))
         };
+        let tensors = [query.clone(), key.clone(), value.clone()];
+        let inferred = input(tensors.clone().map(Tensor::inner));
+        let inferred = values(ours.valid().forward_context(inferred));
+        let input = input(tensors);
         let inputs = [&query, &key, &value];
         let expected = burns.forward(input.clone().into()).context;
         let found = ours.forward_context(input);
-        let error = relative_error(&values(found.clone()), &values(expected.clone()));
-        assert!(error < TOLERANCE, "{queries} x {keys}: {error:e}");
+        for found in [values(found.clone()), inferred] {
+            let error = relative_error(&found, &values(expected.clone()));
+            assert!(error < TOLERANCE, "{queries} x {keys}: {error:e}");
+        }
         assert_equal(
             backward(&ours, &inputs, found),
             backward(&burns, &inputs, expected),

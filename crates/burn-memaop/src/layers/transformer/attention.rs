@@ -10,11 +10,12 @@ use burn::{
         Bool, Device, Tensor,
         activation::{quiet_softmax, softmax},
         assert_shape,
+        module::attention as fused_attention,
     },
 };
 
 use crate::{
-    backward::{LayerOps, SharedInput, is_supported},
+    backward::{LayerOps, SharedInput, attention as blocks, is_supported},
     config::AopConfig,
     layers::{
         dropout::Dropout,
@@ -356,31 +357,41 @@ pub(super) fn attended(
     dropout: &Dropout,
 ) -> Tensor<3> {
     let device = query.device();
-    let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
-    let supported = tracked && is_supported(device.as_dispatch());
-    let drops = dropout.is_on(&device);
+    let supported = is_supported(device.as_dispatch());
     let dims = query.dims();
     // Flex takes no product without rows.
     if supported && dims.contains(&0) {
         return side_by_side(query, dims);
     }
-    let drawn = match supported && drops {
+    let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
+    let drops = dropout.is_on(&device);
+    let drawn = match supported && tracked && drops {
         true => dropout.next(&device, query.dtype()),
         false => None,
     };
-    if !supported || drops && drawn.is_none() {
+    let infers = !device.is_autodiff();
+    if !supported || !tracked && !infers || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
+    // Burn's own is fused on some backends. It gives a query no weights whose keys are all masked.
+    if infers && masks.iter().all(Option::is_none) && !scaling.quiet_softmax {
+        let context = fused_attention(query, key, value, None, None, Default::default());
+        return side_by_side(context, dims);
+    }
     let query = query / (scaling.d_head as f32).sqrt();
-    let [of_keys, of_pairs] = masks.map(|mask| match mask {
-        None => Mask::<Dispatch>::None,
-        Some(mask) => Mask::Some(mask.into_dispatch()),
-    });
     let attention = Attention {
         min_float: scaling.min_float,
         quiet: scaling.quiet_softmax,
         dropout: drawn,
     };
+    if infers {
+        let [context, _] = blocks::forward([query, key, value], &masks, attention);
+        return side_by_side(context, dims);
+    }
+    let [of_keys, of_pairs] = masks.map(|mask| match mask {
+        None => Mask::<Dispatch>::None,
+        Some(mask) => Mask::Some(mask.into_dispatch()),
+    });
     let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
     let context = Dispatch::memaop_attention(query, key, value, of_keys, of_pairs, attention);
     side_by_side(Tensor::from_dispatch(context), dims)
