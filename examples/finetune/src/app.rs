@@ -1,9 +1,10 @@
 //! The program. It names `burn` alone.
 
 mod data;
+mod losses;
 mod model;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::{
     path::{Path, PathBuf},
@@ -24,7 +25,7 @@ use burn::{
     tensor::{Device, activation::softmax},
     train::{
         ClassificationOutput, Learner, SupervisedTraining,
-        metric::{AccuracyMetric, LearningRateMetric, LossMetric},
+        metric::{AccuracyMetric, LearningRateMetric},
     },
 };
 use clap::{Args, Parser, Subcommand};
@@ -36,6 +37,7 @@ use crate::Layers;
 
 use self::{
     data::{Batch, Loader, Sentence},
+    losses::{Run, TimedLoss},
     model::{Classifier, Config, Encoder},
 };
 
@@ -59,6 +61,8 @@ enum Command {
     Step(Step),
     /// Prints the first numbers of the embeddings of sentences
     Embed(Embed),
+    /// Draws the losses of several trainings by time
+    Picture(Picture),
 }
 
 #[derive(Args, Debug)]
@@ -134,12 +138,21 @@ struct Embed {
     sentences: Vec<String>,
 }
 
+#[derive(Args, Debug)]
+struct Picture {
+    /// Folders of trainings
+    runs: Vec<PathBuf>,
+    #[arg(long, default_value = "losses.svg")]
+    chart: PathBuf,
+}
+
 pub fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Train(train) => train.run().map(drop),
         Command::Predict(predict) => predict.run(),
         Command::Step(step) => step.run(),
         Command::Embed(embed) => embed.run(),
+        Command::Picture(picture) => picture.run(),
     }
 }
 
@@ -212,10 +225,13 @@ impl Train {
             ))
             .init()
             .map_err(failed)?;
+        let [train_losses, test_losses] = [false, true].map(TimedLoss::new);
         let mut training =
             SupervisedTraining::new(&self.out, Arc::new(train), Arc::new(test.clone()))
-                .metrics((AccuracyMetric::new(), LossMetric::new()))
+                .metrics((AccuracyMetric::new(),))
                 .metric_train_numeric(LearningRateMetric::new())
+                .metric_train_numeric(train_losses.clone())
+                .metric_valid_numeric(test_losses.clone())
                 .with_training_strategy(burn::train::ExecutionStrategy::single(autodiff).into())
                 .with_default_checkpointers()
                 .num_epochs(self.epochs)
@@ -236,8 +252,10 @@ impl Train {
         println!("{seconds:.1} s of training and tests, {peak:.0} MiB at most");
         let result = json!({
             "accuracy": accuracy, "loss": loss, "seconds": seconds, "peak_mib": peak,
+            "train_losses": train_losses.noted(), "test_losses": test_losses.noted(),
         });
         std::fs::write(self.out.join("result.json"), result.to_string())?;
+        losses::draw(&[Run::read(&self.out)?], &self.out.join("losses.svg"))?;
         std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
         save(&model, &self.out)?;
         Ok(model)
@@ -343,6 +361,13 @@ impl Embed {
     }
 }
 
+impl Picture {
+    fn run(&self) -> Result<()> {
+        let runs = self.runs.iter().map(|folder| Run::read(folder));
+        losses::draw(&runs.collect::<Result<Vec<_>>>()?, &self.chart)
+    }
+}
+
 impl Step {
     fn run(&self) -> Result<()> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
@@ -352,7 +377,7 @@ impl Step {
         let batch = Batch::new(&batch, self.data.pad, &device);
         let mut model = self.data.classifier(classes.len(), &device)?;
         let mut optimizer = AdamWConfig::new().init();
-        let mut times = [(); 3].map(|()| Vec::new());
+        let mut times = [(); 5].map(|()| Vec::new());
         let mut bytes = [0; 2];
         for repeat in 0..=self.repeats {
             let before = memory::alive();
@@ -365,24 +390,44 @@ impl Step {
             let backward = start.elapsed();
             model = optimizer.step(1e-5, model, grads);
             let all = start.elapsed();
+            let peak = memory::peak();
+
+            // The encoder alone, also the gradient of its input.
+            let Batch {
+                tokens, padding, ..
+            } = batch.clone();
+            let embedded = model.encoder.embed(tokens).detach().require_grad();
+            let start = Instant::now();
+            let encoded = model.encoder.encode(embedded, padding);
+            let encoder_forward = start.elapsed();
+            drop(encoded.sum().backward());
+            let encoder = start.elapsed();
             // The first step makes the moments of the optimizer.
             if repeat > 0 {
+                let encoder = [encoder_forward, encoder - encoder_forward];
                 let parts = [forward, backward - forward, all - backward];
-                for (times, part) in times.iter_mut().zip(parts) {
+                for (times, part) in times.iter_mut().zip(parts.into_iter().chain(encoder)) {
                     times.push(1e3 * part.as_secs_f64());
                 }
-                bytes = [kept, memory::peak()];
+                bytes = [kept, peak];
             }
         }
         let median = |times: &mut Vec<f64>| {
             times.sort_by(f64::total_cmp);
             times[times.len() / 2]
         };
-        let [forward, backward, optimizer] = times.each_mut().map(median);
+        let [
+            forward,
+            backward,
+            optimizer,
+            encoder_forward,
+            encoder_backward,
+        ] = times.each_mut().map(median);
         let [kept, peak] = bytes.map(mib);
         let result = json!({
             "tokens": batch.tokens.dims(), "forward_ms": forward, "backward_ms": backward,
-            "optimizer_ms": optimizer, "kept_mib": kept, "peak_mib": peak,
+            "optimizer_ms": optimizer, "encoder_forward_ms": encoder_forward,
+            "encoder_backward_ms": encoder_backward, "kept_mib": kept, "peak_mib": peak,
         });
         println!("{result}");
         Ok(())

@@ -17,3 +17,12 @@ impl Layers {
 fn main() -> anyhow::Result<()> {
     app::main()
 }
+
+#[cfg(test)]
+mod tests {
+    /// Burn's dropout draws anew.
+    #[test]
+    fn a_resumed_training_is_the_same() {
+        crate::app::tests::resumes("--dropout 0");
+    }
+}

@@ -27,6 +27,8 @@ struct Layers {
 impl Layers {
     fn configured<M: Module>(&self, model: M) -> M {
         let model = with_aop(model, |_, aop| {
+            // A training that is resumed drops the values that it would have dropped.
+            let aop = aop.with_saved_state(true);
             let aop = match (self.exact, self.k_ratio) {
                 (true, _) => aop.with_outer_products(OuterProducts::All),
                 (false, Some(ratio)) => aop.with_outer_products(OuterProducts::Ratio(ratio)),
@@ -44,4 +46,12 @@ impl Layers {
 
 fn main() -> anyhow::Result<()> {
     app::main()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_resumed_training_is_the_same() {
+        crate::app::tests::resumes("--dropout 0.3 --k-ratio 0.5 --int8");
+    }
 }

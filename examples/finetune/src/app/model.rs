@@ -118,6 +118,15 @@ impl Encoder {
     /// `[sentences, width]`.
     pub fn forward(&self, tokens: Tensor<2, Int>, padding: Tensor<2, Bool>) -> Tensor<2> {
         let [sentences, length] = tokens.dims();
+        let encoded = self.encode(self.embed(tokens), padding.clone());
+        let weights = padding.bool_not().float().reshape([sentences, length, 1]);
+        let sum = (encoded * weights.clone()).sum_dim(1);
+        (sum / weights.sum_dim(1)).squeeze_dim(1)
+    }
+
+    /// The input of the first block, shape `[sentences, length, width]`.
+    pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let [_, length] = tokens.dims();
         let device = tokens.device();
         let positions = Tensor::arange(0..length as i64, &device).unsqueeze::<2>();
         let first = Tensor::<2, Int>::zeros([1, 1], &device);
@@ -130,19 +139,20 @@ impl Encoder {
         } = &self.embeddings;
         let embedded =
             word.forward(tokens) + position.forward(positions) + token_type.forward(first);
-        let embedded = dropout.forward(norm.forward(embedded));
-        let input = TransformerEncoderInput::new(embedded).mask_pad(padding.clone());
-        let encoded = self.encoder.forward(input);
-        let weights = padding.bool_not().float().reshape([sentences, length, 1]);
-        let sum = (encoded * weights.clone()).sum_dim(1);
-        (sum / weights.sum_dim(1)).squeeze_dim(1)
+        dropout.forward(norm.forward(embedded))
+    }
+
+    /// The output of the last block.
+    pub fn encode(&self, embedded: Tensor<3>, padding: Tensor<2, Bool>) -> Tensor<3> {
+        let input = TransformerEncoderInput::new(embedded).mask_pad(padding);
+        self.encoder.forward(input)
     }
 }
 
 /// An encoder with a linear layer for the classes.
 #[derive(Module, Debug)]
 pub struct Classifier {
-    encoder: Encoder,
+    pub encoder: Encoder,
     head: Linear,
 }
 

@@ -170,6 +170,26 @@ fn the_loss_falls_and_the_weights_come_back() {
     assert_eq!(output(&model).1, expected);
 }
 
+/// A training whose second epoch is repeated from the checkpoint of the first has the same weights,
+/// bit for bit.
+pub fn resumes(more: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let more = format!("--train 45 --batch 8 --epochs 2 --lr 2e-3 {more}");
+    let weights = |more: &str| -> Vec<_> {
+        let model = options(folder.path(), more).run().unwrap();
+        let tensors = model.collect(None, None, false).into_iter();
+        tensors
+            .map(|tensor| tensor.to_bytes().unwrap().to_vec())
+            .collect()
+    };
+    let expected = weights(&more);
+    let of_another_seed = weights(&format!("{more} --seed 1"));
+    assert!(of_another_seed != expected);
+    assert!(weights(&more) == expected);
+    assert!(weights(&format!("{more} --resume 1")) == expected);
+}
+
 #[test]
 fn an_epoch_has_every_sentence_once_in_batches_of_like_lengths() {
     let sentence = |length: usize| Sentence {

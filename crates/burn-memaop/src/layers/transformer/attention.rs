@@ -15,7 +15,7 @@ use burn::{
 };
 
 use crate::{
-    backward::{LayerOps, SharedInput, attention as blocks, is_supported},
+    backward::{LayerOps, SharedInput, attention as blocks, cost, is_supported},
     config::AopConfig,
     layers::{
         dropout::Dropout,
@@ -373,8 +373,10 @@ pub(super) fn attended(
     if !supported || !tracked && !infers || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
-    // Burn's own is fused on some backends. It gives a query no weights whose keys are all masked.
-    if infers && masks.iter().all(Option::is_none) && !scaling.quiet_softmax {
+    // Burn's own is fused on GPUs and slower than blocks on CPUs. It takes masked scores for minus
+    // infinity, so a query whose keys are all masked would get no weights.
+    let plain = masks.iter().all(Option::is_none) && !scaling.quiet_softmax;
+    if infers && plain && !cost::is_cpu(device.as_dispatch()) {
         let context = fused_attention(query, key, value, None, None, Default::default());
         return side_by_side(context, dims);
     }
