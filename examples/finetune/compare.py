@@ -1,6 +1,6 @@
-"""Trains by both programs in turns, measures a step of each, and prints a table.
+"""Trains by both programs in turns, measures steps of both in turns, and prints two tables.
 
-Every run has a folder in --out. A run whose result is there is not repeated, so a call that was
+Every training has a folder in --out. One whose result is there is not repeated, so a call that was
 stopped goes on.
 
     python3 examples/finetune/compare.py --model MODEL --data reviews.tsv --out finetune-runs
@@ -12,21 +12,24 @@ import math
 import pathlib
 import statistics
 import subprocess
+import sys
 
-# A name, its program, and its options. The first is what the others are compared with.
+# A name, its program, and its options. The others are compared with the first.
 RUNS = {
     "burn": ("finetune-burn", []),
     "exact": ("finetune-memaop", ["--exact"]),
     "default": ("finetune-memaop", []),
     "int8": ("finetune-memaop", ["--exact", "--int8"]),
-    "half of the rows": ("finetune-memaop", ["--k-ratio", "0.5"]),
-    "exact, batch of 16": ("finetune-memaop", ["--exact", "--batch", "16"]),
-    "LoRA, burn": ("finetune-burn", ["--lora", "8", "--lr", "1e-3"]),
-    "LoRA, exact": ("finetune-memaop", ["--exact", "--lora", "8", "--lr", "1e-3"]),
+    "half-of-rows": ("finetune-memaop", ["--k-ratio", "0.5"]),
+    "exact-batch-16": ("finetune-memaop", ["--exact", "--batch", "16"]),
+    "lora-burn": ("finetune-burn", ["--lora", "8"]),
+    "lora-exact": ("finetune-memaop", ["--exact", "--lora", "8"]),
 }
+# The rate of adapters is higher.
+LORA_RATE = ["--lr", "1e-3"]
 
-# Quantiles 0.975 of Student's t by the number of seeds.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+# Quantiles 0.975 of Student's t by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 def program(name):
@@ -43,12 +46,18 @@ def output_of(command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def result(folder, command):
+def trained(folder, command):
     """What a training wrote, or writes now."""
-    path = folder / "result.json"
-    if not path.exists():
-        print(" ".join(command), flush=True)
-        output_of(command + ["--out", str(folder)])
+    path, note = folder / "result.json", folder / "command.txt"
+    words = " ".join(command[1:])
+    if path.exists():
+        if note.read_text() != words:
+            sys.exit(f"{folder} is of another command: {note.read_text()}")
+        return json.loads(path.read_text())
+    print(words, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(words)
+    output_of(command + ["--out", str(folder)])
     return json.loads(path.read_text())
 
 
@@ -61,42 +70,80 @@ def interval(values):
     return f"{mean:.3f} ± {half:.3f}"
 
 
+def show_trainings(results):
+    """Differences are of runs with one seed, which have the same batches."""
+    first = results["burn"]
+    print("| | accuracy, % | to burn | test loss | to burn | seconds | to burn |")
+    print("|---|---|---|---|---|---:|---:|")
+    for name, runs in results.items():
+        pairs = [(run, first[seed]) for seed, run in runs.items() if seed in first]
+        if not pairs:
+            continue
+        cells = []
+        for key in ["accuracy", "loss"]:
+            cells.append(interval([run[key] for run, _ in pairs]))
+            cells.append(interval([run[key] - burn[key] for run, burn in pairs]))
+        seconds = statistics.median(run["seconds"] for run, _ in pairs)
+        ratio = statistics.median(run["seconds"] / burn["seconds"] for run, burn in pairs)
+        print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} | {ratio:.2f} |")
+
+
+def show_steps(steps):
+    """Medians over the rounds, and their ratios to burn's."""
+    keys = [key for key in steps["burn"][0] if key != "tokens"]
+    print(f"| {steps['burn'][0]['tokens']} | {' | '.join(keys)} |")
+    print("|---" * (len(keys) + 1) + "|")
+    medians = {
+        name: [statistics.median(step[key] for step in rounds) for key in keys]
+        for name, rounds in steps.items()
+    }
+    for name, values in medians.items():
+        pairs = zip(values, medians["burn"])
+        cells = [f"{value:.0f} ({value / burn:.2f})" for value, burn in pairs]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--only-show", action="store_true", help="show the results that are there")
+    parser.add_argument("--rounds", type=int, default=3, help="of steps; 0 for none")
+    parser.add_argument("--pad", help="length of the sentences of steps")
     options = parser.parse_args()
+    if len(options.seeds) > max(STUDENT):
+        parser.error(f"--seeds must be at most {max(STUDENT)}, but got {len(options.seeds)}")
+    if "burn" not in options.runs:
+        parser.error("--runs must contain burn, with which the others are compared")
     programs = {name: program(name) for name in ["finetune-burn", "finetune-memaop"]}
     where = ["--model", options.model, "--data", options.data]
-    results = {name: [] for name in options.runs}
+    results = {name: {} for name in options.runs}
     for seed in options.seeds:
         for name in options.runs:
             which, more = RUNS[name]
-            folder = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if options.only_show and not (folder / "result.json").exists():
-                continue
-            command = [programs[which], "train", *where, "--seed", str(seed), *more]
-            results[name].append(result(folder, command))
-    results = {name: runs for name, runs in results.items() if runs}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    first = next(iter(results.values()))
-    print("| | accuracy, % | loss | difference | seconds | | peak, MiB |")
-    print("|---|---|---|---|---:|---:|---:|")
-    for name, runs in results.items():
-        accuracy, loss = ([run[key] for run in runs] for key in ["accuracy", "loss"])
-        # Runs with one seed have the same sentences in the same order.
-        difference = [run["accuracy"] - other["accuracy"] for run, other in zip(runs, first)]
-        seconds = statistics.median(run["seconds"] for run in runs)
-        ratios = [run["seconds"] / other["seconds"] for run, other in zip(runs, first)]
-        peak = statistics.median(run["peak_mib"] for run in runs)
-        print(
-            f"| {name} | {interval(accuracy)} | {interval(loss)} | {interval(difference)} "
-            f"| {seconds:.0f} | {statistics.median(ratios):.2f} | {peak:.0f} |"
-        )
+            rate = LORA_RATE if "--lora" in more else []
+            command = [programs[which], "train", *where, "--seed", str(seed), *more, *rate]
+            results[name][seed] = trained(options.out / f"{name}-{seed}", command)
+    pad = ["--pad", options.pad] if options.pad else []
+    steps = {name: [] for name in options.runs if "--batch" not in RUNS[name][1]}
+    for _ in range(options.rounds):
+        for name, rounds in steps.items():
+            which, more = RUNS[name]
+            output = output_of([programs[which], "step", *where, *more, *pad])
+            rounds.append(json.loads(output.splitlines()[-1]))
+    losses = [f"{kind}_losses" for kind in ["train", "test"]]
+    for runs in results.values():
+        for run in runs.values():
+            for key in losses:
+                run.pop(key, None)
+    kept = {"trainings": results, "steps": steps}
+    (options.out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    if options.seeds:
+        show_trainings(results)
+    if options.rounds:
+        show_steps(steps)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use burn::{
     data::dataloader::DataLoader,
     lr_scheduler::{composed::ComposedLrSchedulerConfig, linear::LinearLrSchedulerConfig},
@@ -73,7 +73,7 @@ struct Data {
     /// File with lines of a class, a tab and a sentence
     #[arg(long)]
     data: PathBuf,
-    /// Sentences to train on, drawn by --seed; the others are for the test
+    /// Sentences to train on, drawn at random; the others are for the test
     #[arg(long, default_value_t = 7000)]
     train: usize,
     #[arg(long, default_value_t = 32)]
@@ -86,9 +86,10 @@ struct Data {
     pad: Option<usize>,
     #[arg(long, default_value_t = 0.1)]
     dropout: f64,
-    /// Trains adapters (LoRA) of this rank, and not the weights
+    /// Trains adapters (LoRA) of this rank and the head, and not the pre-trained weights
     #[arg(long)]
     lora: Option<usize>,
+    /// Seed of the new head, the order of the sentences, and the dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
@@ -120,6 +121,9 @@ struct Predict {
     /// Folder of a training
     #[arg(long, default_value = "finetune-run")]
     out: PathBuf,
+    /// Cuts sentences off at so many tokens
+    #[arg(long, default_value_t = 128)]
+    longest: usize,
     sentences: Vec<String>,
 }
 
@@ -159,10 +163,27 @@ pub fn main() -> Result<()> {
 impl Data {
     /// The names of the classes, and the sentences of training and test.
     fn sentences(&self) -> Result<(Vec<String>, [Vec<Sentence>; 2])> {
-        for (name, value) in [("batch", self.batch), ("train", self.train)] {
-            ensure!(value > 0, "--{name} must be at least 1, but got 0");
+        for (name, value) in [
+            ("batch", Some(self.batch)),
+            ("train", Some(self.train)),
+            ("lora", self.lora),
+        ] {
+            ensure!(value != Some(0), "--{name} must be at least 1, but got 0");
         }
-        let tokenizer = data::tokenizer(&self.model, self.longest)?;
+        let (longest, dropout) = (self.longest, self.dropout);
+        ensure!(
+            (0.0..1.0).contains(&dropout),
+            "--dropout must be 0 to less than 1, but got {dropout}"
+        );
+        let positions = Config::read(&self.model)?.max_position_embeddings;
+        let tokenizer = data::tokenizer(&self.model, longest, positions)?;
+        if let Some(pad) = self.pad {
+            ensure!(
+                (longest..=positions).contains(&pad),
+                "--pad must be {longest} (--longest) to {positions} (the positions of the model), \
+                 but got {pad}"
+            );
+        }
         let (classes, mut train) = data::read(&self.data, &tokenizer)?;
         ensure!(
             self.train < train.len(),
@@ -170,7 +191,8 @@ impl Data {
             self.train,
             train.len()
         );
-        train.shuffle(&mut StdRng::seed_from_u64(self.seed));
+        // Trainings with other seeds have the same sentences.
+        train.shuffle(&mut StdRng::seed_from_u64(0));
         let test = train.split_off(self.train);
         Ok((classes, [train, test]))
     }
@@ -196,7 +218,7 @@ impl Data {
         let classifier = self.layers.configured(classifier);
         Ok(match self.lora {
             None => classifier,
-            Some(rank) => classifier.apply_lora(Lora::new(rank, 2.0 * rank as f64)),
+            Some(rank) => classifier.with_adapters(Lora::new(rank, 2.0 * rank as f64)),
         })
     }
 }
@@ -204,13 +226,19 @@ impl Data {
 impl Train {
     fn run(&self) -> Result<Classifier> {
         ensure!(self.epochs > 0, "--epochs must be at least 1, but got 0");
+        let done = self.resume.unwrap_or(0);
+        ensure!(
+            done < self.epochs,
+            "--resume must be less than --epochs ({}), but got {done}",
+            self.epochs
+        );
+        self.check_options()?;
         let device = Device::default();
         let (classes, [train, test]) = self.data.sentences()?;
         let steps = train.len().div_ceil(self.data.batch);
         let warm_up = (steps * self.epochs / 10).max(1);
         let train = self.data.loader(train, true, &device);
         let test = self.data.loader(test, false, &device);
-        let done = self.resume.unwrap_or(0);
         train.epoch.store(done as u64, Ordering::Relaxed);
 
         let autodiff = device.clone().autodiff();
@@ -239,27 +267,68 @@ impl Train {
         if done > 0 {
             training = training.checkpoint(done);
         }
-        let optimizer = AdamWConfig::new().with_weight_decay(0.01).init();
-        memory::watch_peak();
+        let optimizer = optimizer().init();
         let start = Instant::now();
         let result = training.launch(Learner::new(model, optimizer, rate));
         if let Some(error) = result.error {
             return Err(anyhow!("{error}"));
         }
-        let (seconds, peak) = (start.elapsed().as_secs_f64(), mib(memory::peak()));
-        let model = result.model;
+        let seconds = start.elapsed().as_secs_f64();
+        if let Some(reason) = result.interrupted {
+            return Err(anyhow!("the training was stopped: {reason:?}"));
+        }
+        // A model without adapters loads the weights.
+        let model = result.model.materialize();
+        std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
+        save(&model, &self.out)?;
         let [accuracy, loss] = report(&model, &classes, &test);
-        println!("{seconds:.1} s of training and tests, {peak:.0} MiB at most");
+        ensure!(
+            loss.is_finite(),
+            "--lr must be lower: with {} the loss is {loss}",
+            self.lr
+        );
+        println!("{seconds:.1} s of training, tests and checkpoints");
         let result = json!({
-            "accuracy": accuracy, "loss": loss, "seconds": seconds, "peak_mib": peak,
+            "accuracy": accuracy, "loss": loss, "seconds": seconds, "resumed": done,
             "train_losses": train_losses.noted(), "test_losses": test_losses.noted(),
         });
         std::fs::write(self.out.join("result.json"), result.to_string())?;
         losses::draw(&[Run::read(&self.out)?], &self.out.join("losses.svg"))?;
-        std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
-        save(&model, &self.out)?;
         Ok(model)
     }
+
+    /// Writes the options to --out, or checks that a training which is resumed has the same.
+    fn check_options(&self) -> Result<()> {
+        let Self {
+            data, epochs, lr, ..
+        } = self;
+        let options = format!("{data:#?}\nepochs: {epochs}, lr: {lr}");
+        let path = self.out.join("options.txt");
+        if self.resume.is_none() {
+            std::fs::create_dir_all(&self.out)?;
+            return Ok(std::fs::write(path, options)?);
+        }
+        let written = read_text(&path)?;
+        let mut lines = written.lines().zip(options.lines());
+        if let Some((written, given)) = lines.find(|(written, given)| written != given) {
+            let [written, given] = [written, given].map(|line| line.trim().trim_end_matches(','));
+            return Err(anyhow!(
+                "--resume: the training had {written}, but got {given}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// AdamW with the epsilon that is usual for BERT. Burn's is 1e-5.
+fn optimizer() -> AdamWConfig {
+    AdamWConfig::new()
+        .with_weight_decay(0.01)
+        .with_epsilon(1e-8)
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
 }
 
 /// Prints the accuracy in percent, the loss and the confusion of classes on the test sentences.
@@ -308,7 +377,7 @@ impl Predict {
     fn run(&self) -> Result<()> {
         let device = Device::default();
         let config = Config::read(&self.model)?;
-        let classes = std::fs::read_to_string(self.out.join("classes.txt"))?;
+        let classes = read_text(&self.out.join("classes.txt"))?;
         let classes: Vec<_> = classes.lines().collect();
         let encoder = Encoder::new(&config, 0.0, &device);
         let mut model = Classifier::new(encoder, config.hidden_size, classes.len(), &device);
@@ -316,7 +385,7 @@ impl Predict {
         let mut store = SafetensorsStore::from_file(&path);
         let loaded = model.load_from(&mut store);
         loaded.map_err(|error| anyhow!("{}: {error}", path.display()))?;
-        let batch = tokenized(&self.model, &self.sentences, &device)?;
+        let batch = tokenized(&self.model, self.longest, &self.sentences, &device)?;
         let probabilities = softmax(model.forward(batch).output, 1).into_data();
         let rows: Vec<f32> = probabilities.iter().collect();
         for (sentence, row) in self.sentences.iter().zip(rows.chunks(classes.len())) {
@@ -328,9 +397,10 @@ impl Predict {
     }
 }
 
-fn tokenized(model: &Path, sentences: &[String], device: &Device) -> Result<Batch> {
+fn tokenized(model: &Path, longest: usize, sentences: &[String], device: &Device) -> Result<Batch> {
     ensure!(!sentences.is_empty(), "give one sentence at least");
-    let tokenizer = data::tokenizer(model, 128)?;
+    let positions = Config::read(model)?.max_position_embeddings;
+    let tokenizer = data::tokenizer(model, longest.min(positions), positions)?;
     let sentences = sentences.iter().map(|text| {
         let tokens = data::encode(&tokenizer, text)?;
         Ok(Sentence { tokens, class: 0 })
@@ -350,7 +420,7 @@ impl Embed {
         encoder.load(&self.model)?;
         let Batch {
             tokens, padding, ..
-        } = tokenized(&self.model, &self.sentences, &device)?;
+        } = tokenized(&self.model, 128, &self.sentences, &device)?;
         let embedded = encoder.forward(tokens, padding);
         let [_, width] = embedded.dims();
         let values: Vec<f32> = embedded.into_data().iter().collect();
@@ -376,7 +446,7 @@ impl Step {
         let batch: Vec<_> = train.iter().take(self.data.batch).collect();
         let batch = Batch::new(&batch, self.data.pad, &device);
         let mut model = self.data.classifier(classes.len(), &device)?;
-        let mut optimizer = AdamWConfig::new().init();
+        let mut optimizer = optimizer().init();
         let mut times = [(); 5].map(|()| Vec::new());
         let mut bytes = [0; 2];
         for repeat in 0..=self.repeats {

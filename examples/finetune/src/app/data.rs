@@ -64,8 +64,12 @@ impl Batch {
     }
 }
 
-/// The tokenizer of a model, which cuts sentences off at `longest` tokens.
-pub fn tokenizer(model: &Path, longest: usize) -> Result<Tokenizer> {
+/// The tokenizer of a model with so many positions. It cuts sentences off at `longest` tokens.
+pub fn tokenizer(model: &Path, longest: usize, positions: usize) -> Result<Tokenizer> {
+    ensure!(
+        (3..=positions).contains(&longest),
+        "--longest must be 3 to {positions} (the positions of the model), but got {longest}"
+    );
     let path = model.join("tokenizer.json");
     let failed = |error| anyhow!("{}: {error}", path.display());
     let mut tokenizer = Tokenizer::from_file(&path).map_err(failed)?;
@@ -92,7 +96,9 @@ pub fn read(path: &Path, tokenizer: &Tokenizer) -> Result<(Vec<String>, Vec<Sent
     let text = fs::read_to_string(path).with_context(|| format!("--data {}", path.display()))?;
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.is_empty());
     let pairs = lines.map(|(number, line)| {
-        line.split_once('\t').with_context(|| {
+        let pair = line.split_once('\t');
+        let pair = pair.filter(|(_, text)| !text.trim().is_empty());
+        pair.with_context(|| {
             let path = path.display();
             format!("--data {path}: line {number} must have a class, a tab and a sentence")
         })

@@ -25,7 +25,7 @@ pub type Points = Vec<(f64, f64)>;
 #[derive(Clone)]
 pub struct TimedLoss {
     metric: LossMetric,
-    /// Whether the mean of an epoch is noted, and not each value.
+    /// Whether the mean over the batches of an epoch is noted, and not each value.
     means: bool,
     start: Instant,
     noted: Arc<Mutex<Points>>,

@@ -2,9 +2,9 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use burn::{
-    module::Module,
+    module::{Lora, Module},
     nn::{
         Dropout, DropoutConfig, Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear,
         LinearConfig,
@@ -30,15 +30,28 @@ pub struct Config {
     pub max_position_embeddings: usize,
     pub type_vocab_size: usize,
     pub vocab_size: usize,
+    model_type: String,
+    hidden_act: String,
 }
 
 impl Config {
     pub fn read(model: &Path) -> Result<Self> {
         let path = model.join("config.json");
         let text = fs::read_to_string(&path);
-        let config = text.map(|text| serde_json::from_str(&text));
+        let config = text.map(|text| serde_json::from_str::<Self>(&text));
         let name = || format!("--model: {}", path.display());
-        config.with_context(name)?.with_context(name)
+        let config = config.with_context(name)?.with_context(name)?;
+        for (field, value, rule) in [
+            ("model_type", &config.model_type, "bert"),
+            ("hidden_act", &config.hidden_act, "gelu"),
+        ] {
+            ensure!(
+                value == rule,
+                "{}: {field} must be {rule:?}, but got {value:?}",
+                name()
+            );
+        }
+        Ok(config)
     }
 }
 
@@ -124,6 +137,12 @@ impl Encoder {
         (sum / weights.sum_dim(1)).squeeze_dim(1)
     }
 
+    /// The embeddings of all tokens, shape `[vocabulary, width]`.
+    #[cfg(test)]
+    pub fn words(&self) -> Tensor<2> {
+        self.embeddings.word.weight.val()
+    }
+
     /// The input of the first block, shape `[sentences, length, width]`.
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [_, length] = tokens.dims();
@@ -162,6 +181,19 @@ impl Classifier {
             encoder,
             head: LinearConfig::new(width, classes).init(device),
         }
+    }
+
+    /// Gives the matrices of the encoder adapters. What else was pre-trained is frozen.
+    pub fn with_adapters(mut self, lora: Lora) -> Self {
+        let Encoder {
+            embeddings,
+            encoder,
+        } = self.encoder;
+        self.encoder = Encoder {
+            embeddings: embeddings.no_grad(),
+            encoder: encoder.apply_lora(lora),
+        };
+        self
     }
 
     pub fn forward(&self, batch: Batch) -> ClassificationOutput {

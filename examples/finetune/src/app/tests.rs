@@ -1,6 +1,6 @@
 //! A tiny model in the files of a real one.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Mutex};
 
 use burn::{
     store::{ModuleSnapshot, SafetensorsStore},
@@ -26,7 +26,7 @@ fn write_model(folder: &Path) {
         ),
         (
             "embeddings.position_embeddings.weight".to_string(),
-            vec![6, width],
+            vec![128, width],
         ),
         (
             "embeddings.token_type_embeddings.weight".to_string(),
@@ -74,8 +74,8 @@ fn write_model(folder: &Path) {
     fs::write(folder.join("model.safetensors"), file).unwrap();
     let config = json!({
         "hidden_size": width, "intermediate_size": inner, "num_attention_heads": 2,
-        "num_hidden_layers": 2, "layer_norm_eps": 1e-6, "max_position_embeddings": 6,
-        "type_vocab_size": 2, "vocab_size": words,
+        "num_hidden_layers": 2, "layer_norm_eps": 1e-6, "max_position_embeddings": 128,
+        "type_vocab_size": 2, "vocab_size": words, "model_type": "bert", "hidden_act": "gelu",
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let tokenizer = json!({
@@ -114,6 +114,7 @@ fn embeddings_are_those_of_the_reference_implementation() {
             -1.12116, -1.093074, 1.664653, -0.578511, 0.07693, 1.353917, -0.329909, -0.405424,
             -0.920853, 0.12077, 2.08764, -1.068565, 0.030672, 0.835867, -0.748521, 0.23569,
         ];
+        assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
             assert!((found - expected).abs() < 1e-5, "{found} {expected}");
         }
@@ -140,39 +141,51 @@ fn options(folder: &Path, more: &str) -> Train {
     ))
 }
 
+/// All trainings of a process draw from one generator, so they take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
 #[test]
 fn the_loss_falls_and_the_weights_come_back() {
-    let folder = tempfile::tempdir().unwrap();
-    write_model(folder.path());
-    let train = options(
-        folder.path(),
-        "--train 48 --batch 8 --epochs 2 --lr 2e-3 --dropout 0",
-    );
-    let device = Device::default();
-    let (classes, [sentences, _]) = train.data.sentences().unwrap();
-    assert_eq!(classes, ["bad", "good"]);
-    let output = |model: &Classifier| {
-        let batch = Batch::new(&sentences.iter().collect::<Vec<_>>(), None, &device);
-        let output = model.forward(batch);
-        (output.loss.into_scalar::<f32>(), values(output.output))
-    };
-    let (before, _) = output(&train.data.classifier(2, &device).unwrap());
-    let (after, expected) = output(&train.run().unwrap());
-    assert!(after < before, "{before} {after}");
+    let _turn = TURN.lock();
+    for lora in ["", "--lora 2"] {
+        let folder = tempfile::tempdir().unwrap();
+        write_model(folder.path());
+        let more = format!("--train 48 --batch 8 --epochs 12 --lr 4e-3 --dropout 0 {lora}");
+        let train = options(folder.path(), &more);
+        let device = Device::default();
+        let (classes, [sentences, _]) = train.data.sentences().unwrap();
+        assert_eq!(classes, ["bad", "good"]);
+        let output = |model: &Classifier| {
+            let batch = Batch::new(&sentences.iter().collect::<Vec<_>>(), None, &device);
+            let output = model.forward(batch);
+            (output.loss.into_scalar::<f32>(), values(output.output))
+        };
+        let before = train.data.classifier(2, &device).unwrap();
+        let (first, _) = output(&before);
+        let after = train.run().unwrap();
+        let (last, expected) = output(&after);
+        assert!(last < first, "{lora}: {first} {last}");
+        let words = |model: &Classifier| values(model.encoder.words());
+        assert_eq!(words(&after) == words(&before), !lora.is_empty());
 
-    let config = Config::read(folder.path()).unwrap();
-    let encoder = Encoder::new(&config, 0.0, &device);
-    let mut model = Classifier::new(encoder, config.hidden_size, 2, &device);
-    let file = folder.path().join("run").join("classifier.safetensors");
-    model
-        .load_from(&mut SafetensorsStore::from_file(file))
-        .unwrap();
-    assert_eq!(output(&model).1, expected);
+        let config = Config::read(folder.path()).unwrap();
+        let encoder = Encoder::new(&config, 0.0, &device);
+        let mut model = Classifier::new(encoder, config.hidden_size, 2, &device);
+        let file = folder.path().join("run").join("classifier.safetensors");
+        model
+            .load_from(&mut SafetensorsStore::from_file(file))
+            .unwrap();
+        let found = output(&model).1;
+        let pairs = found.iter().zip(&expected);
+        let close = pairs.into_iter().all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(close && found.len() == expected.len(), "{lora}");
+    }
 }
 
 /// A training whose second epoch is repeated from the checkpoint of the first has the same weights,
 /// bit for bit.
 pub fn resumes(more: &str) {
+    let _turn = TURN.lock();
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
     let more = format!("--train 45 --batch 8 --epochs 2 --lr 2e-3 {more}");
@@ -230,7 +243,7 @@ fn bad_input_is_named() {
     let message = |train: &Train| format!("{:#}", train.run().err().unwrap());
     let train = options(folder.path(), "--train 10");
     assert!(
-        message(&train).contains("tokenizer.json"),
+        message(&train).contains("config.json"),
         "{}",
         message(&train)
     );
@@ -245,6 +258,29 @@ fn bad_input_is_named() {
     let error = message(&train);
     assert!(
         error.contains("line 2 must have a class, a tab and a sentence"),
+        "{error}"
+    );
+    fs::write(folder.path().join("data.tsv"), "good\tfilm\nbad\t \n").unwrap();
+    assert!(message(&train).contains("line 2 must have a class, a tab and a sentence"));
+    for (more, expected) in [
+        ("--longest 129", "--longest must be 3 to 128"),
+        ("--pad 127", "--pad must be 128 (--longest) to 128"),
+        ("--lora 0", "--lora must be at least 1, but got 0"),
+        (
+            "--dropout 1",
+            "--dropout must be 0 to less than 1, but got 1",
+        ),
+        (
+            "--resume 2",
+            "--resume must be less than --epochs (2), but got 2",
+        ),
+    ] {
+        let error = message(&options(folder.path(), &format!("--train 10 {more}")));
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = message(&options(folder.path(), "--train 10 --resume 1 --batch 3"));
+    assert!(
+        error.contains("--resume: the training had batch: 32, but got batch: 3"),
         "{error}"
     );
     fs::write(folder.path().join("data.tsv"), "good\tfilm\n").unwrap();

@@ -7,7 +7,7 @@ use burn::{
         attention::{self, MhaCache, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig},
     },
     tensor::{
-        Bool, Device, Tensor,
+        Bool, DType, Device, Tensor,
         activation::{quiet_softmax, softmax},
         assert_shape,
         module::attention as fused_attention,
@@ -373,10 +373,11 @@ pub(super) fn attended(
     if !supported || !tracked && !infers || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
-    // Burn's own is fused on GPUs and slower than blocks on CPUs. It takes masked scores for minus
-    // infinity, so a query whose keys are all masked would get no weights.
+    // Burn's own may be fused on GPUs, in half precision whatever the type is. It takes masked scores
+    // for minus infinity, so a query whose keys are all masked would get no weights.
     let plain = masks.iter().all(Option::is_none) && !scaling.quiet_softmax;
-    if infers && plain && !cost::is_cpu(device.as_dispatch()) {
+    let half = matches!(query.dtype(), DType::F16 | DType::BF16);
+    if infers && plain && half && !cost::is_cpu(device.as_dispatch()) {
         let context = fused_attention(query, key, value, None, None, Default::default());
         return side_by_side(context, dims);
     }
