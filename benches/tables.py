@@ -1,5 +1,4 @@
-"""Writes the tables of docs/activation-memory.md, docs/benchmarks.md, docs/convolutions.md and docs/results.md anew
-from the raw results in benches/results.
+"""Writes the tables of five documents anew from the raw results in benches/results.
 
 A table stands between the lines `<!-- begin NAME FILE -->` and `<!-- end NAME -->`.
 """
@@ -10,7 +9,8 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / name for name in ("activation-memory.md", "benchmarks.md", "convolutions.md", "results.md")]
+NAMES = ("activation-memory", "benchmarks", "convolutions", "fine-tuning", "results")
+DOCUMENTS = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 # The 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
@@ -113,10 +113,13 @@ def compare(results):
     return markdown([*head, "dW"] if with_products else head, rows)
 
 
-def interval(values, sign=""):
+def interval(values, sign="", digits=2):
     """The mean and half the width of its 95 % confidence interval."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}".replace("-", "−")
+    if len(values) < 2:
+        return mean
     width = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):{sign}.2f} ± {width:.2f}".replace("-", "−")
+    return f"{mean} ± {width:.{digits}f}"
 
 
 def divisor(k_ratio):
@@ -249,6 +252,39 @@ def stored(outcomes):
     return markdown(head, lines)
 
 
+def trainings(kept):
+    """Trainings of examples/finetune/compare.py. Differences are of runs with one seed, which have the same batches."""
+    results = kept["trainings"]
+    lines = []
+    for name, runs in results.items():
+        pairs = [(run, results["burn"][seed]) for seed, run in runs.items() if seed in results["burn"]]
+        accuracy, loss = (
+            [
+                interval([run[key] for run, _ in pairs], digits=digits),
+                interval([run[key] - burn[key] for run, burn in pairs], "+", digits),
+            ]
+            for key, digits in (("accuracy", 2), ("loss", 3))
+        )
+        seconds = statistics.median(run["seconds"] for run, _ in pairs)
+        ratio = statistics.median(run["seconds"] / burn["seconds"] for run, burn in pairs)
+        lines.append([name, len(pairs), *accuracy, *loss, f"{seconds:.0f}", f"{ratio:.2f}"])
+    head = ["", "seeds", "accuracy, %", "to burn", "test loss", "to burn", "seconds", "to burn"]
+    return markdown(head, lines)
+
+
+def steps(kept):
+    """Steps of examples/finetune/compare.py: medians over the rounds, and their ratios to those of burn."""
+    rounds = kept["steps"]
+    keys = [key for key in rounds["burn"][0] if key != "tokens"]
+    of = {name: [statistics.median(step[key] for step in found) for key in keys] for name, found in rounds.items()}
+    lines = []
+    for name, values in of.items():
+        ratios = [f"{value:.0f} ({value / burn:.2f})" for value, burn in zip(values, of["burn"])]
+        lines.append([name, *(ratios if name != "burn" else [f"{value:.0f}" for value in values])])
+    sentences, tokens = rounds["burn"][0]["tokens"]
+    return markdown([f"{sentences} x {tokens} tokens", *(key.replace("_", " ") for key in keys)], lines)
+
+
 TABLES = {
     "layer": layer,
     "conv": conv,
@@ -257,6 +293,8 @@ TABLES = {
     "race": race,
     "memory": memory,
     "stored": stored,
+    "trainings": trainings,
+    "steps": steps,
 }
 
 

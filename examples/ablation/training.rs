@@ -10,8 +10,11 @@ use burn::{
     optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig, momentum::MomentumConfig},
     tensor::{Device, Int, Tensor, TensorData, activation::relu},
 };
-use burn_memaop::{AopObserver, MemAopLinear};
-use memaop_examples::mnist::{self, PIXELS, Split};
+use burn_memaop::MemAopLinear;
+use memaop_examples::{
+    added_noise,
+    mnist::{self, PIXELS, Split},
+};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
 
@@ -259,14 +262,7 @@ impl<'a> Training<'a> {
     /// The variance that drawn rows have added since the last call, relative to that of the batch:
     /// the mean over the layers that report it, weighed by their operations.
     pub fn added_noise(&self) -> Option<f64> {
-        let model = self.model.as_ref().expect("put back by every step");
-        let report = AopObserver::new().observe(model);
-        let layers = report.layers.iter();
-        let layers = layers.filter_map(|layer| Some((layer.exact_flops(), layer.added_noise?)));
-        let (flops, sum) = layers.fold((0.0, 0.0), |(all, sum), (flops, added)| {
-            (all + flops, sum + flops * added)
-        });
-        (flops > 0.0).then(|| sum / flops)
+        added_noise(self.model.as_ref().expect("put back by every step"))
     }
 
     /// Tests the model as it is now.

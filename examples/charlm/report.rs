@@ -161,6 +161,7 @@ mod tests {
             seed: 0,
             steps: vec![10, 20, 30],
             validation_loss: vec![4.0, 3.0, 1.0],
+            added_noise: vec![None; 3],
             seconds: vec![1.0, 2.0, 4.0],
             step_ms: 100.0,
         };

@@ -7,7 +7,7 @@ use burn::{
     optim::{AdamConfig, GradientsParams, ModuleOptimizer},
     tensor::{Device, Int, Tensor, TensorData, activation::softmax},
 };
-use memaop_examples::Encoder;
+use memaop_examples::{Encoder, added_noise};
 use rand::{RngExt, rngs::StdRng};
 use serde::Serialize;
 
@@ -21,6 +21,8 @@ pub struct Run {
     pub steps: Vec<usize>,
     /// The mean cross-entropy of the next character in the validation text, in nats.
     pub validation_loss: Vec<f64>,
+    /// R, the variance that drawn rows add to that of the batch.
+    pub added_noise: Vec<Option<f64>>,
     /// The time of all steps until then (forward, backward, optimizer).
     pub seconds: Vec<f64>,
     /// The median time of a step.
@@ -71,6 +73,7 @@ impl<E: Encoder> Training<E> {
                 seed,
                 steps: Vec::new(),
                 validation_loss: Vec::new(),
+                added_noise: Vec::new(),
                 seconds: Vec::new(),
                 step_ms: f64::NAN,
             },
@@ -110,6 +113,7 @@ impl<E: Encoder> Contender for Training<E> {
         let loss = losses.sum::<f64>() / batches.len() as f64;
         self.run.steps.push(self.times.len());
         self.run.validation_loss.push(loss);
+        self.run.added_noise.push(added_noise(self.model()));
         self.run.seconds.push(self.times.iter().sum());
         loss
     }

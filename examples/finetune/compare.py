@@ -8,11 +8,12 @@ stopped goes on.
 
 import argparse
 import json
-import math
 import pathlib
-import statistics
 import subprocess
 import sys
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "benches"))
+import tables
 
 # A name, its program, and its options. The others are compared with the first.
 RUNS = {
@@ -27,10 +28,6 @@ RUNS = {
 }
 # The rate of adapters is higher.
 LORA_RATE = ["--lr", "1e-3"]
-
-# Quantiles 0.975 of Student's t by the number of values.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-
 
 def program(name):
     """The path of a program, built if need be."""
@@ -61,48 +58,6 @@ def trained(folder, command):
     return json.loads(path.read_text())
 
 
-def interval(values):
-    """Mean and 95 % interval."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
-
-
-def show_trainings(results):
-    """Differences are of runs with one seed, which have the same batches."""
-    first = results["burn"]
-    print("| | accuracy, % | to burn | test loss | to burn | seconds | to burn |")
-    print("|---|---|---|---|---|---:|---:|")
-    for name, runs in results.items():
-        pairs = [(run, first[seed]) for seed, run in runs.items() if seed in first]
-        if not pairs:
-            continue
-        cells = []
-        for key in ["accuracy", "loss"]:
-            cells.append(interval([run[key] for run, _ in pairs]))
-            cells.append(interval([run[key] - burn[key] for run, burn in pairs]))
-        seconds = statistics.median(run["seconds"] for run, _ in pairs)
-        ratio = statistics.median(run["seconds"] / burn["seconds"] for run, burn in pairs)
-        print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} | {ratio:.2f} |")
-
-
-def show_steps(steps):
-    """Medians over the rounds, and their ratios to burn's."""
-    keys = [key for key in steps["burn"][0] if key != "tokens"]
-    print(f"| {steps['burn'][0]['tokens']} | {' | '.join(keys)} |")
-    print("|---" * (len(keys) + 1) + "|")
-    medians = {
-        name: [statistics.median(step[key] for step in rounds) for key in keys]
-        for name, rounds in steps.items()
-    }
-    for name, values in medians.items():
-        pairs = zip(values, medians["burn"])
-        cells = [f"{value:.0f} ({value / burn:.2f})" for value, burn in pairs]
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
@@ -113,8 +68,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of steps; 0 for none")
     parser.add_argument("--pad", help="length of the sentences of steps")
     options = parser.parse_args()
-    if len(options.seeds) > max(STUDENT):
-        parser.error(f"--seeds must be at most {max(STUDENT)}, but got {len(options.seeds)}")
+    most = len(tables.STUDENT) + 1
+    if len(options.seeds) > most:
+        parser.error(f"--seeds must be at most {most}, but got {len(options.seeds)}")
     if "burn" not in options.runs:
         parser.error("--runs must contain burn, with which the others are compared")
     programs = {name: program(name) for name in ["finetune-burn", "finetune-memaop"]}
@@ -125,7 +81,7 @@ def main():
             which, more = RUNS[name]
             rate = LORA_RATE if "--lora" in more else []
             command = [programs[which], "train", *where, "--seed", str(seed), *more, *rate]
-            results[name][seed] = trained(options.out / f"{name}-{seed}", command)
+            results[name][str(seed)] = trained(options.out / f"{name}-{seed}", command)
     pad = ["--pad", options.pad] if options.pad else []
     steps = {name: [] for name in options.runs if "--batch" not in RUNS[name][1]}
     for _ in range(options.rounds):
@@ -141,9 +97,9 @@ def main():
     kept = {"trainings": results, "steps": steps}
     (options.out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
     if options.seeds:
-        show_trainings(results)
+        print(tables.trainings(kept))
     if options.rounds:
-        show_steps(steps)
+        print(tables.steps(kept))
 
 
 if __name__ == "__main__":
