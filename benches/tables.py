@@ -274,15 +274,25 @@ def trainings(kept):
 
 def steps(kept):
     """Steps of examples/finetune/compare.py: medians over the rounds, and their ratios to those of burn."""
-    rounds = kept["steps"]
-    keys = [key for key in rounds["burn"][0] if key != "tokens"]
-    of = {name: [statistics.median(step[key] for step in found) for key in keys] for name, found in rounds.items()}
+    sums = {
+        "forward, ms": ["forward_ms"],
+        "backward, ms": ["backward_ms"],
+        "optimizer, ms": ["optimizer_ms"],
+        "step, ms": ["forward_ms", "backward_ms", "optimizer_ms"],
+        "encoder, ms": ["encoder_forward_ms", "encoder_backward_ms"],
+        "kept, MiB": ["kept_mib"],
+        "peak, MiB": ["peak_mib"],
+    }
+    of = {
+        name: [statistics.median(sum(step[key] for key in keys) for step in rounds) for keys in sums.values()]
+        for name, rounds in kept["steps"].items()
+    }
     lines = []
     for name, values in of.items():
         ratios = [f"{value:.0f} ({value / burn:.2f})" for value, burn in zip(values, of["burn"])]
         lines.append([name, *(ratios if name != "burn" else [f"{value:.0f}" for value in values])])
-    sentences, tokens = rounds["burn"][0]["tokens"]
-    return markdown([f"{sentences} x {tokens} tokens", *(key.replace("_", " ") for key in keys)], lines)
+    sentences, tokens = kept["steps"]["burn"][0]["tokens"]
+    return markdown([f"{sentences} x {tokens} tokens", *sums], lines)
 
 
 TABLES = {
