@@ -233,7 +233,7 @@ impl Train {
             self.epochs
         );
         self.check_options()?;
-        let device = Device::default();
+        let device = device();
         let (classes, [train, test]) = self.data.sentences()?;
         let steps = train.len().div_ceil(self.data.batch);
         let warm_up = (steps * self.epochs / 10).max(1);
@@ -327,6 +327,11 @@ fn optimizer() -> AdamWConfig {
         .with_epsilon(1e-8)
 }
 
+/// Burn's backend in plain Rust, whatever others the features of a workspace add.
+fn device() -> Device {
+    Device::flex()
+}
+
 fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| path.display().to_string())
 }
@@ -375,7 +380,7 @@ fn save(model: &Classifier, out: &Path) -> Result<()> {
 
 impl Predict {
     fn run(&self) -> Result<()> {
-        let device = Device::default();
+        let device = device();
         let config = Config::read(&self.model)?;
         let classes = read_text(&self.out.join("classes.txt"))?;
         let classes: Vec<_> = classes.lines().collect();
@@ -415,7 +420,7 @@ fn tokenized(model: &Path, longest: usize, sentences: &[String], device: &Device
 
 impl Embed {
     fn run(&self) -> Result<()> {
-        let device = Device::default();
+        let device = device();
         let mut encoder = Encoder::new(&Config::read(&self.model)?, 0.0, &device);
         encoder.load(&self.model)?;
         let Batch {
@@ -441,7 +446,7 @@ impl Picture {
 impl Step {
     fn run(&self) -> Result<()> {
         ensure!(self.repeats > 0, "--repeats must be at least 1, but got 0");
-        let device = Device::default().autodiff();
+        let device = device().autodiff();
         let (classes, [train, _]) = self.data.sentences()?;
         let batch: Vec<_> = train.iter().take(self.data.batch).collect();
         let batch = Batch::new(&batch, self.data.pad, &device);

@@ -4,7 +4,7 @@ use std::{fs, path::Path, sync::Mutex};
 
 use burn::{
     store::{ModuleSnapshot, SafetensorsStore},
-    tensor::{Device, Tensor, TensorData},
+    tensor::{Tensor, TensorData},
 };
 use clap::Parser;
 use serde_json::json;
@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{
     Cli, Command, Data, Train,
     data::{Batch, Sentence},
+    device,
     model::{Classifier, Config, Encoder},
 };
 
@@ -99,7 +100,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 fn embeddings_are_those_of_the_reference_implementation() {
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
-    let device = Device::default();
+    let device = device();
     let mut encoder = Encoder::new(&Config::read(folder.path()).unwrap(), 0.1, &device);
     encoder.load(folder.path()).unwrap();
     let sentence = |tokens: &[i64]| Sentence {
@@ -152,7 +153,7 @@ fn the_loss_falls_and_the_weights_come_back() {
         write_model(folder.path());
         let more = format!("--train 48 --batch 8 --epochs 12 --lr 4e-3 --dropout 0 {lora}");
         let train = options(folder.path(), &more);
-        let device = Device::default();
+        let device = device();
         let (classes, [sentences, _]) = train.data.sentences().unwrap();
         assert_eq!(classes, ["bad", "good"]);
         let output = |model: &Classifier| {
@@ -212,7 +213,7 @@ fn an_epoch_has_every_sentence_once_in_batches_of_like_lengths() {
     let folder = tempfile::tempdir().unwrap();
     let data: Data = options(folder.path(), "--batch 4").data;
     let sentences: Vec<_> = (1..=30).map(sentence).collect();
-    let loader = data.loader(sentences, true, &Device::default());
+    let loader = data.loader(sentences, true, &device());
     let epoch = || -> Vec<Vec<i64>> {
         let batches = burn::data::dataloader::DataLoader::iter(&loader);
         let classes = batches.map(|batch| batch.unwrap().classes.into_data().iter().collect());
@@ -230,7 +231,7 @@ fn an_epoch_has_every_sentence_once_in_batches_of_like_lengths() {
                 .all(|batch| batch.last().unwrap() - batch[0] < 4)
         );
     }
-    let padded = Batch::new(&[&sentence(2)], Some(3), &Device::default());
+    let padded = Batch::new(&[&sentence(2)], Some(3), &device());
     let padding: Vec<bool> = padded.padding.into_data().iter().collect();
     assert_eq!(padding, [false, false, true]);
     let expected = TensorData::from([[1i64, 1, 0]]);
