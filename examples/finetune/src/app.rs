@@ -232,7 +232,9 @@ impl Train {
             "--resume must be less than --epochs ({}), but got {done}",
             self.epochs
         );
-        self.check_options()?;
+        if done > 0 {
+            self.check_options()?;
+        }
         let device = device();
         let (classes, [train, test]) = self.data.sentences()?;
         let steps = train.len().div_ceil(self.data.batch);
@@ -264,8 +266,9 @@ impl Train {
                 .with_default_checkpointers()
                 .num_epochs(self.epochs)
                 .summary();
-        if done > 0 {
-            training = training.checkpoint(done);
+        match done {
+            0 => std::fs::write(self.out.join(OPTIONS), self.options())?,
+            _ => training = training.checkpoint(done),
         }
         let optimizer = optimizer().init();
         let start = Instant::now();
@@ -275,12 +278,12 @@ impl Train {
         }
         let seconds = start.elapsed().as_secs_f64();
         if let Some(reason) = result.interrupted {
-            return Err(anyhow!("the training was stopped: {reason:?}"));
+            return Err(anyhow!(
+                "the training was stopped ({reason:?}); with --resume it goes on after an epoch"
+            ));
         }
         // A model without adapters loads the weights.
         let model = result.model.materialize();
-        std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
-        save(&model, &self.out)?;
         let [accuracy, loss] = report(&model, &classes, &test);
         ensure!(
             loss.is_finite(),
@@ -288,6 +291,8 @@ impl Train {
             self.lr
         );
         println!("{seconds:.1} s of training, tests and checkpoints");
+        std::fs::write(self.out.join("classes.txt"), classes.join("\n"))?;
+        save(&model, &self.out)?;
         let result = json!({
             "accuracy": accuracy, "loss": loss, "seconds": seconds, "resumed": done,
             "train_losses": train_losses.noted(), "test_losses": test_losses.noted(),
@@ -297,18 +302,18 @@ impl Train {
         Ok(model)
     }
 
-    /// Writes the options to --out, or checks that a training which is resumed has the same.
-    fn check_options(&self) -> Result<()> {
+    /// The options that decide what is trained, a line each.
+    fn options(&self) -> String {
         let Self {
             data, epochs, lr, ..
         } = self;
-        let options = format!("{data:#?}\nepochs: {epochs}, lr: {lr}");
-        let path = self.out.join("options.txt");
-        if self.resume.is_none() {
-            std::fs::create_dir_all(&self.out)?;
-            return Ok(std::fs::write(path, options)?);
-        }
-        let written = read_text(&path)?;
+        format!("{data:#?}\nepochs: {epochs}\nlr: {lr}")
+    }
+
+    /// Checks that a training which is resumed has the options that it began with.
+    fn check_options(&self) -> Result<()> {
+        let options = self.options();
+        let written = read_text(&self.out.join(OPTIONS))?;
         let mut lines = written.lines().zip(options.lines());
         if let Some((written, given)) = lines.find(|(written, given)| written != given) {
             let [written, given] = [written, given].map(|line| line.trim().trim_end_matches(','));
@@ -319,6 +324,9 @@ impl Train {
         Ok(())
     }
 }
+
+/// The file in --out with the options of a training.
+const OPTIONS: &str = "options.txt";
 
 /// AdamW with the epsilon that is usual for BERT. Burn's is 1e-5.
 fn optimizer() -> AdamWConfig {
