@@ -373,8 +373,9 @@ pub(super) fn attended(
     if !supported || !tracked && !infers || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
-    // Burn's own may be fused on GPUs, in half precision whatever the type is. It takes masked scores
-    // for minus infinity, so a query whose keys are all masked would get no weights.
+    // Burn's own attention may be fused on GPUs. It then computes in half precision, whatever the
+    // type of its inputs is. It takes masked scores for minus infinity, so a query whose keys are all
+    // masked would get no weights.
     let plain = masks.iter().all(Option::is_none) && !scaling.quiet_softmax;
     let half = matches!(query.dtype(), DType::F16 | DType::BF16);
     if infers && plain && half && !cost::is_cpu(device.as_dispatch()) {
