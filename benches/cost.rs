@@ -29,13 +29,16 @@ struct Options {
     common: Common,
 }
 
-const SIZES: [[usize; 3]; 13] = [
+const SIZES: [[usize; 3]; 16] = [
     [128, 64, 64],
     [128, 128, 128],
     [512, 64, 64],
     [512, 128, 128],
     [128, 784, 512],
     [512, 784, 64],
+    [512, 384, 384],
+    [1024, 384, 384],
+    [1024, 384, 1536],
     [512, 512, 512],
     [2048, 128, 128],
     [2048, 256, 256],
@@ -56,6 +59,9 @@ struct Row {
     read: f64,
     fold_in: f64,
     input_rows: f64,
+    /// The operations that each of the `K (N + P)` values of drawn rows costs beside these.
+    gather: f64,
+    input_gather: f64,
     /// The time of measuring the noise, divided by that of the product.
     measure: f64,
     /// The operations that a value of the gradient costs, whatever the number of rows.
@@ -67,19 +73,30 @@ fn main() -> Result<()> {
     let common = &options.common;
     let device = common.device()?;
     println!(
-        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10} {:>6} {:>7}",
-        "M", "N", "P", "ops/ns", "read", "fold in", "input rows", "write", "measure"
+        "{:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>10} {:>6} {:>6} {:>6} {:>7}",
+        "M",
+        "N",
+        "P",
+        "ops/ns",
+        "read",
+        "fold in",
+        "input rows",
+        "gather",
+        "for dX",
+        "write",
+        "measure"
     );
     let mut rows = Vec::new();
     for [m, n, p] in SIZES {
-        let k = m / 8;
+        let [k, half] = [m / 8, m / 2];
         let random = |rows, columns| random(rows, columns, &device, common.dtype);
         let (x, g, w) = (random(m, n), random(m, p), random(n, p));
         let (some_x, some_g) = (random(k, n), random(k, p));
+        let (half_x, half_g) = (random(half, n), random(half, p));
         let product = |x: &Tensor<2>, g: &Tensor<2>| {
             black_box(x.clone().transpose().matmul(g.clone()));
         };
-        let gradient = |method| {
+        let gradient = |method, k| {
             let (x, g) = (&x, &g);
             let (mut kept, mut step) = (None, 0);
             move || {
@@ -95,6 +112,12 @@ fn main() -> Result<()> {
                 black_box(gradient.weight);
             }
         };
+        let input_product = |g: &Tensor<2>| {
+            black_box(g.clone().matmul(w.clone().transpose()));
+        };
+        let input_rows = |k| {
+            black_box(input_gradient(g.clone(), w.clone(), k, 0, 0));
+        };
         let ks = [m, m / 2, m / 4, m / 8, m / 16, m / 32];
         let times = interleaved(
             &device,
@@ -102,39 +125,69 @@ fn main() -> Result<()> {
             &mut [
                 &mut || product(&x, &g),
                 &mut || product(&some_x, &some_g),
-                &mut gradient(Method::Systematic),
-                &mut gradient(Method::TopK(Memory::Balanced { decay: 0.9 })),
-                &mut || {
-                    black_box(some_g.clone().matmul(w.clone().transpose()));
-                },
-                &mut || {
-                    black_box(input_gradient(g.clone(), w.clone(), k, 0, 0));
-                },
+                &mut gradient(Method::Systematic, k),
+                &mut gradient(Method::TopK(Memory::Balanced { decay: 0.9 }), k),
+                &mut || input_product(&some_g),
+                &mut || input_rows(k),
                 &mut || {
                     black_box(gradient_noise(x.clone(), g.clone(), w.clone(), ks));
                 },
+                &mut || product(&half_x, &half_g),
+                &mut gradient(Method::Systematic, half),
+                &mut || input_product(&half_g),
+                &mut || input_rows(half),
             ],
         )?;
-        let [exact, some, read, fold_in, some_dx, input_rows, measured] = times[..] else {
-            bail!("seven sides were timed");
+        let [
+            exact,
+            some,
+            read,
+            fold_in,
+            some_dx,
+            input_rows,
+            measured,
+            half_product,
+            half_read,
+            half_dx,
+            half_input_rows,
+        ] = times[..]
+        else {
+            bail!("eleven sides were timed");
         };
         let rate = 2.0 * (m * n * p) as f64 / (exact * 1e6);
         let cost = |ms: f64, product: f64| (ms - product) * 1e6 * rate / (m * (n + p)) as f64;
+        // The cost of drawing an eighth of the rows, and half of them, is taken to be a + b K.
+        let by_k = |[some, half]: [f64; 2]| {
+            let gather = (half - some) / (1.0 / 2.0 - 1.0 / 8.0);
+            [some - gather / 8.0, gather]
+        };
+        let [read, gather] = by_k([cost(read, some), cost(half_read, half_product)]);
+        let [input_rows, input_gather] =
+            by_k([cost(input_rows, some_dx), cost(half_input_rows, half_dx)]);
         let row = Row {
             m,
             n,
             p,
             rate,
-            read: cost(read, some),
-            fold_in: cost(fold_in, some),
-            input_rows: cost(input_rows, some_dx),
+            read,
+            fold_in: cost(fold_in, some) - gather / 8.0,
+            input_rows,
+            gather,
+            input_gather,
             measure: measured / exact,
             // The time of a product of K rows is taken to be a + b K.
             write: (some - exact / 8.0) / (1.0 - 1.0 / 8.0) * 1e6 * rate / (n * p) as f64,
         };
         println!(
-            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0} {:>7.2}",
-            row.read, row.fold_in, row.input_rows, row.write, row.measure
+            "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0} {:>6.0} {:>6.0} \
+             {:>7.2}",
+            row.read,
+            row.fold_in,
+            row.input_rows,
+            row.gather,
+            row.input_gather,
+            row.write,
+            row.measure
         );
         rows.push(row);
     }

@@ -51,9 +51,10 @@ impl Pass {
 /// this device. Each gradient is decided by itself.
 ///
 /// Leaving out M - K of the M outer products saves `2 (M - K) N P` operations of a matrix product.
-/// The price is to read `M (N + P)` values once, or three times with a memory. Rows left out of the
-/// gradient of the input save as much, for one more pass. The rule compares the two per row. The
-/// cost of a value is measured on CPUs, and follows a model of a fast GPU on GPUs (`docs/gpu.md`).
+/// The price is to read `M (N + P)` values once, or three times with a memory, and to copy those of
+/// K rows. Rows left out of the gradient of the input save as much, for one more pass. The rule
+/// compares the two per row. The cost of a value is measured on CPUs, and follows a model of a fast
+/// GPU on GPUs (`docs/gpu.md`).
 ///
 /// A gradient is also exact where only the default bodies could approximate it, because they take
 /// longer than what they save. An input is kept as it is where [it is not worth packing](packs).
@@ -137,6 +138,8 @@ struct Cost {
     fold_in: f64,
     /// A value in the pass for rows of the gradient of the input.
     input: f64,
+    /// A value of a drawn row, which is copied. The passes above include an eighth of the rows.
+    row: f64,
     /// A value of a drawn patch of a convolution, and a position of its output, for which there is
     /// little to multiply. Both are rough (`docs/convolutions.md`).
     gather: f64,
@@ -155,6 +158,7 @@ const NARROW: Cost = Cost {
     read: 35.0,
     fold_in: 80.0,
     input: 45.0,
+    row: 100.0,
     gather: 60.0,
     position: 500.0,
     write: 50.0,
@@ -167,6 +171,7 @@ const WIDE: Cost = Cost {
     read: 65.0,
     fold_in: 150.0,
     input: 50.0,
+    row: 150.0,
     gather: 120.0,
     position: 1000.0,
     write: 100.0,
@@ -199,8 +204,16 @@ impl Cost {
             true => least_k(pass.rows),
             false => config.outer_products.fixed_k(pass.rows),
         };
-        let some = k as f64 / pass.rows as f64 * pass.gathered as f64;
-        self.saved(k, self.write, pass) > self.weight_pass(config, pass) + self.gather * some
+        let copied = self.copied(k as f64 / pass.rows as f64, pass);
+        self.saved(k, self.write, pass) > self.weight_pass(config, pass) + copied
+    }
+
+    /// What copying a share of the rows adds to a pass, per row of the batch.
+    fn copied(&self, share: f64, pass: Pass) -> f64 {
+        match pass.gathered {
+            0 => self.row * (share - 1.0 / 8.0) * pass.read as f64,
+            gathered => self.gather * share * gathered as f64,
+        }
     }
 
     /// The cost of drawing rows for the gradient of the weight, per row.
@@ -225,8 +238,8 @@ impl Cost {
             true => least_k(pass.rows),
             false => config.fixed_input_rows(pass.rows),
         };
-        let saved = self.saved(k, 0.0, pass);
-        pass.with_input && saved > self.input_pass(pass)
+        let copied = self.copied(k as f64 / pass.rows as f64, pass);
+        pass.with_input && self.saved(k, 0.0, pass) > self.input_pass(pass) + copied
     }
 
     fn input_pass(&self, pass: Pass) -> f64 {
@@ -280,6 +293,7 @@ const GPU: Cost = Cost {
     read: 100.0,
     fold_in: 240.0,
     input: 160.0,
+    row: 160.0,
     gather: 80.0,
     position: 0.0,
     write: 80.0,
@@ -291,6 +305,7 @@ const GPU_TF32: Cost = Cost {
     read: 700.0,
     fold_in: 1700.0,
     input: 1100.0,
+    row: 1120.0,
     gather: 560.0,
     position: 0.0,
     write: 560.0,
@@ -313,6 +328,7 @@ const NOTHING: Cost = Cost {
     read: 0.0,
     fold_in: 0.0,
     input: 0.0,
+    row: 0.0,
     gather: 0.0,
     position: 0.0,
     write: 0.0,
@@ -329,6 +345,7 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     };
     let (n, p) = (pass.d_input as f64, pass.d_output as f64);
     let (rows, read) = (pass.rows as f64, pass.read as f64);
+    let [none, all] = [0.0, 1.0].map(|share| cost.copied(share, pass));
     let product = 2.0 * n * p;
     // All rows share the work on a value of the weight.
     let weight = n * p / rows;
@@ -336,7 +353,8 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     let input = match pass.with_input {
         false => ProductTime::default(),
         true => ProductTime {
-            pass: cost.input_pass(pass),
+            pass: cost.input_pass(pass) + none,
+            copy: all - none,
             product,
         },
     };
@@ -349,7 +367,8 @@ pub(crate) fn step_time(config: &AopConfig, device: &DispatchDevice, pass: Pass)
     StepTime {
         fixed: product + written + BESIDE * cost.read * (weight + p),
         weight: ProductTime {
-            pass: cost.weight_pass(config, pass),
+            pass: cost.weight_pass(config, pass) + none,
+            copy: all - none,
             product: product - written,
         },
         input,

@@ -99,11 +99,14 @@ pub fn context_equals_burns(device: &Device) {
         let tensors = [query.clone(), key.clone(), value.clone()];
         let inferred = input(tensors.clone().map(Tensor::inner));
         let inferred = values(ours.valid().forward_context(inferred));
+        let frozen = input(tensors.clone().map(Tensor::detach));
+        let frozen = ours.clone().no_grad().forward_context(frozen);
+        assert!(!frozen.is_tracked());
         let input = input(tensors);
         let inputs = [&query, &key, &value];
         let expected = burns.forward(input.clone().into()).context;
         let found = ours.forward_context(input);
-        for found in [values(found.clone()), inferred] {
+        for found in [values(found.clone()), inferred, values(frozen)] {
             let error = relative_error(&found, &values(expected.clone()));
             assert!(error < TOLERANCE, "{queries} x {keys}: {error:e}");
         }

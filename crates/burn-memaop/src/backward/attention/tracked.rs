@@ -36,20 +36,24 @@ where
         mask.map(|mask| Tensor::from_dispatch(tensor(mask)))
     });
     let nodes = inputs.each_ref().map(|input| input.node());
+    let primitives = inputs
+        .clone()
+        .map(|input| tensor::<B>(input.into_primitive()));
+    let [context, rows] = forward(primitives, &masks, attention);
+    let context = primitive::<B>(context);
     let prep = AttentionBackward.prepare::<C>(nodes).compute_bound();
-    let OpsKind::Tracked(mut prep) = prep.stateful() else {
-        unreachable!("an input is tracked");
-    };
-    let kept = inputs.each_ref().map(|input| prep.checkpoint(input));
-    let inputs = inputs.map(|input| tensor::<B>(input.into_primitive()));
-    let [context, rows] = forward(inputs, &masks, attention);
-    let state = State {
-        inputs: kept,
-        masks,
-        rows,
-        attention,
-    };
-    prep.finish(state, primitive::<B>(context))
+    match prep.stateful() {
+        OpsKind::UnTracked(prep) => prep.finish(context),
+        OpsKind::Tracked(mut prep) => {
+            let state = State {
+                inputs: inputs.each_ref().map(|input| prep.checkpoint(input)),
+                masks,
+                rows,
+                attention,
+            };
+            prep.finish(state, context)
+        }
+    }
 }
 
 #[derive(Debug)]

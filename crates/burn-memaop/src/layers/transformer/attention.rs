@@ -17,11 +17,7 @@ use burn::{
 use crate::{
     backward::{LayerOps, SharedInput, attention as blocks, cost, is_supported},
     config::AopConfig,
-    layers::{
-        dropout::Dropout,
-        later,
-        linear::{MemAopLinear, is_tracked},
-    },
+    layers::{dropout::Dropout, later, linear::MemAopLinear},
     rows::{Attention, Mask},
 };
 
@@ -363,19 +359,18 @@ pub(super) fn attended(
     if supported && dims.contains(&0) {
         return side_by_side(query, dims);
     }
-    let tracked = is_tracked(&query) || is_tracked(&key) || is_tracked(&value);
     let drops = dropout.is_on(&device);
-    let drawn = match supported && tracked && drops {
+    let drawn = match supported && drops {
         true => dropout.next(&device, query.dtype()),
         false => None,
     };
-    let infers = !device.is_autodiff();
-    if !supported || !tracked && !infers || drops && drawn.is_none() {
+    if !supported || drops && drawn.is_none() {
         return attend(query, key, value, masks, scaling, dropout).1;
     }
     // Burn's own attention may be fused on GPUs. It then computes in half precision, whatever the
     // type of its inputs is. It takes masked scores for minus infinity, so a query whose keys are all
     // masked would get no weights.
+    let infers = !device.is_autodiff();
     let plain = masks.iter().all(Option::is_none) && !scaling.quiet_softmax;
     let half = matches!(query.dtype(), DType::F16 | DType::BF16);
     if infers && plain && half && !cost::is_cpu(device.as_dispatch()) {
