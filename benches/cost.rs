@@ -59,9 +59,10 @@ struct Row {
     read: f64,
     fold_in: f64,
     input_rows: f64,
-    /// The operations that each of the `K (N + P)` values of drawn rows costs beside these.
-    gather: f64,
-    input_gather: f64,
+    /// The operations that each of the `K (N + P)` values of drawn rows costs. The others contain
+    /// an eighth of them.
+    copy: f64,
+    input_copy: f64,
     /// The time of measuring the noise, divided by that of the product.
     measure: f64,
     /// The operations that a value of the gradient costs, whatever the number of rows.
@@ -156,24 +157,23 @@ fn main() -> Result<()> {
         };
         let rate = 2.0 * (m * n * p) as f64 / (exact * 1e6);
         let cost = |ms: f64, product: f64| (ms - product) * 1e6 * rate / (m * (n + p)) as f64;
-        // The cost of drawing an eighth of the rows, and half of them, is taken to be a + b K.
-        let by_k = |[some, half]: [f64; 2]| {
-            let gather = (half - some) / (1.0 / 2.0 - 1.0 / 8.0);
-            [some - gather / 8.0, gather]
-        };
-        let [read, gather] = by_k([cost(read, some), cost(half_read, half_product)]);
-        let [input_rows, input_gather] =
-            by_k([cost(input_rows, some_dx), cost(half_input_rows, half_dx)]);
+        let [read, input_rows] = [cost(read, some), cost(input_rows, some_dx)];
+        let [half_read, half_input_rows] = [
+            cost(half_read, half_product),
+            cost(half_input_rows, half_dx),
+        ];
+        // The cost of copying rows is taken to be a + b K.
+        let by_copies = |some: f64, half: f64| (half - some) / (1.0 / 2.0 - 1.0 / 8.0);
         let row = Row {
             m,
             n,
             p,
             rate,
             read,
-            fold_in: cost(fold_in, some) - gather / 8.0,
+            fold_in: cost(fold_in, some),
             input_rows,
-            gather,
-            input_gather,
+            copy: by_copies(read, half_read),
+            input_copy: by_copies(input_rows, half_input_rows),
             measure: measured / exact,
             // The time of a product of K rows is taken to be a + b K.
             write: (some - exact / 8.0) / (1.0 - 1.0 / 8.0) * 1e6 * rate / (n * p) as f64,
@@ -181,13 +181,7 @@ fn main() -> Result<()> {
         println!(
             "{m:>5} {n:>5} {p:>5} {rate:>8.0} {:>8.0} {:>8.0} {:>10.0} {:>6.0} {:>6.0} {:>6.0} \
              {:>7.2}",
-            row.read,
-            row.fold_in,
-            row.input_rows,
-            row.gather,
-            row.input_gather,
-            row.write,
-            row.measure
+            row.read, row.fold_in, row.input_rows, row.copy, row.input_copy, row.write, row.measure
         );
         rows.push(row);
     }
